@@ -1,0 +1,59 @@
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+configfile: "config/config.yaml"
+
+
+pathvars:
+    results="results/{}".format(config["run"]),
+    logs="logs/{}".format(config["run"]),
+    benchmarks="logs/{}/benchmarks".format(config["run"]),
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/qc.smk"
+include: "workflow/rules/corpus.smk"
+include: "workflow/rules/embed.smk"
+include: "workflow/rules/finetune.smk"
+include: "workflow/rules/generate.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+    models,
+    corpus,
+    embeddings,
+
+
+rule all:
+    default_target: True
+    input:
+        "<results>/report.html",
+
+
+rule models:
+    input:
+        LANGUAGE_MODEL,
+
+
+rule corpus:
+    input:
+        "<results>/corpus/descriptions.parquet",
+        "<results>/corpus/audit.json",
+
+
+rule embeddings:
+    input:
+        collect(
+            "<results>/embeddings/{dataset}/{shard}.safetensors",
+            dataset=DATASETS,
+            shard=SHARDS,
+        ),

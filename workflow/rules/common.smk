@@ -1,0 +1,62 @@
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+WORKFLOW = Path(str(workflow.current_basedir)).parent
+sys.path.insert(0, str(WORKFLOW / "scripts"))
+
+from cell2text.config import check_config, read_datasets
+from cell2text.errors import InputError
+from cell2text.provenance import hash_config, library_version
+
+try:
+    CONFIG_FILE = (
+        workflow.configfiles[-1] if workflow.configfiles else "config/config.yaml"
+    )
+    config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
+    SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
+except InputError as error:
+    raise WorkflowError(str(error)) from None
+
+DATASETS = sorted(SHEET)
+SHARDS = [str(shard) for shard in range(config["shards"])]
+SPLITS = ["validation", "test"]
+BASELINES = ["majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
+LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
+
+
+wildcard_constraints:
+    dataset="|".join(DATASETS),
+    shard=r"\d+",
+    split="|".join(SPLITS),
+
+
+def mem_from_input(wildcards, input, attempt):
+    """MB of memory for work that holds a few copies of its input."""
+    return max(2000, int(6 * input.size_mb)) * attempt
+
+
+def hours(amount):
+    """Run time in minutes, doubled at each retry."""
+    return lambda wildcards, attempt: int(60 * amount * 2 ** (attempt - 1))
+
+
+def dataset_row(wildcards):
+    return SHEET[wildcards.dataset]
+
+
+def dataset_files(wildcards):
+    """The files that a row of the sheet names."""
+    row = SHEET[wildcards.dataset]
+    return [
+        row[key]
+        for key in ("source", "label_table")
+        if key in row and "://" not in row[key]
+    ]
+
+
+def qc_limits(wildcards):
+    """The run's QC limits, or those that the dataset's row of the sheet sets in their place."""
+    row = SHEET[wildcards.dataset]
+    return {key: float(row.get(key, limit)) for key, limit in config["qc"].items()}

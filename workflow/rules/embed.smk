@@ -1,0 +1,110 @@
+"""
+From counts to vectors: each cell's genes ranked, and one vector a gene.
+
+Inputs: <results>/cells/, <results>/corpus/cells.parquet.
+Outputs: <results>/genes.tsv, <results>/tokens/, <results>/encoder/, <results>/embeddings/.
+"""
+
+
+rule measure_genes:
+    input:
+        corpus="<results>/corpus/cells.parquet",
+        cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
+    output:
+        genes="<results>/genes.tsv",
+    log:
+        "<logs>/measure_genes.log",
+    benchmark:
+        "<benchmarks>/measure_genes.jsonl"
+    conda:
+        "../../envs/cells.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        library=library_version("measure_genes.py"),
+    message:
+        "Measuring each gene's typical expression in the training cells"
+    script:
+        "../scripts/measure_genes.py"
+
+
+rule rank_genes:
+    input:
+        corpus="<results>/corpus/cells.parquet",
+        cells="<results>/cells/{dataset}.h5ad",
+        genes="<results>/genes.tsv",
+    output:
+        tokens="<results>/tokens/{dataset}.parquet",
+    log:
+        "<logs>/rank_genes/{dataset}.log",
+    benchmark:
+        "<benchmarks>/rank_genes/{dataset}.jsonl"
+    conda:
+        "../../envs/cells.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        library=library_version("rank_genes.py"),
+    message:
+        "Ranking the genes of each cell of {wildcards.dataset}"
+    script:
+        "../scripts/rank_genes.py"
+
+
+rule fit_encoder:
+    input:
+        corpus="<results>/corpus/cells.parquet",
+        genes="<results>/genes.tsv",
+        tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
+    output:
+        encoder=directory("<results>/encoder"),
+    log:
+        "<logs>/fit_encoder.log",
+    benchmark:
+        "<benchmarks>/fit_encoder.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        seed=lookup("seed", within=config),
+        encoder=lookup("encoder", within=config),
+        library=library_version("fit_encoder.py"),
+    message:
+        "Fitting the {params.encoder[kind]} encoder"
+    script:
+        "../scripts/fit_encoder.py"
+
+
+rule embed_genes:
+    input:
+        encoder="<results>/encoder",
+        tokens="<results>/tokens/{dataset}.parquet",
+    output:
+        embeddings="<results>/embeddings/{dataset}/{shard}.safetensors",
+    log:
+        "<logs>/embed_genes/{dataset}/{shard}.log",
+    benchmark:
+        "<benchmarks>/embed_genes/{dataset}/{shard}.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(2),
+        gpu=1,
+    params:
+        shard=lambda wildcards: int(wildcards.shard),
+        shards=lookup("shards", within=config),
+        top_k=lookup("encoder/top_k", within=config),
+        library=library_version("embed_genes.py"),
+    message:
+        "Embedding the genes of {wildcards.dataset}, shard {wildcards.shard}"
+    script:
+        "../scripts/embed_genes.py"

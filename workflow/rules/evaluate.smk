@@ -1,0 +1,201 @@
+"""
+Every method scored on the same cells, beside simple neighbours.
+
+Inputs: <results>/generations/, <results>/corpus/, <results>/cells/, <results>/embeddings/.
+Outputs: <results>/baselines/{name}.parquet, <results>/evaluation/.
+"""
+
+
+rule baseline_majority:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+    output:
+        predictions="<results>/baselines/majority.parquet",
+    log:
+        "<logs>/baseline_majority.log",
+    benchmark:
+        "<benchmarks>/baseline_majority.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        library=library_version("baseline_majority.py"),
+    message:
+        "Baseline: the most frequent label"
+    script:
+        "../scripts/baseline_majority.py"
+
+
+rule baseline_pca_logistic:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
+    output:
+        predictions="<results>/baselines/pca_logistic.parquet",
+    log:
+        "<logs>/baseline_pca_logistic.log",
+    benchmark:
+        "<benchmarks>/baseline_pca_logistic.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        seed=lookup("seed", within=config),
+        library=library_version("baseline_pca_logistic.py"),
+    message:
+        "Baseline: logistic regression on principal components"
+    script:
+        "../scripts/baseline_pca_logistic.py"
+
+
+rule baseline_knn:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=rules.embeddings.input,
+    output:
+        predictions="<results>/baselines/knn.parquet",
+    log:
+        "<logs>/baseline_knn.log",
+    benchmark:
+        "<benchmarks>/baseline_knn.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        library=library_version("baseline_knn.py"),
+    message:
+        "Baseline: nearest neighbours on pooled embeddings"
+    script:
+        "../scripts/baseline_knn.py"
+
+
+rule baseline_nearest_text:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        embeddings=rules.embeddings.input,
+    output:
+        predictions="<results>/baselines/nearest_text.parquet",
+    log:
+        "<logs>/baseline_nearest_text.log",
+    benchmark:
+        "<benchmarks>/baseline_nearest_text.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        library=library_version("baseline_nearest_text.py"),
+    message:
+        "Baseline: the text of the nearest training cell"
+    script:
+        "../scripts/baseline_nearest_text.py"
+
+
+rule baseline_shuffled:
+    input:
+        model="<results>/model",
+        language_model=LANGUAGE_MODEL,
+        corpus="<results>/corpus/cells.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=rules.embeddings.input,
+    output:
+        predictions="<results>/baselines/shuffled.parquet",
+    log:
+        "<logs>/baseline_shuffled.log",
+    benchmark:
+        "<benchmarks>/baseline_shuffled.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=hours(4),
+        gpu=1,
+    params:
+        seed=lookup("seed", within=config),
+        generate=lookup("generate", within=config),
+        library=library_version("baseline_shuffled.py"),
+    message:
+        "Baseline: the fine-tuned model with each cell given another cell's embedding"
+    script:
+        "../scripts/baseline_shuffled.py"
+
+
+rule evaluate:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        corpus="<results>/corpus/cells.parquet",
+        generations=collect(
+            "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
+        ),
+        baselines=collect("<results>/baselines/{name}.parquet", name=BASELINES),
+        model="<results>/model",
+        language_model=LANGUAGE_MODEL,
+    output:
+        metrics=ensure("<results>/evaluation/metrics.tsv", non_empty=True),
+        per_class="<results>/evaluation/per_class.tsv",
+        confusion="<results>/evaluation/confusion.tsv",
+        calibration="<results>/evaluation/calibration.tsv",
+        provenance="<results>/evaluation/provenance.json",
+    log:
+        "<logs>/evaluate.log",
+    benchmark:
+        "<benchmarks>/evaluate.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        seed=lookup("seed", within=config),
+        bootstrap=lookup("evaluate/bootstrap", within=config),
+        config_hash=hash_config(config),
+        library=library_version("evaluate.py"),
+    message:
+        "Scoring every method on the same cells"
+    script:
+        "../scripts/evaluate.py"
+
+
+rule compare:
+    input:
+        metrics="<results>/evaluation/metrics.tsv",
+    output:
+        plot=report(
+            "<results>/evaluation/comparison.svg",
+            caption="../report/comparison.rst",
+            category="Evaluation",
+        ),
+    log:
+        "<logs>/compare.log",
+    benchmark:
+        "<benchmarks>/compare.jsonl"
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=hours(1),
+    params:
+        library=library_version("compare.py"),
+    message:
+        "Plotting the methods side by side"
+    script:
+        "../scripts/compare.py"

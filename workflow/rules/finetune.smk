@@ -1,0 +1,37 @@
+"""
+The projector is aligned to the label names, then learns with the language model's adapter to write descriptions.
+
+Inputs: <resources>/models/, <results>/embeddings/, <results>/corpus/descriptions.parquet.
+Outputs: <results>/model/. Checkpoints live in <results>/model.checkpoints/ until the run is done.
+"""
+
+
+rule finetune:
+    input:
+        language_model=LANGUAGE_MODEL,
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        encoder="<results>/encoder",
+        embeddings=rules.embeddings.input,
+    output:
+        model=directory("<results>/model"),
+    log:
+        "<logs>/finetune.log",
+    benchmark:
+        "<benchmarks>/finetune.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=hours(12),
+        gpu=1,
+    params:
+        seed=lookup("seed", within=config),
+        projector=lookup("projector", within=config),
+        finetune=lookup("finetune", within=config),
+        library=library_version("finetune.py"),
+    message:
+        "Fine-tuning {input.language_model}"
+    script:
+        "../scripts/finetune.py"

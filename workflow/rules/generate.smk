@@ -1,0 +1,39 @@
+"""
+Each cell of a split described by the fine-tuned model.
+
+Inputs: <results>/model/, <results>/embeddings/. Outputs: <results>/generations/{split}/{shard}.jsonl.
+"""
+
+
+rule generate_descriptions:
+    input:
+        model="<results>/model",
+        language_model=LANGUAGE_MODEL,
+        corpus="<results>/corpus/cells.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=collect(
+            "<results>/embeddings/{dataset}/{{shard}}.safetensors", dataset=DATASETS
+        ),
+    output:
+        generations=ensure(
+            "<results>/generations/{split}/{shard}.jsonl", non_empty=True
+        ),
+    log:
+        "<logs>/generate_descriptions/{split}/{shard}.log",
+    benchmark:
+        "<benchmarks>/generate_descriptions/{split}/{shard}.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=hours(4),
+        gpu=1,
+    params:
+        seed=lookup("seed", within=config),
+        generate=lookup("generate", within=config),
+        library=library_version("generate_descriptions.py"),
+    message:
+        "Describing the {wildcards.split} cells, shard {wildcards.shard}"
+    script:
+        "../scripts/generate_descriptions.py"

@@ -1,0 +1,30 @@
+"""
+Models from where the config says, once, as safetensors. Only these rules use the network.
+
+Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json.
+"""
+
+
+rule fetch_language_model:
+    output:
+        directory("<resources>/models/{name}"),
+    log:
+        "<logs>/fetch_language_model/{name}.log",
+    benchmark:
+        "<benchmarks>/fetch_language_model/{name}.jsonl"
+    wildcard_constraints:
+        name=config["language_model"]["name"],
+    localrule: True
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=hours(1),
+    params:
+        source=lookup("language_model/source", within=config),
+        library=library_version("fetch_language_model.py"),
+    message:
+        "Fetching {wildcards.name}"
+    script:
+        "../scripts/fetch_language_model.py"

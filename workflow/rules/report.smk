@@ -1,0 +1,49 @@
+"""
+One page that shows what ran and what came of it; opens offline.
+
+Inputs: all of the above. Outputs: <results>/report.html.
+"""
+
+
+rule render_report:
+    input:
+        metrics="<results>/evaluation/metrics.tsv",
+        per_class="<results>/evaluation/per_class.tsv",
+        confusion="<results>/evaluation/confusion.tsv",
+        calibration="<results>/evaluation/calibration.tsv",
+        provenance="<results>/evaluation/provenance.json",
+        comparison="<results>/evaluation/comparison.svg",
+        generations=collect("<results>/generations/test/{shard}.jsonl", shard=SHARDS),
+        corpus="<results>/corpus/cells.parquet",
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        audit="<results>/corpus/audit.json",
+        qc=collect("<results>/qc/{dataset}.json", dataset=DATASETS),
+        qc_plots=collect("<results>/qc/{dataset}.svg", dataset=DATASETS),
+        embeddings=rules.embeddings.input,
+        model="<results>/model",
+    output:
+        report=report(
+            "<results>/report.html",
+            caption="../report/report.rst",
+            category="Report",
+        ),
+    log:
+        "<logs>/render_report.log",
+    benchmark:
+        "<benchmarks>/render_report.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem_from_input,
+        runtime=hours(1),
+    params:
+        seed=lookup("seed", within=config),
+        run=lookup("run", within=config),
+        benchmarks="logs/{}/benchmarks".format(config["run"]),
+        library=library_version("render_report.py"),
+    message:
+        "Rendering the report"
+    script:
+        "../scripts/render_report.py"

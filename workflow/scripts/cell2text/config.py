@@ -1,0 +1,82 @@
+"""Checks of the configuration and of the sheet of datasets, before any rule runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from jsonschema import Draft202012Validator
+
+from cell2text.errors import InputError
+
+
+def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -> dict[str, Any]:
+    """Return a configuration with the schema's defaults filled in.
+
+    Parameters
+    ----------
+    config
+        The merged configuration.
+    schema_file
+        JSON schema, as YAML.
+    where
+        The file that the configuration comes from, for messages.
+
+    Raises
+    ------
+    InputError
+        If a key is unknown, a value does not fit, or the shares of the splits do not sum to one.
+    """
+    schema = yaml.safe_load(schema_file.read_text())
+    filled = _fill_defaults(config, schema)
+    _check(filled, schema, where, "config/README.md lists the keys and their values")
+    if abs(sum(filled["split_shares"].values()) - 1) > 1e-9:
+        raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
+    return filled
+
+
+def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of the sheet of datasets by dataset id, empty cells left out.
+
+    Raises
+    ------
+    InputError
+        If the sheet or a file it names is missing, a column is unknown, or a dataset repeats.
+    """
+    if not Path(sheet).is_file():
+        raise InputError(sheet, "no such file", "Name a sheet of datasets under `datasets` in the config")
+    schema = yaml.safe_load(schema_file.read_text())
+    table = pd.read_csv(sheet, sep="\t", dtype=str, keep_default_na=False, comment="#")
+    rows: dict[str, dict[str, str]] = {}
+    for number, record in enumerate(table.to_dict("records"), start=2):
+        row = {column: value.strip() for column, value in record.items() if value.strip()}
+        where = f"{sheet} line {number}"
+        _check(row, schema, where, "config/README.md lists the columns")
+        if row["dataset"] in rows:
+            raise InputError(f"{where}: dataset", f"{row['dataset']} repeats", "Give each dataset its own id")
+        for column in ("source", "label_table"):
+            if column in row and "://" not in row[column] and not Path(row[column]).exists():
+                raise InputError(f"{where}: {column}", f"no such file: {row[column]}", "Correct the path")
+        rows[row["dataset"]] = row
+    if not rows:
+        raise InputError(sheet, "no dataset in it", "Add a row for each study")
+    return rows
+
+
+def _check(values: dict[str, Any], schema: dict[str, Any], where: str | Path, fix: str) -> None:
+    errors = sorted(Draft202012Validator(schema).iter_errors(values), key=lambda error: list(error.path))
+    if errors:
+        told = "; ".join(f"{'.'.join(map(str, error.path)) or 'keys'}: {error.message}" for error in errors)
+        raise InputError(where, told, fix)
+
+
+def _fill_defaults(values: Any, schema: dict[str, Any]) -> Any:
+    if not isinstance(values, dict) or "properties" not in schema:
+        return values
+    filled = dict(values)
+    for key, entry in schema["properties"].items():
+        if "default" in entry:
+            filled.setdefault(key, entry["default"])
+        if key in filled:
+            filled[key] = _fill_defaults(filled[key], entry)
+    return filled

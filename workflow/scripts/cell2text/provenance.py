@@ -1,0 +1,79 @@
+"""Hashes that say which code and which files made a result."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+
+
+def library_version(script: str, package: Path = PACKAGE) -> str:
+    """Return a short hash of every package module that a script imports, directly or not.
+
+    Snakemake sees a change of the script but not of what the script imports, so each rule carries this
+    hash as a parameter. Syntax trees are hashed, so comments and formatting change nothing.
+
+    Parameters
+    ----------
+    script
+        Name of a script in the folder that holds the package.
+    package
+        Folder of the package.
+    """
+    found: dict[str, str] = {}
+    waiting = list(_imported_modules(ast.parse((package.parent / script).read_text()), package.name))
+    while waiting:
+        module = waiting.pop()
+        path = _module_file(module, package)
+        if module in found or path is None:
+            continue
+        tree = ast.parse(path.read_text())
+        found[module] = ast.dump(tree)
+        waiting.extend(_imported_modules(tree, package.name))
+    return hash_text(json.dumps(sorted(found.items())))[:12]
+
+
+def _imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
+    """Yield the dotted names under ``package`` that a module may import (names in it may be modules, too)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            yield node.module or package
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
+
+
+def _module_file(module: str, package: Path) -> Path | None:
+    base = package.parent / module.replace(".", "/")
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+def hash_text(text: str) -> str:
+    """Return the sha256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_config(config: dict[str, Any]) -> str:
+    """Return the sha256 of a configuration, whatever the order of its keys."""
+    return hash_text(json.dumps(config, sort_keys=True))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package; absent ones are left out."""
+    found = {}
+    for package in sorted(packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
