@@ -1,0 +1,24 @@
+"""A handful of terms, for tests that need no ontology."""
+
+import pandas as pd
+
+from cell2text.descriptions import Terms
+
+ROWS = [
+    ("cell_type", "CL:0000236", "B cell", "A lymphocyte of B lineage."),
+    ("cell_type", "CL:0000623", "natural killer cell", "A lymphocyte that can kill."),
+    ("cell_type", "CL:0001054", "CD14-positive monocyte", "A monocyte that expresses CD14."),
+    ("tissue", "UBERON:0000178", "blood", ""),
+    ("disease", "PATO:0000461", "normal", ""),
+    ("sex", "PATO:0000383", "female", ""),
+    ("stage", "HsapDv:0000123", "29-year-old stage", ""),
+    ("pathway", "INTERFERON", "interferon response", "genes that answer interferons"),
+]
+
+
+def small_table() -> pd.DataFrame:
+    return pd.DataFrame(ROWS, columns=["slot", "id", "name", "definition"])
+
+
+def small_terms() -> Terms:
+    return Terms(small_table())

@@ -1,0 +1,148 @@
+"""Descriptions of cells: generated, parsed to slots with ids, each with the model's confidence."""
+
+import logging
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cell2text.contracts import CELLS, PREDICTIONS, TERM_SLOTS, TERMS, write_jsonl
+from cell2text.descriptions import Terms, parse
+from cell2text.embedding import shard_cells
+from cell2text.generation.greedy import Written, write_texts
+from cell2text.model.cell2text import Cell2Text, load, read_vectors
+from cell2text.progress import Progress
+
+log = logging.getLogger("cell2text.generation")
+
+
+def describe_cells(
+    model: Cell2Text, vectors: torch.Tensor, lengths: torch.Tensor, terms: Terms, settings: dict
+) -> Iterator[dict]:
+    """Yield what the model says of each cell: text, parse status, an id and a confidence a slot.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    vectors, lengths
+        What its projector reads.
+    terms
+        The names that a text may use.
+    settings
+        The config's ``generate`` section.
+    """
+    progress = Progress(len(vectors), "cells")
+    for start in range(0, len(vectors), settings["batch_cells"]):
+        rows = slice(start, start + settings["batch_cells"])
+        batch = vectors[rows].to(model.device), lengths[rows].to(model.device)
+        for written in write_texts(model, *batch, settings["max_new_tokens"]):
+            yield read_text(written, terms, model.tokenizer)
+        progress.advance(len(batch[0]))
+
+
+def read_text(written: Written, terms: Terms, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Return the text of one cell, its slots, and how sure the model was of each.
+
+    The confidence of a slot is the probability that the model gave to the tokens of its name, given all that
+    stands before: its own, not yet calibrated.
+    """
+    text, ends = decode(written.ids, tokenizer)
+    parsed = parse(text, terms)
+    status = parsed.status if written.ended or parsed.status == "failed" else "partial"
+    row = {"text": text, "status": status, "pathway_ids": list(parsed.slots.pathways)}
+    for slot in TERM_SLOTS:
+        row[f"{slot}_id"] = getattr(parsed.slots, slot)
+        row[f"{slot}_confidence"] = None
+        if slot in parsed.spans:
+            start, end = parsed.spans[slot]
+            inside = (ends > start) & (np.concatenate([[0], ends[:-1]]) < end)
+            row[f"{slot}_confidence"] = math.exp(float(np.sum(np.array(written.log_probabilities)[inside])))
+    return row
+
+
+def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.ndarray]:
+    """Return the text of token ids and where each token ends in it, int64 (tokens,)."""
+    text = tokenizer.decode(ids)
+    again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if again["input_ids"] == ids:
+        return text, np.array([end for _, end in again["offset_mapping"]], dtype=np.int64)
+    # The model cut a word into other tokens than the tokenizer does: decode ever longer beginnings.
+    return text, np.array([len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))], dtype=np.int64)
+
+
+def generate_descriptions(
+    model: str,
+    language_model: str,
+    corpus: str,
+    terms: str,
+    embeddings: list[str],
+    generations: str,
+    split: str,
+    settings: dict,
+) -> None:
+    """Describe the cells of a split that lie in the given shards of embeddings.
+
+    Parameters
+    ----------
+    model, language_model
+        Directories of the fine-tuned and the original model.
+    corpus, terms, embeddings
+        Files of ``contracts.CELLS``, ``contracts.TERMS`` and ``contracts.EMBEDDINGS``.
+    generations
+        Where the JSONL goes; one object a cell, with the fields of ``contracts.PREDICTIONS``.
+    split
+        Of the cells to describe.
+    settings
+        The config's ``generate`` section.
+    """
+    loaded = load(model, language_model)
+    cells = cells_in(embeddings, corpus, split)
+    vectors, lengths = read_vectors(embeddings, cells["cell_id"].to_list(), loaded)
+    said = describe_cells(loaded, vectors, lengths, Terms(TERMS.read(terms)), settings)
+    rows = [
+        {"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], said, strict=True)
+    ]
+    counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index().to_dict()
+    log.info("%d cells of %s: %s", len(rows), split, counts)
+    write_jsonl(rows, generations)
+
+
+def describe_shuffled(
+    model: str,
+    language_model: str,
+    corpus: str,
+    terms: str,
+    embeddings: list[str],
+    predictions: str,
+    splits: list[str],
+    settings: dict,
+    seed: int,
+) -> None:
+    """Describe each cell from the embedding of another cell of its split, chosen at random.
+
+    A model that reads its cells falls to chance; one that does not, betrays itself by staying. Parameters are
+    those of :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
+    """
+    loaded, known = load(model, language_model), Terms(TERMS.read(terms))
+    tables = []
+    for split in splits:
+        cells = cells_in(embeddings, corpus, split)["cell_id"].to_numpy()
+        # Moved on by one along a random order, no cell keeps its own embedding.
+        order = np.random.default_rng(seed).permutation(len(cells))
+        others = np.empty_like(cells)
+        others[order] = cells[np.roll(order, 1)]
+        vectors, lengths = read_vectors(embeddings, others.tolist(), loaded)
+        said = pd.DataFrame(describe_cells(loaded, vectors, lengths, known, settings))
+        tables.append(said.assign(cell_id=cells, split=split))
+    PREDICTIONS.write(pd.concat(tables, ignore_index=True)[list(PREDICTIONS.columns)], predictions)
+
+
+def cells_in(embeddings: list[str], corpus: str, split: str) -> pd.DataFrame:
+    """Return the cells of a split that the given shards of embeddings hold, in corpus order."""
+    cells = CELLS.read(corpus, ["cell_id", "split"])
+    here = {cell for path in embeddings for cell in shard_cells(path)}
+    return cells[(cells["split"] == split) & cells["cell_id"].isin(here)]

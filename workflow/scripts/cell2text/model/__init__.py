@@ -1,0 +1,1 @@
+"""Projectors, alignment and the model that joins them to a language model."""

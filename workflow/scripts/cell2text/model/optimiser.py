@@ -1,0 +1,100 @@
+"""AdamW that keeps float32 masters of bfloat16 weights, and a state that safetensors can hold."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """AdamW on float32 copies of the weights, which it writes back after each step.
+
+    In bfloat16 an update smaller than 1/256 of a weight is lost; the masters add such updates up.
+
+    Parameters
+    ----------
+    groups
+        For each learning rate, the named parameters that take it.
+    clip
+        Largest norm of the whole gradient.
+    """
+
+    def __init__(self, groups: list[tuple[float, dict[str, nn.Parameter]]], clip: float = 1.0):
+        self.parameters = {name: value for _, group in groups for name, value in group.items()}
+        self.masters = {name: value.detach().float().clone() for name, value in self.parameters.items()}
+        self.clip = clip
+        self.rates = [rate for rate, _ in groups]
+        self.adam = torch.optim.AdamW(
+            [{"params": [self.masters[name] for name in group], "lr": rate} for rate, group in groups],
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+            fused=True,
+        )
+
+    def step(self, gradient_scale: float, rate_scale: float) -> None:
+        """Clip, step and write back, then forget the gradients.
+
+        Parameters
+        ----------
+        gradient_scale
+            What the summed gradients are multiplied by, as 1/tokens for a mean over tokens.
+        rate_scale
+            Of the schedule: this share of each group's learning rate.
+        """
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            self.masters[name].grad = None if gradient is None else gradient.float() * gradient_scale
+            parameter.grad = None
+        nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_scale
+        self.adam.step()
+        self.write_back(self.masters)
+
+    @torch.no_grad()
+    def write_back(self, weights: dict[str, Tensor]) -> None:
+        """Copy float32 weights into the model's own."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return masters and moments as named tensors."""
+        tensors = {f"master.{name}": value for name, value in self.masters.items()}
+        for name, value in self.masters.items():
+            for key, moment in self.adam.state.get(value, {}).items():
+                tensors[f"{key}.{name}"] = moment
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` returned."""
+        with torch.no_grad():
+            for name, value in self.masters.items():
+                value.copy_(tensors[f"master.{name}"])
+                moments = {
+                    key: tensors[f"{key}.{name}"].to(value.device)
+                    if key != "step"
+                    else tensors[f"{key}.{name}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in tensors
+                }
+                if moments:
+                    self.adam.state[value] = moments
+        self.write_back(self.masters)
+
+
+def warm_up_then_decay(total: int, warm_up_share: float = 0.05) -> Callable[[int], float]:
+    """Return the schedule of learning rates: a straight rise over the first share of steps, then a straight fall.
+
+    Parameters
+    ----------
+    total
+        Steps of the whole training.
+    warm_up_share
+        Share of them in which the rate rises.
+    """
+    rise = max(1, round(total * warm_up_share))
+
+    def scale(step: int) -> float:
+        return (step + 1) / rise if step < rise else max(0.0, (total - step) / max(1, total - rise))
+
+    return scale

@@ -1,0 +1,446 @@
+"""Fine-tuning: the projector aligned to the labels' names, then projector and adapter trained on the texts.
+
+Every random choice is drawn from the seed and the number of the step, so a run that was killed goes on from
+its last checkpoint through the same batches to the same weights.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS, read_json, whole_file
+from cell2text.embedding import read_embeddings
+from cell2text.errors import InputError
+from cell2text.model.alignment import LabelTargets
+from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, pick_device, read_vectors, save
+from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
+from cell2text.progress import Progress
+from cell2text.provenance import hash_config, hash_file
+
+log = logging.getLogger("cell2text.training")
+
+ALIGN_CELLS = 256  # cells a step of alignment
+ALIGN_RATE = 1e-3
+INPUT_NOISE = 0.1  # of the spread of the training cells' vectors, while aligning
+BUCKET = 16  # batches among which cells are sorted by the length of their text
+
+
+@dataclass
+class Cells:
+    """Cells of one split, as the model takes them.
+
+    Parameters
+    ----------
+    vectors, lengths
+        What the projector reads: float32 (cells, ...) and int64 (cells,).
+    texts
+        Token ids of each description with the end token, int64.
+    labels
+        Class number of each cell type, -1 where it is not known, int64 (cells,).
+    """
+
+    vectors: Tensor
+    lengths: Tensor
+    texts: list[Tensor]
+    labels: Tensor
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return vectors, lengths, texts padded on the right, which tokens are there, and labels."""
+        texts = [self.texts[row] for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        there = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
+        parts = (self.vectors[rows], self.lengths[rows], padded, there, self.labels[rows])
+        return tuple(part.to(device) for part in parts)
+
+
+def batches(text_lengths: np.ndarray, batch_cells: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the rows of each batch of an epoch: shuffled, but texts of like length together.
+
+    Parameters
+    ----------
+    text_lengths
+        Tokens of each text, (cells,).
+    batch_cells
+        Cells of a batch.
+    seed, epoch
+        The same pair gives the same batches.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(text_lengths))
+    found = []
+    for start in range(0, len(order), BUCKET * batch_cells):
+        bucket = order[start : start + BUCKET * batch_cells]
+        bucket = bucket[np.argsort(text_lengths[bucket], kind="stable")]
+        found += [bucket[i : i + batch_cells] for i in range(0, len(bucket), batch_cells)]
+    return [found[i] for i in random.permutation(len(found))]
+
+
+def align(
+    model: Cell2Text, targets: LabelTargets, cells: Cells, steps: int, seed: int, device: torch.device
+) -> list[dict]:
+    """Train the projector alone, to place each cell at the name of its label.
+
+    Returns
+    -------
+    list of dict
+        Rows of ``contracts.HISTORY``, one for every tenth step.
+    """
+    projector = model.projector
+    adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01)
+    schedule = warm_up_then_decay(steps)
+    vectors, lengths, labels = (part.to(device) for part in (cells.vectors, cells.lengths, cells.labels))
+    history, start = [], time.monotonic()
+    progress = Progress(steps, "alignment steps")
+    for step in range(steps):
+        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(len(labels), (min(ALIGN_CELLS, len(labels)),), generator=random).to(device)
+        loss = targets.loss(
+            *projector(add_noise(vectors[rows], lengths[rows], projector, random), lengths[rows]),
+            labels[rows],
+        )
+        adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        progress.advance(1)
+        if step % 10 == 0 or step == steps - 1:
+            value = float(loss.detach())
+            history.append(_row("align", step, 0, value, value, adam.param_groups[0]["lr"], 0, start))
+    return history
+
+
+def add_noise(
+    vectors: Tensor, lengths: Tensor, projector: torch.nn.Module, random: torch.Generator
+) -> Tensor:
+    """Return the vectors with normal noise, drawn on the CPU so that every device gets the same."""
+    noise = torch.randn(vectors.shape, generator=random).to(vectors.device)
+    return vectors + INPUT_NOISE * projector.spread * noise
+
+
+def _row(
+    stage: str, step: int, epoch: int, loss: float, align_loss: float, rate: float, tokens: int, start: float
+) -> dict:
+    return {
+        "stage": stage,
+        "step": step,
+        "epoch": epoch,
+        "loss": loss,
+        "align_loss": align_loss,
+        "validation_loss": math.nan,
+        "learning_rate": rate,
+        "tokens": tokens,
+        "seconds": time.monotonic() - start,
+    }
+
+
+@dataclass
+class State:
+    """How far fine-tuning has come.
+
+    Parameters
+    ----------
+    step, epoch
+        The next step to do and the epoch it belongs to.
+    best_loss, best_epoch
+        Lowest validation loss so far and the epoch that ended with it.
+    history
+        Rows of ``contracts.HISTORY``.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    history: list[dict] = field(default_factory=list)
+
+
+class Finetuning:
+    """Projector and adapter trained together on the texts of the training cells.
+
+    Parameters
+    ----------
+    model
+        With its projector aligned.
+    targets
+        Of alignment, which stays as an auxiliary loss.
+    train, validation
+        Cells of the two splits.
+    settings
+        The config's ``finetune`` section.
+    seed
+        Of the batches and the noise.
+    checkpoints
+        Folder for checkpoints.
+    fingerprint
+        Of everything that the result depends on; a checkpoint with another one is not taken up.
+    """
+
+    def __init__(
+        self,
+        model: Cell2Text,
+        targets: LabelTargets,
+        train: Cells,
+        validation: Cells,
+        settings: dict,
+        seed: int,
+        checkpoints: Path,
+        fingerprint: str,
+    ):
+        self.model, self.targets, self.train, self.validation = model, targets, train, validation
+        self.settings, self.seed = settings, seed
+        self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
+        self.text_lengths = np.array([len(text) for text in train.texts])
+        self.steps_an_epoch = math.ceil(len(train.texts) / settings["batch_cells"])
+        self.schedule = warm_up_then_decay(self.steps_an_epoch * settings["epochs"])
+        trainable = model.trainable()
+        projector = {name: value for name, value in trainable.items() if name.startswith("projector.")}
+        adapter = {name: value for name, value in trainable.items() if name not in projector}
+        self.optimiser = MasterAdamW(
+            [(settings["learning_rate"], adapter), (settings["projector_learning_rate"], projector)]
+        )
+        self.state = State()
+        self.best: dict[str, Tensor] = {}
+
+    def run(self) -> State:
+        """Train until the epochs are done or the validation loss has stopped falling; keep the best epoch."""
+        total = len(self.train.texts) * self.settings["epochs"]
+        done = min(self.state.step * self.settings["batch_cells"], total)
+        self.progress = Progress(total, "cells", done=done)
+        self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
+        while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
+            self._run_epoch()
+        log.info("best epoch %d, validation loss %.4f", self.state.best_epoch + 1, self.state.best_loss)
+        self.optimiser.write_back(self.best)
+        return self.state
+
+    def _stopped_improving(self) -> bool:
+        return self.state.epoch - 1 - self.state.best_epoch >= self.settings["patience"]
+
+    def _run_epoch(self) -> None:
+        state = self.state
+        rows = batches(self.text_lengths, self.settings["batch_cells"], self.seed, state.epoch)
+        self.model.train()
+        for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
+            state.history.append(self._step(batch))
+            state.step += 1
+            self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}")
+            if state.step % self.settings["checkpoint_steps"] == 0 and batch is not rows[-1]:
+                self.write_checkpoint()
+        loss = self.validate()
+        state.history[-1]["validation_loss"] = loss
+        log.info("epoch %d: validation loss %.4f nats a token", state.epoch + 1, loss)
+        if loss < state.best_loss:
+            state.best_loss, state.best_epoch = loss, state.epoch
+            self.best = {name: value.clone() for name, value in self.optimiser.masters.items()}
+        state.epoch += 1
+        self.write_checkpoint()
+
+    def _step(self, rows: np.ndarray) -> dict:
+        model, state = self.model, self.state
+        vectors, lengths, text, there, labels = self.train.batch(rows, model.device)
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + state.step)
+        soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
+        prompt, mask = model.put_into_prompt(soft, soft_there)
+        loss, tokens = model.text_loss(prompt, mask, text, there)
+        align_loss = self.targets.loss(soft, soft_there, labels)
+        (loss + self.settings["align_weight"] * align_loss * tokens).backward()
+        value = float(loss.detach()) / int(tokens)
+        if not math.isfinite(value):
+            raise InputError(
+                "config: finetune.learning_rate",
+                f"the loss is not finite at step {state.step + 1}",
+                "Lower the learning rate and run again",
+            )
+        rate = self.schedule(state.step)
+        self.optimiser.step(1 / int(tokens), rate)
+        size = mask.numel() + there.numel()
+        rate *= self.settings["learning_rate"]
+        return _row(
+            "finetune", state.step, state.epoch, value, float(align_loss.detach()), rate, size, self.start
+        )
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the mean negative log likelihood of a token of the validation texts, in nats."""
+        self.model.eval()
+        order = np.argsort([len(text) for text in self.validation.texts], kind="stable")
+        size = self.settings["batch_cells"]
+        total, count = 0.0, 0
+        for start in range(0, len(order), size):
+            vectors, lengths, text, there, _ = self.validation.batch(
+                order[start : start + size], self.model.device
+            )
+            loss, tokens = self.model.text_loss(*self.model.read_cells(vectors, lengths), text, there)
+            total, count = total + float(loss), count + int(tokens)
+        return total / count
+
+    def write_checkpoint(self) -> None:
+        """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
+        tensors = {f"optimiser.{name}": value.contiguous() for name, value in self.optimiser.state().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        metadata = {"fingerprint": self.fingerprint, "state": json.dumps(asdict(self.state))}
+        with whole_file(self.checkpoint_file) as unfinished:
+            save_file(tensors, unfinished, metadata=metadata)
+
+    def take_up_checkpoint(self) -> bool:
+        """Go back to the last checkpoint; return whether there was one for this very run."""
+        if not self.checkpoint_file.is_file():
+            return False
+        with safe_open(self.checkpoint_file, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["fingerprint"] != self.fingerprint:
+                log.info("the checkpoint belongs to other settings or data: starting anew")
+                return False
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        self.state = State(**json.loads(metadata["state"]))
+        self.optimiser.restore(_with_prefix(tensors, "optimiser."))
+        self.best = {
+            name: value.to(self.model.device) for name, value in _with_prefix(tensors, "best.").items()
+        }
+        log.info("going on from step %d of epoch %d", self.state.step, self.state.epoch + 1)
+        return True
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def read_cells(
+    descriptions: pd.DataFrame, split: str, embeddings: list[str], classes: list[str], model: Cell2Text
+) -> Cells:
+    """Return the cells of one split, their texts as tokens.
+
+    Parameters
+    ----------
+    descriptions
+        Rows of ``contracts.DESCRIPTIONS``.
+    split
+        Which split to take.
+    embeddings
+        Files of ``contracts.EMBEDDINGS``.
+    classes
+        Ids of the cell types, in the order of their class numbers.
+    model
+        Its projector says which vectors to read, its tokenizer makes the tokens.
+    """
+    rows = descriptions[descriptions["split"] == split]
+    vectors, lengths = read_vectors(embeddings, rows["cell_id"].to_list(), model)
+    ids = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)["input_ids"]
+    end = model.tokenizer.eos_token_id
+    number = {label: i for i, label in enumerate(classes)}
+    return Cells(
+        vectors,
+        lengths,
+        [torch.tensor([*text, end]) for text in ids],
+        torch.tensor([number.get(label, -1) for label in rows["cell_type_id"]]),
+    )
+
+
+def finetune(
+    language_model: str,
+    descriptions: str,
+    terms: str,
+    embeddings: list[str],
+    directory: str,
+    projector: dict,
+    settings: dict,
+    seed: int,
+    library: str,
+) -> None:
+    """Fine-tune a language model to describe cells, and save adapter, projector and history.
+
+    Parameters
+    ----------
+    language_model
+        A Hugging Face directory.
+    descriptions, terms, embeddings
+        Files of ``contracts.DESCRIPTIONS``, ``contracts.TERMS`` and ``contracts.EMBEDDINGS``.
+    directory
+        Where the model goes. Checkpoints lie beside it, in ``{directory}.checkpoints``, until it is there.
+    projector, settings
+        The config's ``projector`` and ``finetune`` sections.
+    seed
+        Of weights, batches and noise.
+    library
+        Version of the code, part of the checkpoint's fingerprint.
+    """
+    torch.manual_seed(seed)
+    device = pick_device()
+    texts = DESCRIPTIONS.read(descriptions)
+    training_rows = texts[texts["split"] == "train"]
+    ids = training_rows["cell_id"].to_list()
+    dimensions = read_embeddings(embeddings, ids[:1], ["pooled"])["pooled"].shape[1]
+    lora = {"r": settings["lora_rank"], "lora_alpha": settings["lora_alpha"]}
+    model = build(language_model, projector, dimensions, lora, device)
+    classes = sorted(training_rows["cell_type_id"].dropna().unique())
+    train, validation = (
+        read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation")
+    )
+    vectors = train.vectors
+    if model.projector.reads == "gene_vectors":
+        vectors = vectors[torch.arange(vectors.shape[1]) < train.lengths[:, None]]
+    model.projector.fit_inputs(vectors.to(device))
+    table = TERMS.read(terms)
+    names = table[table["slot"] == "cell_type"].set_index("id")["name"]
+    targets = LabelTargets.of(
+        [names[label] for label in classes],
+        model.tokenizer,
+        model.language_model.get_input_embeddings().weight,
+    )
+    source = read_json(Path(language_model, "source.json"))
+    fingerprint = hash_config(
+        {
+            "projector": projector,
+            "settings": settings,
+            "seed": seed,
+            "library": library,
+            "language_model": source,
+            "files": [hash_file(path) for path in (descriptions, *embeddings)],
+        }
+    )
+    checkpoints = Path(f"{directory}.checkpoints")
+    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint)
+    log.info(
+        "%d training and %d validation cells, %d cell types, %.1f million weights to train, on %s",
+        len(train.texts),
+        len(validation.texts),
+        len(classes),
+        sum(value.numel() for value in work.optimiser.masters.values()) / 1e6,
+        device,
+    )
+    if not work.take_up_checkpoint():
+        work.state.history = align(model, targets, train, settings["align_steps"], seed, device)
+        work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint)
+    state = work.run()
+    _save(work, state, Path(directory), source, classes, seed)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _save(
+    work: Finetuning, state: State, directory: Path, source: dict, classes: list[str], seed: int
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
+    about = {
+        "language_model": source,
+        "finetune": work.settings,
+        "cell_types": classes,
+        "training_cells": len(work.train.texts),
+        "trainable_parameters": sum(value.numel() for value in work.optimiser.masters.values()),
+        "best_epoch": state.best_epoch + 1,
+        "validation_loss": state.best_loss,
+        "seed": seed,
+        "instruction": INSTRUCTION,
+    }
+    save(work.model, directory, about)

@@ -1,0 +1,20 @@
+"""Embed the genes of one shard of a dataset's cells."""
+
+from cell2text.embedding import embed_shard
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    embed_shard(
+        snakemake.input.encoder,
+        snakemake.input.tokens,
+        snakemake.output.embeddings,
+        shard=snakemake.params.shard,
+        shards=snakemake.params.shards,
+        top_k=snakemake.params.top_k,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

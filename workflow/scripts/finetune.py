@@ -1,0 +1,23 @@
+"""Fine-tune the language model to describe cells."""
+
+from cell2text.job import run_job
+from cell2text.training import finetune
+
+
+def main(snakemake):
+    """Run the rule."""
+    finetune(
+        snakemake.input.language_model,
+        snakemake.input.descriptions,
+        snakemake.input.terms,
+        snakemake.input.embeddings,
+        snakemake.output.model,
+        projector=snakemake.params.projector,
+        settings=snakemake.params.finetune,
+        seed=snakemake.params.seed,
+        library=snakemake.params.library,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

@@ -1,0 +1,22 @@
+"""Describe the cells of one split and shard with the fine-tuned model."""
+
+from cell2text.generation.describe import generate_descriptions
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    generate_descriptions(
+        snakemake.input.model,
+        snakemake.input.language_model,
+        snakemake.input.corpus,
+        snakemake.input.terms,
+        snakemake.input.embeddings,
+        snakemake.output.generations,
+        split=snakemake.wildcards.split,
+        settings=snakemake.params.generate,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821
