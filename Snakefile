@@ -52,8 +52,4 @@ rule corpus:
 
 rule embeddings:
     input:
-        collect(
-            "<results>/embeddings/{dataset}/{shard}.safetensors",
-            dataset=DATASETS,
-            shard=SHARDS,
-        ),
+        EMBEDDINGS,

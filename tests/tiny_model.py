@@ -44,6 +44,7 @@ def write_tiny_model(directory: Path, width: int = 32) -> Path:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
+            initializer_range=0.3,  # so that frozen random weights can still say anything
             bos_token_id=fast.bos_token_id,
             eos_token_id=fast.eos_token_id,
             pad_token_id=fast.pad_token_id,

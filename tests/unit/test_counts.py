@@ -71,6 +71,17 @@ def test_counts_are_found_in_every_place_and_form(tmp_path, parts):
     assert list(cells.obs_names) == ["study|cell0", "study|cell1", "study|cell2"]
 
 
+def test_counts_in_raw_bring_the_genes_of_raw(tmp_path):
+    whole = ad.AnnData(COUNTS, var=pd.DataFrame(index=GENES))
+    few = whole[:, [2, 0]].copy()
+    few.raw = whole
+    few.X = np.log1p(few.X)
+    few.write_h5ad(tmp_path / "in.h5ad")
+    cells = fetch({"dataset": "study", "source": str(tmp_path / "in.h5ad")}, tmp_path)
+    assert list(cells.var_names) == GENES
+    assert (cells.X.toarray() == COUNTS).all()
+
+
 def test_dense_counts_are_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(counts, "CELLS_AT_ONCE", 2)
     cells = fetch(write_study(tmp_path / "in.h5ad", matrix=COUNTS), tmp_path)

@@ -21,6 +21,9 @@ except InputError as error:
 
 DATASETS = sorted(SHEET)
 SHARDS = [str(shard) for shard in range(config["shards"])]
+EMBEDDINGS = collect(
+    "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS
+)
 SPLITS = ["validation", "test"]
 BASELINES = ["majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
@@ -33,8 +36,8 @@ wildcard_constraints:
 
 
 def mem_from_input(wildcards, input, attempt):
-    """MB of memory for work that holds a few copies of its input."""
-    return max(2000, int(6 * input.size_mb)) * attempt
+    """MB of memory for work that holds its input, which lies compressed on disk, a few times."""
+    return max(2000, int(12 * input.size_mb)) * attempt
 
 
 def hours(amount):

@@ -70,7 +70,7 @@ rule score_pathways:
         "<benchmarks>/score_pathways/{dataset}.jsonl"
     conda:
         "../../envs/cells.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=mem_from_input,
         runtime=hours(2),

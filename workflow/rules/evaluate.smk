@@ -60,7 +60,7 @@ rule baseline_knn:
     input:
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
-        embeddings=rules.embeddings.input,
+        embeddings=EMBEDDINGS,
     output:
         predictions="<results>/baselines/knn.parquet",
     log:
@@ -84,7 +84,7 @@ rule baseline_knn:
 rule baseline_nearest_text:
     input:
         descriptions="<results>/corpus/descriptions.parquet",
-        embeddings=rules.embeddings.input,
+        embeddings=EMBEDDINGS,
     output:
         predictions="<results>/baselines/nearest_text.parquet",
     log:
@@ -111,7 +111,7 @@ rule baseline_shuffled:
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
-        embeddings=rules.embeddings.input,
+        embeddings=EMBEDDINGS,
     output:
         predictions="<results>/baselines/shuffled.parquet",
     log:

@@ -12,7 +12,7 @@ rule finetune:
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
         encoder="<results>/encoder",
-        embeddings=rules.embeddings.input,
+        embeddings=EMBEDDINGS,
     output:
         model=directory("<results>/model"),
     log:

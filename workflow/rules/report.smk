@@ -20,7 +20,7 @@ rule render_report:
         audit="<results>/corpus/audit.json",
         qc=collect("<results>/qc/{dataset}.json", dataset=DATASETS),
         qc_plots=collect("<results>/qc/{dataset}.svg", dataset=DATASETS),
-        embeddings=rules.embeddings.input,
+        embeddings=EMBEDDINGS,
         model="<results>/model",
     output:
         report=report(

@@ -126,6 +126,8 @@ class TensorContract:
         from safetensors.numpy import save_file
 
         self._check(tensors, len(cell_ids), path)
+        # safetensors writes the memory as it lies: a matrix in Fortran order would come back scrambled
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"cell_ids": json.dumps(cell_ids)})
 

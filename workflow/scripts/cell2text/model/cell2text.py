@@ -142,10 +142,11 @@ class Cell2Text(nn.Module):
         # The hidden state before a token predicts it.
         states = hidden[:, prompt.shape[1] - 1 : -1][text_mask]
         head = self.language_model.get_output_embeddings()
-        loss = functional.linear_cross_entropy(
-            states, head.weight, text[text_mask], linear_bias=head.bias, reduction="sum"
+        losses = functional.linear_cross_entropy(
+            states, head.weight, text[text_mask], linear_bias=head.bias, reduction="none"
         )
-        return loss, text_mask.sum()
+        # each in the model's dtype, but summed in float32: a sum in bfloat16 has two digits
+        return losses.float().sum(), text_mask.sum()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that fine-tuning changes, by name, in a fixed order."""

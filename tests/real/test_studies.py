@@ -1,0 +1,55 @@
+"""Eight real studies go through unchanged: whole counts, known ids, hardly a labelled cell lost."""
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from cell2text.contracts import QC
+from cell2text.counts import fetch_dataset
+from cell2text.qc import filter_cells
+
+STUDIES = (
+    "brain_darmanis",
+    "lung_lines_mixology",
+    "nsclc_zilionis",
+    "pancreas_baron",
+    "pbmc3k",
+    "pdac_moncada",
+    "telencephalon_culture",
+    "tnbc_wu",
+)
+# A panel of 1,700 genes, of which a cell expresses 125, and cells whose authors kept up to 67% of
+# mitochondrial counts, need limits of their own.
+LIMITS = {
+    "min_genes": {"telencephalon_culture": 50, "pdac_moncada": 50},
+    "min_counts": {"telencephalon_culture": 100, "pdac_moncada": 100},
+    "max_mitochondrial_percent": {"telencephalon_culture": 50},
+}
+DEFAULTS = {"min_genes": 200, "min_counts": 300, "max_mitochondrial_percent": 20}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_goes_through_unchanged(tmp_path, request, name):
+    source = request.config.rootpath.parent / f"shared/data/studies/{name}.h5ad"
+    if not source.exists():
+        pytest.skip(f"{source} is not at hand")
+    fetch_dataset({"dataset": name, "source": str(source)}, tmp_path / "raw.h5ad")
+    given, cells = ad.read_h5ad(source), ad.read_h5ad(tmp_path / "raw.h5ad")
+    assert list(cells.obs_names) == [f"{name}|{barcode}" for barcode in given.obs_names]
+    assert list(cells.var_names) == list(given.var_names)
+    assert (cells.var["symbol"] == given.var["feature_name"].astype(str)).all()
+    assert (cells.X != given.X).nnz == 0
+    for column in cells.obs.columns.intersection(given.obs.columns):
+        assert (cells.obs[column].astype(str).to_numpy() == given.obs[column].astype(str).to_numpy()).all(), (
+            column
+        )
+
+    files = [tmp_path / file for file in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
+    limits = {limit: LIMITS[limit].get(name, default) for limit, default in DEFAULTS.items()}
+    filter_cells(tmp_path / "raw.h5ad", *files, limits=limits)
+    table, kept = QC.read(files[1]), ad.read_h5ad(files[0])
+    labelled = (given.obs["cell_type_ontology_term_id"] != "unknown").to_numpy()
+    assert table["kept"][labelled].mean() >= 0.9
+    assert not table["kept"][~labelled].any()
+    assert list(kept.obs_names) == list(table["cell_id"][table["kept"]])
+    assert (given.X[np.flatnonzero(table["kept"])] != kept.X).nnz == 0

@@ -1,0 +1,303 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+
+from cell2text.contracts import CELLS, DESCRIPTIONS, PREDICTIONS, TERM_SLOTS, TERMS, read_json, write_jsonl
+from cell2text.descriptions import Terms
+from cell2text.errors import InputError
+from cell2text.evaluation import figures
+from cell2text.evaluation.bootstrap import Bootstrap
+from cell2text.evaluation.comparison import plot_comparison
+from cell2text.evaluation.evaluate import evaluate
+from cell2text.evaluation.metrics import known, score_method, term_similarities
+from cell2text.evaluation.tables import confusion, per_class
+
+B_CELL, NK_CELL, CD4_T = "CL:0000236", "CL:0000623", "CL:0000624"
+NAMES = {B_CELL: "B cell", NK_CELL: "natural killer cell", CD4_T: "CD4-positive, alpha-beta T cell"}
+TERM_TABLE = pd.DataFrame(
+    [("cell_type", key, name, "") for key, name in NAMES.items()]
+    + [("pathway", key, key.lower(), "") for key in ("P1", "P2", "P3")],
+    columns=["slot", "id", "name", "definition"],
+)
+
+
+def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test", status="parsed"):
+    """Rows that serve as truth and as predictions; slots other than the cell type are empty."""
+    n = len(cell_types)
+    table = pd.DataFrame({"cell_id": [f"cell {i}" for i in range(n)], "split": split, "status": status})
+    for slot in TERM_SLOTS:
+        table[f"{slot}_id"] = pd.Series([None] * n, dtype=object)
+        table[f"{slot}_confidence"] = np.float32("nan")
+    table["cell_type_id"] = known(pd.Series(cell_types, dtype=object))
+    if confidence is not None:
+        table["cell_type_confidence"] = np.array(confidence, dtype=np.float32)
+    table["pathway_ids"] = pd.Series(pathways or [[]] * n, dtype=object)
+    table["text"] = texts or [f"This is a {NAMES.get(term)}." for term in cell_types]
+    table["definition"] = None
+    return table
+
+
+def scores(truth, predicted, donors=None, replicates=50):
+    donors = pd.Series(range(len(truth))) if donors is None else donors
+    bootstrap = Bootstrap(donors, replicates, seed=0)
+    rows = score_method(truth, predicted, term_similarities([truth, predicted]), bootstrap)
+    return {(row["slot"], row["metric"]): row for row in rows}
+
+
+def test_cell_type_figures_by_hand():
+    truth = cells_of([B_CELL, B_CELL, NK_CELL, CD4_T])
+    predicted = cells_of([B_CELL, NK_CELL, NK_CELL, None])
+    found = scores(truth, predicted)
+    assert found["cell_type", "accuracy"]["value"] == 0.5
+    # F1: B 2*1/(2+1), NK 2*1/(1+2), CD4 0
+    assert found["cell_type", "macro_f1"]["value"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert found["cell_type", "abstention"]["value"] == 0.25
+    near = term_similarities([truth, predicted])["cell_type"]["similarity"].loc[NK_CELL, B_CELL]
+    assert 0 < near < 1
+    assert found["cell_type", "similarity"]["value"] == pytest.approx((1 + near + 1 + 0) / 4)
+    assert found["cell_type", "similarity_among_errors"]["value"] == pytest.approx(near / 2)
+    assert found["cell_type", "similarity_among_errors"]["n"] == 2
+    assert found["cell_type", "accuracy"]["n"] == 4
+
+
+def test_a_cell_without_truth_is_left_out_and_unknown_is_never_right():
+    truth = cells_of([None, "unknown", B_CELL, NK_CELL])
+    found = scores(truth, cells_of([None, "unknown", "unknown", NK_CELL]))
+    assert found["cell_type", "accuracy"]["value"] == 0.5
+    assert found["cell_type", "accuracy"]["n"] == 2
+    assert found["cell_type", "abstention"]["value"] == 0.5
+    assert ("tissue", "accuracy") not in found
+
+
+def test_a_guess_at_a_cell_without_truth_costs_no_precision():
+    truth = cells_of([None, B_CELL])
+    assert scores(truth, cells_of([B_CELL, B_CELL]))["cell_type", "macro_f1"]["value"] == 1
+
+
+def test_no_error_gives_no_similarity_among_errors():
+    truth = cells_of([B_CELL, NK_CELL])
+    found = scores(truth, truth)
+    assert ("cell_type", "similarity_among_errors") not in found
+    assert found["cell_type", "similarity_paper"]["value"] == 1
+
+
+labels = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcde")), min_size=1, max_size=30)
+
+
+@given(labels)
+@settings(max_examples=50, deadline=None)
+def test_macro_f1_is_that_of_scikit_learn(pairs):
+    truth, predicted = (pd.Series(list(column)) for column in zip(*pairs, strict=True))
+    classes = pd.Index(sorted(set(truth)))
+    sums = figures.class_statistics(truth, predicted, classes).sum(axis=0)[None]
+    expected = f1_score(truth, predicted, labels=list(classes), average="macro", zero_division=0)
+    assert figures.macro_f1(sums)[0] == pytest.approx(expected)
+
+
+def test_sets_of_pathways_by_hand():
+    truth = pd.Series([["P1", "P2"], ["P1", "P2"], [], ["P1"], ["P1", "P2"]])
+    said = pd.Series([np.array(["P2", "P1"]), ["P1", "P3"], None, [], ["P1", "P1"]])
+    equal, jaccard = figures.set_statistics(truth, said)
+    assert equal.tolist() == [1, 0, 1, 0, 0]
+    assert jaccard.tolist() == pytest.approx([1, 1 / 3, 1, 0, 0.5])
+
+
+def test_calibration_error_by_hand():
+    # Bins: 0.5-0.6 with confidences 0.5 and 0.58, one right: |0.54 - 0.5|; 0.9-1.0 with 0.95, 1.0 and 0.9,
+    # two right: |0.95 - 2/3|. The abstention and the cell without truth do not count.
+    truth = cells_of([B_CELL] * 6 + [None])
+    predicted = cells_of(
+        [B_CELL, NK_CELL, B_CELL, B_CELL, NK_CELL, None, B_CELL],
+        confidence=[0.5, 0.58, 0.95, 1.0, 0.9, 0.2, 0.1],
+    )
+    found = scores(truth, predicted)["cell_type", "calibration_error"]
+    assert found["value"] == pytest.approx((2 * 0.04 + 3 * (0.95 - 2 / 3)) / 5, abs=1e-6)
+    assert found["n"] == 5
+
+
+TEXTS = [
+    ("This is a B cell. It is small.", "This is a B cell. It is small."),
+    ("This is a natural killer cell.", "This is a B cell."),
+    ("This is a CD4-positive, alpha-beta T cell.", ""),
+    ("Most active gene programmes: one; then two.", "Most active gene programmes: two; then one, too."),
+]
+
+
+def test_bleu_is_that_of_sacrebleu():
+    reference, text = (pd.Series(list(column)) for column in zip(*TEXTS * 3, strict=True))
+    counts, overlap = figures.text_statistics(reference, text)
+    assert figures.bleu(counts.sum(axis=0)[None])[0] == pytest.approx(
+        sacrebleu.corpus_bleu(list(text), [list(reference)]).score / 100, abs=1e-12
+    )
+    # the words shared in order, over the mean length: 5 words against 6, of which 4
+    assert overlap[:3].tolist() == pytest.approx([1, 2 * 4 / (5 + 6), 0])
+
+
+def test_text_figures():
+    reference, text = (list(column) for column in zip(*TEXTS, strict=True))
+    truth = cells_of([B_CELL] * 4, texts=reference)
+    predicted = cells_of([B_CELL] * 4, texts=text, status=["parsed", "parsed", "failed", "partial"])
+    found = scores(truth, predicted)
+    assert found["text", "exact_match"]["value"] == 0.25
+    assert found["text", "parsed"]["value"] == 0.5
+    bleu = found["text", "bleu"]
+    assert 0 < bleu["low"] <= bleu["value"] <= bleu["high"] <= 1
+
+
+def test_a_method_without_text_has_no_text_figures():
+    truth = cells_of([B_CELL, NK_CELL])
+    found = scores(truth, truth.assign(text=None))
+    assert ("text", "bleu") not in found
+    assert ("text", "parsed") in found
+
+
+def test_bootstrap_is_deterministic_and_brackets_the_value():
+    rng = np.random.default_rng(0)
+    values = figures.mean_statistics(rng.random(60) < 0.7)
+    donors = pd.Series(rng.integers(8, size=60))
+    one = Bootstrap(donors, 500, seed=3).estimate(values, figures.ratio)
+    assert one == Bootstrap(donors, 500, seed=3).estimate(values, figures.ratio)
+    assert one != Bootstrap(donors, 500, seed=4).estimate(values, figures.ratio)
+    assert one[1] < one[0] < one[2]
+
+
+def test_bootstrap_draws_whole_donors():
+    # Cells of a donor are all right or all wrong: with two donors a replicate's mean is 0, 1/2 or 1, and each
+    # of 0 and 1 comes up in a quarter of the draws. Cells drawn one by one would stay near 1/2.
+    values = figures.mean_statistics(np.repeat([0.0, 1.0], 100))
+    donors = pd.Series(np.repeat(["one", "two"], 100))
+    bootstrap = Bootstrap(donors, 400, seed=0)
+    assert (bootstrap.unit, bootstrap.units) == ("donor", 2)
+    assert bootstrap.estimate(values, figures.ratio) == (0.5, 0, 1)
+    alone = Bootstrap(pd.Series(["one"] * 200), 400, seed=0)
+    assert (alone.unit, alone.units) == ("cell", 200)
+    _, low, high = alone.estimate(values, figures.ratio)
+    assert 0.4 < low < 0.5 < high < 0.6
+
+
+def test_bootstrap_of_a_mean_has_the_width_that_theory_gives():
+    values = np.random.default_rng(1).random(400)
+    bootstrap = Bootstrap(pd.Series(["one"] * 400), 2000, seed=0)
+    value, low, high = bootstrap.estimate(figures.mean_statistics(values), figures.ratio)
+    error = 1.96 * values.std() / np.sqrt(400)
+    assert value == pytest.approx(values.mean())
+    assert (value - low, high - value) == pytest.approx((error, error), rel=0.1)
+
+
+def test_names_with_commas_and_abstentions_survive_the_tables(tmp_path):
+    truth, said = pd.Series([CD4_T, CD4_T, B_CELL]), pd.Series([CD4_T, None, CD4_T])
+    terms = Terms(TERM_TABLE)
+    path = tmp_path / "confusion.tsv"
+    confusion("cell_type", truth, said, terms).to_csv(path, sep="\t", index=False)
+    pairs = pd.read_csv(path, sep="\t").set_index(["true_name", "predicted_name"])["n"]
+    assert pairs.to_dict() == {
+        ("B cell", NAMES[CD4_T]): 1,
+        (NAMES[CD4_T], NAMES[CD4_T]): 1,
+        (NAMES[CD4_T], "not determined"): 1,
+    }
+    rows = per_class("cell_type", truth, said, terms).set_index("name")
+    assert rows.loc[NAMES[CD4_T], ["n", "precision", "recall", "f1"]].tolist() == [2, 0.5, 0.5, 0.5]
+    assert np.isnan(rows.loc["B cell", "precision"]) and rows.loc["B cell", "f1"] == 0
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two splits of six cells, generations in two shards, one baseline."""
+    types = [B_CELL, NK_CELL, CD4_T, B_CELL, NK_CELL, CD4_T]
+    truth = pd.concat([cells_of(types, [["P1", "P2"]] * 6, split=split) for split in ("validation", "test")])
+    truth["cell_id"] = [f"cell {i}" for i in range(12)]
+    DESCRIPTIONS.write(truth[list(DESCRIPTIONS.columns)], tmp_path / "descriptions.parquet")
+    TERMS.write(TERM_TABLE, tmp_path / "terms.parquet")
+    corpus = pd.DataFrame(dict.fromkeys(CELLS.columns), index=range(12))
+    corpus["cell_id"], corpus["donor"] = truth["cell_id"].to_numpy(), ["s|1", "s|2"] * 3 + ["s|3"] * 6
+    CELLS.write(corpus, tmp_path / "cells.parquet")
+    predicted = truth.assign(cell_type_confidence=np.float32(0.75))[list(PREDICTIONS.columns)]
+    told = predicted.drop(columns="stage_confidence").astype(object).where(predicted.notna(), None)
+    for split, rows in told.groupby("split"):
+        for shard in range(2):
+            part = rows.iloc[shard::2].to_dict("records")
+            write_jsonl(part, tmp_path / f"generations/{split}/{shard}.jsonl")
+    PREDICTIONS.write(predicted.assign(cell_type_id=B_CELL), tmp_path / "majority.parquet")
+    for file in ("model/adapter/weights.safetensors", "model/projector.safetensors"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+    (tmp_path / "language_model").mkdir()
+    (tmp_path / "language_model/source.json").write_text(json.dumps({"licence": "Apache-2.0"}))
+    return tmp_path
+
+
+def run(folder, name="evaluation"):
+    outputs = {table: folder / name / f"{table}.tsv" for table in ("metrics", "per_class", "confusion")}
+    outputs |= {"calibration": folder / name / "calibration.tsv", "provenance": folder / name / "made.json"}
+    evaluate(
+        folder / "descriptions.parquet",
+        folder / "terms.parquet",
+        folder / "cells.parquet",
+        sorted(folder.glob("generations/*/*.jsonl")),
+        [folder / "majority.parquet"],
+        folder / "model",
+        folder / "language_model",
+        outputs,
+        seed=1,
+        replicates=100,
+        config_hash="hash",
+    )
+    return outputs
+
+
+def test_evaluation_end_to_end(results):
+    outputs = run(results)
+    metrics = pd.read_csv(outputs["metrics"], sep="\t")
+    value = metrics.set_index(["split", "method", "slot", "metric"])["value"]
+    assert value["test", "cell2text", "cell_type", "accuracy"] == 1
+    assert value["test", "majority", "cell_type", "accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+    assert value["validation", "majority", "pathways", "jaccard"] == 1
+    assert metrics["value"].between(0, 1).all()
+    bins = pd.read_csv(outputs["calibration"], sep="\t")
+    assert (bins["bin_low"].unique(), bins["bin_high"].unique()) == (0.7, 0.8)
+    assert bins.groupby("method")["accuracy"].max().to_dict() == pytest.approx(
+        {"cell2text": 1, "majority": 1 / 3}, abs=1e-6
+    )
+    made = read_json(outputs["provenance"])
+    assert made["bootstrap"]["splits"] == {
+        "validation": {"unit": "donor", "units": 2},
+        "test": {"unit": "cell", "units": 6},
+    }
+    assert sorted(made["model"]) == ["adapter/weights.safetensors", "projector.safetensors"]
+    assert made["language_model"] == {"licence": "Apache-2.0"}
+
+
+def test_equal_input_gives_equal_files(results):
+    one, two = run(results), run(results, "again")
+    assert all(one[table].read_bytes() == two[table].read_bytes() for table in one)
+
+
+@pytest.mark.parametrize("fault", ["missing", "surplus", "told twice"])
+def test_a_method_with_other_cells_is_refused(results, fault):
+    shard = results / "generations/test/0.jsonl"
+    first, *rest = shard.read_text().splitlines()
+    other = json.dumps(json.loads(first) | {"cell_id": "cell 99"})
+    lines = {"missing": rest, "surplus": [first, *rest, other], "told twice": [first, first, *rest]}[fault]
+    shard.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=f"generations.*1 {fault}, such as cell"):
+        run(results)
+    assert not (results / "evaluation").exists()
+
+
+def test_comparison_is_the_same_file_each_time_and_needs_test_cells(results):
+    metrics = run(results)["metrics"]
+    plots = [results / "one.svg", results / "two.svg"]
+    for plot in plots:
+        plot_comparison(metrics, plot)
+    assert plots[0].read_bytes() == plots[1].read_bytes()
+    assert plots[0].read_text().count("<!-- Cell2Text -->") == 1
+    table = pd.read_csv(metrics, sep="\t")
+    table[table["split"] == "validation"].to_csv(metrics, sep="\t", index=False)
+    with pytest.raises(InputError, match="no main figure of the test cells"):
+        plot_comparison(metrics, results / "three.svg")

@@ -1,0 +1,143 @@
+"""The project agrees with itself: pins, schema, documentation, and two halves that stay apart."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cell2text.config import check_config
+from cell2text.provenance import library_version
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "workflow/scripts"
+SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
+CELLS_PACKAGES = ["anndata", "scanpy", "decoupler", "cellxgene_ontology_guide"]
+LANGUAGE_PACKAGES = ["torch", "transformers", "peft"]
+
+
+def requirements_module():
+    spec = importlib.util.spec_from_file_location("requirements", ROOT / "envs/requirements.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_requirements_hold_the_pins_of_the_environments():
+    text = (ROOT / "requirements.txt").read_text()
+    named = text.split("# named in envs/\n")[1].split("\n\n")[0].splitlines()
+    assert named == [f"{name}=={version}" for name, version in requirements_module().named_pins().items()]
+    assert "torch==2.13.0" in named
+    pins = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins)
+    names = [pin.split("==")[0] for pin in pins]
+    assert len(names) == len(set(names))
+
+
+def test_installed_packages_are_the_required_ones():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = dict(line.split("==") for line in lines if "==" in line)
+    installed = requirements_module().installed()
+    differing = {name: installed.get(name) for name in required if installed.get(name) != required[name]}
+    assert differing == {}
+
+
+def test_rules_name_environments_and_scripts_that_exist():
+    for rules in (ROOT / "workflow/rules").glob("*.smk"):
+        for path in re.findall(r'"(\.\./[^"]+\.(?:yaml|py|rst))"', rules.read_text()):
+            assert (rules.parent / path).resolve().is_file(), f"{rules.name}: {path}"
+
+
+def test_every_rule_has_a_script_of_its_name():
+    rules = {
+        name: body
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for name, body in re.findall(r"^rule (\w+):\n((?:\n|    .*\n)+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(rules) > 15
+    for name, body in rules.items():
+        assert f'"../scripts/{name}.py"' in body
+        assert f'library_version("{name}.py")' in body
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == set(rules)
+
+
+def keys(schema, prefix=""):
+    for key, entry in schema.get("properties", {}).items():
+        yield from keys(entry, f"{prefix}{key}.") if "properties" in entry else [f"{prefix}{key}"]
+
+
+def test_every_key_is_explained():
+    explained = (ROOT / "config/README.md").read_text()
+    schema = yaml.safe_load(SCHEMA.read_text())
+    rows = [line.split("|")[1] for line in explained.splitlines() if line.startswith("| `")]
+    named = set()
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row)
+        stem = first.rsplit(".", 1)[0]
+        named |= {first} | {f"{stem}{other}" if other.startswith(".") else other for other in others}
+    assert set(keys(schema)) <= named
+    sheet = yaml.safe_load((ROOT / "workflow/schemas/datasets.schema.yaml").read_text())
+    assert set(sheet["properties"]) <= named
+    assert named <= set(keys(schema)) | set(sheet["properties"])
+
+
+@pytest.mark.parametrize("path", ["config/config.yaml", "tests/config/tiny.yaml"])
+def test_shipped_configs_obey_the_schema(path):
+    config = yaml.safe_load((ROOT / path).read_text())
+    assert check_config(config, SCHEMA, path)["run"] == config["run"]
+
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is of the other half")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def imports_without(modules, blocked):
+    code = BLOCK.format(blocked=blocked) + "".join(f"import {module}\n" for module in modules)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPTS)
+    assert result.returncode == 0, result.stderr
+
+
+def test_language_half_needs_no_single_cell_package():
+    modules = ["model_sources", "embedding", "encoders", "training", "model.cell2text", "generation.describe"]
+    imports_without([f"cell2text.{module}" for module in modules], CELLS_PACKAGES)
+
+
+def test_cells_half_needs_no_torch():
+    modules = ["counts", "qc", "corpus", "pathways", "rank_tokens", "ontology", "baselines"]
+    modules += ["evaluation.metrics", "evaluation.similarity", "report.page"]
+    imports_without([f"cell2text.{module}" for module in modules], LANGUAGE_PACKAGES)
+
+
+def test_library_version_follows_imports_and_not_comments(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (tmp_path / "script.py").write_text("from package.one import f\n")
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("from package import two\nf = two.g\n")
+    (package / "two.py").write_text("g = 1\n")
+    (package / "three.py").write_text("h = 1\n")
+    before = library_version("script.py", package)
+    (package / "two.py").write_text("# why\ng  =  1\n")
+    (package / "three.py").write_text("h = 2\n")
+    assert library_version("script.py", package) == before
+    (package / "two.py").write_text("g = 2\n")
+    assert library_version("script.py", package) != before
+
+
+def test_nothing_names_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".smk", ".yaml", ".tsv", ".toml", ""} and path.is_file():
+            assert not re.search(r"(?<![\w.])/(home|root|work|mnt)/\w", path.read_text()), name

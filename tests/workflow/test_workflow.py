@@ -1,0 +1,173 @@
+"""The whole workflow on a few cells: it runs, does nothing the second time, reruns what it must, and refuses mistakes."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GPU_RULES = {"embed_genes", "finetune", "generate_descriptions", "baseline_shuffled"}
+
+
+def snakemake(folder, *arguments):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+    return result.returncode, result.stdout + result.stderr
+
+
+def new_folder(folder, tiny_model):
+    shutil.copytree(ROOT / "config", folder / "config")
+    shutil.copytree(ROOT / "resources", folder / "resources", ignore=shutil.ignore_patterns("models"))
+    shutil.copy(ROOT / "tests/config/tiny.yaml", folder / "tiny.yaml")
+    shutil.copytree(tiny_model, folder / "tiny-model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_model):
+    """A folder in which the tiny run has ended."""
+    folder = new_folder(tmp_path_factory.mktemp("tiny") / "work", tiny_model)
+    code, output = snakemake(folder, "--cores", "2", "--configfile", folder / "tiny.yaml")
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def fresh(tmp_path, tiny_model):
+    return new_folder(tmp_path / "work", tiny_model)
+
+
+def planned(folder, *arguments):
+    """Return the rules that a dry run would run, and its output."""
+    code, output = snakemake(folder, "--dry-run", "--configfile", folder / "tiny.yaml", *arguments)
+    assert code == 0, output
+    return set(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)), output
+
+
+def test_tiny_run_leaves_what_the_design_names(finished):
+    results = finished / "results/tiny"
+    metrics = pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")
+    assert {"cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"} == set(
+        metrics["method"]
+    )
+    assert metrics["value"].dropna().between(0, 1).all()
+    rows = [
+        json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()
+    ]
+    cells = pd.read_parquet(results / "corpus/cells.parquet")
+    assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
+    assert (results / "report.html").stat().st_size > 50_000
+    assert not (results / "model.checkpoints").exists()
+    assert not [path for path in finished.rglob("*") if path.suffix in {".pkl", ".bin", ".pt"}]
+
+
+def test_second_run_does_nothing(finished):
+    rules, output = planned(finished)
+    assert rules == set()
+    assert "Nothing to be done" in output
+
+
+def test_lost_generations_are_made_again_without_fine_tuning(finished):
+    generations = finished / "results/tiny/generations"
+    kept = generations.with_name("kept")
+    generations.rename(kept)
+    try:
+        rules, _ = planned(finished)
+    finally:
+        kept.rename(generations)
+    assert {"generate_descriptions", "evaluate", "compare", "render_report"} <= rules
+    assert not rules & {"finetune", "embed_genes", "fit_encoder", "filter_cells", "fetch_language_model"}
+
+
+def test_an_evaluation_key_reruns_evaluation_only(finished, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text((finished / "tiny.yaml").read_text().replace("bootstrap: 50", "bootstrap: 60"))
+    code, output = snakemake(finished, "--dry-run", "--configfile", changed)
+    assert code == 0, output
+    rules = set(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE))
+    assert rules == {"all", "evaluate", "compare", "render_report"}
+
+
+def test_gpu_rules_declare_a_gpu_and_no_other_rule_does(fresh):
+    _, output = planned(fresh, "--verbose", "--workflow-profile", str(ROOT / "profiles/slurm"))
+    blocks = re.findall(r"^(?:local)?rule (\w+):\n(.*?)(?=\n\n|\Z)", output, re.MULTILINE | re.DOTALL)
+    assert {rule for rule, block in blocks if re.search(r"resources: .*\bgpu=1\b", block)} == GPU_RULES
+
+
+def test_snakemakes_own_report_builds(finished):
+    code, output = snakemake(
+        finished, "--configfile", finished / "tiny.yaml", "--report", finished / "snakemake-report.html"
+    )
+    assert code == 0, output
+    assert (finished / "snakemake-report.html").stat().st_size > 100_000
+
+
+def sheet(folder, **changes):
+    table = pd.read_csv(folder / "config/datasets.tsv", sep="\t", dtype=str, keep_default_na=False)
+    for column, value in changes.items():
+        table[column] = value
+    table.to_csv(folder / "config/datasets.tsv", sep="\t", index=False)
+
+
+def settings(folder, old, new):
+    path = folder / "tiny.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+MISTAKES = {
+    "unknown key": (
+        lambda folder: settings(folder, "seed: 1", "seeds: 1"),
+        r"tiny\.yaml: keys: .*'seeds' was unexpected.*config/README\.md",
+    ),
+    "value out of range": (
+        lambda folder: settings(folder, "epochs: 2", "epochs: 0"),
+        r"tiny\.yaml: finetune\.epochs: 0 is less than the minimum of 1",
+    ),
+    "shares": (
+        lambda folder: settings(folder, "train: 0.6", "train: 0.9"),
+        r"tiny\.yaml: split_shares: the three shares do not sum to 1",
+    ),
+    "missing file": (
+        lambda folder: sheet(folder, source="nowhere.h5ad"),
+        r"config/datasets\.tsv line 2: source: no such file: nowhere\.h5ad",
+    ),
+    "unknown column": (
+        lambda folder: sheet(folder, tisue="UBERON:0000178"),
+        r"config/datasets\.tsv line 2: keys: .*'tisue' was unexpected",
+    ),
+    "no sheet": (
+        lambda folder: (folder / "config/datasets.tsv").unlink(),
+        r"config/datasets\.tsv: no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_mistakes_are_told_before_anything_runs(fresh, mistake):
+    make, expected = MISTAKES[mistake]
+    make(fresh)
+    code, output = snakemake(fresh, "--cores", "1", "--configfile", fresh / "tiny.yaml")
+    assert code != 0
+    told = [line for line in output.splitlines() if re.search(expected, line)]
+    assert len(told) == 1, output
+    assert "Traceback" not in output
+    assert not (fresh / "results").exists()
+
+
+def test_a_mistake_in_a_rule_is_one_line_without_a_traceback(fresh):
+    sheet(fresh, label_column="no_such_column")
+    code, output = snakemake(
+        fresh, "--cores", "1", "--configfile", fresh / "tiny.yaml", "results/tiny/cells/pbmc68k.h5ad"
+    )
+    assert code != 0
+    log = (fresh / "logs/tiny/fetch_dataset/pbmc68k.log").read_text()
+    assert len(log.splitlines()) == 1, log
+    assert "no_such_column" in log
+    assert "Traceback" not in output
+    assert not list(fresh.glob("results/tiny/**/*.h5ad"))

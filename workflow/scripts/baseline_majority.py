@@ -1,0 +1,17 @@
+"""Call every cell by the most frequent training label."""
+
+from cell2text.baselines import predict_majority
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    predict_majority(
+        snakemake.input.descriptions,
+        snakemake.input.terms,
+        snakemake.output.predictions,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

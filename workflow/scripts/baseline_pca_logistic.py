@@ -1,0 +1,19 @@
+"""Predict the slots by logistic regression on principal components."""
+
+from cell2text.baselines import predict_pca_logistic
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    predict_pca_logistic(
+        snakemake.input.descriptions,
+        snakemake.input.terms,
+        snakemake.input.cells,
+        snakemake.output.predictions,
+        seed=snakemake.params.seed,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

@@ -1,0 +1,206 @@
+"""All methods scored on the validation and test cells, with what is needed to trace the scores."""
+
+import logging
+import platform
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cell2text.contracts import (
+    CELLS,
+    DESCRIPTIONS,
+    METRICS,
+    PREDICTIONS,
+    TERM_SLOTS,
+    TERMS,
+    read_json,
+    read_jsonl,
+    whole_file,
+    write_json,
+)
+from cell2text.descriptions import Terms
+from cell2text.errors import InputError
+from cell2text.evaluation import FINE_TUNED
+from cell2text.evaluation.bootstrap import Bootstrap
+from cell2text.evaluation.metrics import known, score_method, term_similarities
+from cell2text.evaluation.tables import calibration, confusion, per_class
+from cell2text.provenance import hash_file, versions
+
+log = logging.getLogger("cell2text.evaluation")
+
+EVALUATED = ("validation", "test")
+_TABLES = {
+    "per_class": ("id", "name", "n", "precision", "recall", "f1"),
+    "confusion": ("true_id", "true_name", "predicted_id", "predicted_name", "n"),
+    "calibration": ("bin_low", "bin_high", "confidence", "accuracy", "n"),
+}
+_MAIN = (
+    ("cell_type", "accuracy"),
+    ("cell_type", "macro_f1"),
+    ("cell_type", "similarity"),
+    ("pathways", "jaccard"),
+    ("text", "parsed"),
+)
+_PACKAGES = (
+    "anndata", "cellxgene-ontology-guide", "decoupler", "numpy", "pandas", "peft", "pyarrow", "rouge-score",
+    "sacrebleu", "safetensors", "scanpy", "scikit-learn", "scipy", "snakemake", "torch", "transformers",
+)  # fmt: skip
+
+
+def evaluate(
+    descriptions: str,
+    terms: str,
+    corpus: str,
+    generations: list[str],
+    baselines: list[str],
+    model: str,
+    language_model: str,
+    outputs: dict[str, str],
+    seed: int,
+    replicates: int,
+    config_hash: str,
+) -> None:
+    """Score the fine-tuned model and the baselines and write the tables of the evaluation.
+
+    Parameters
+    ----------
+    descriptions, terms, corpus
+        Files of ``contracts.DESCRIPTIONS``, ``contracts.TERMS`` and ``contracts.CELLS``.
+    generations
+        JSONL files of the fine-tuned model, whose keys are the columns of ``contracts.PREDICTIONS``.
+    baselines
+        Files of ``contracts.PREDICTIONS``; a method is named by its file.
+    model, language_model
+        Directories of the fine-tuned and of the fetched model, for the record.
+    outputs
+        Where to write ``metrics``, ``per_class``, ``confusion``, ``calibration`` and ``provenance``.
+    seed, replicates
+        Of the bootstrap.
+    config_hash
+        Hash of the run's configuration, for the record.
+
+    Raises
+    ------
+    InputError
+        If a method does not describe exactly the cells of the two splits.
+    """
+    truth = DESCRIPTIONS.read(descriptions)
+    truth = truth[truth["split"].isin(EVALUATED)].sort_values("cell_id", ignore_index=True)
+    truth = _clean(truth.merge(CELLS.read(corpus, ["cell_id", "donor"]), on="cell_id", validate="1:1"))
+    methods = {
+        method: _clean(_align(table, truth, where))
+        for method, table, where in _read_methods(generations, baselines)
+    }
+    similarities = term_similarities([truth, *methods.values()])
+    names = Terms(TERMS.read(terms))
+    rows, tables, bootstraps = [], {table: [] for table in _TABLES}, {}
+    for split in EVALUATED:
+        chosen = truth["split"] == split
+        if not chosen.any():
+            continue
+        cells = truth[chosen].reset_index(drop=True)
+        bootstrap = bootstraps[split] = Bootstrap(cells["donor"], replicates, seed)
+        for method, predictions in methods.items():
+            predicted = predictions[chosen].reset_index(drop=True)
+            where = {"split": split, "method": method}
+            rows += [where | row for row in score_method(cells, predicted, similarities, bootstrap)]
+            for slot in TERM_SLOTS:
+                for table, frame in _slot_tables(slot, cells, predicted, names).items():
+                    tables[table].append(frame.assign(**where, slot=slot))
+            log.info("%s: scored on %d %s cells", method, len(cells), split)
+    metrics = pd.DataFrame(rows, columns=METRICS)
+    _write_tsv(metrics, outputs["metrics"])
+    for table, columns in _TABLES.items():
+        _write_tsv(_join(tables[table], ["split", "method", "slot", *columns]), outputs[table])
+    drawn = {split: {"unit": one.unit, "units": one.units} for split, one in bootstraps.items()}
+    write_json(
+        {
+            "config": config_hash,
+            "seed": seed,
+            "bootstrap": {"replicates": replicates, "splits": drawn},
+            "descriptions": hash_file(descriptions),
+            "model": _hash_files(Path(model)),
+            "language_model": read_json(Path(language_model) / "source.json"),
+            "packages": versions(*_PACKAGES),
+            "python": platform.python_version(),
+        },
+        outputs["provenance"],
+    )
+    _log_main_figures(metrics)
+
+
+def _read_methods(generations: list[str], baselines: list[str]) -> list[tuple[str, pd.DataFrame, Path]]:
+    """Return name, predictions and file of each method, the fine-tuned model first."""
+    told = pd.DataFrame(chain.from_iterable(read_jsonl(path) for path in generations))
+    where = Path(generations[0]).parent.parent
+    read = [(Path(path).stem, PREDICTIONS.read(path), Path(path)) for path in baselines]
+    return [(FINE_TUNED, told.reindex(columns=list(PREDICTIONS.columns)), where), *read]
+
+
+def _align(predicted: pd.DataFrame, truth: pd.DataFrame, where: Path) -> pd.DataFrame:
+    """Return the predictions in the order of the truth.
+
+    Raises
+    ------
+    InputError
+        If a cell is missing, surplus or there twice.
+    """
+    wanted, given = (pd.MultiIndex.from_frame(table[["cell_id", "split"]]) for table in (truth, predicted))
+    faults = {
+        "missing": wanted.difference(given),
+        "surplus": given.difference(wanted),
+        "told twice": given[given.duplicated()],
+    }
+    found = [f"{len(cells)} {fault}, such as {cells[0][0]}" for fault, cells in faults.items() if len(cells)]
+    if found:
+        told = "; ".join(found)
+        raise InputError(
+            where,
+            f"not the {len(wanted)} cells of the validation and test splits: {told}",
+            "Delete it and run the workflow again",
+        )
+    return predicted.set_index("cell_id").loc[truth["cell_id"]].reset_index()
+
+
+def _clean(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(**{f"{slot}_id": known(table[f"{slot}_id"]) for slot in TERM_SLOTS})
+
+
+def _slot_tables(
+    slot: str, truth: pd.DataFrame, predicted: pd.DataFrame, terms: Terms
+) -> dict[str, pd.DataFrame]:
+    true, said = truth[f"{slot}_id"], predicted[f"{slot}_id"]
+    confidence = predicted[f"{slot}_confidence"].to_numpy(float)
+    sure = (true.notna() & said.notna()).to_numpy() & ~np.isnan(confidence)
+    return {
+        "per_class": per_class(slot, true, said, terms),
+        "confusion": confusion(slot, true, said, terms),
+        "calibration": calibration(confidence, (true == said).to_numpy(), sure),
+    }
+
+
+def _join(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    frames = [frame for frame in frames if len(frame)]
+    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file under a folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def _write_tsv(table: pd.DataFrame, path: str) -> None:
+    with whole_file(path) as unfinished:
+        table.to_csv(unfinished, sep="\t", index=False, float_format="%.6f")
+
+
+def _log_main_figures(metrics: pd.DataFrame) -> None:
+    test = metrics[metrics["split"] == "test"]
+    table = test.pivot_table(index="method", columns=["slot", "metric"], values="value")
+    table = table[[figure for figure in _MAIN if figure in table.columns]]
+    table.columns = [f"{slot} {metric}" for slot, metric in table.columns]
+    table = table.loc[test["method"].unique()].rename_axis(None)
+    log.info("test cells\n%s", table.to_string(float_format="{:.3f}".format, na_rep="-"))

@@ -1,0 +1,122 @@
+"""The rows of metrics.tsv: every figure of one method on the cells of one split."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cell2text.contracts import TERM_SLOTS
+from cell2text.evaluation import figures
+from cell2text.evaluation.bootstrap import Bootstrap
+from cell2text.evaluation.similarity import TermGraph, ontology_edges
+from cell2text.ontology import ONTOLOGIES, UNKNOWN
+
+# Sex and stage are no taxonomies: their ontologies say nothing of how wrong a wrong one is.
+SIMILARITY_SLOTS = ("cell_type", "tissue", "disease")
+
+
+def known(ids: pd.Series) -> pd.Series:
+    """Return the ids of a slot with None for each that says nothing, so that "unknown" is never right."""
+    ids = ids.astype(object)
+    return ids.mask(ids.isna() | ids.astype(str).str.lower().isin(UNKNOWN), None)
+
+
+def term_similarities(tables: list[pd.DataFrame]) -> dict[str, dict[str, pd.DataFrame]]:
+    """Return slot -> metric -> similarity of every two terms that the tables hold, rows predicted."""
+    similarities = {}
+    for slot in SIMILARITY_SLOTS:
+        terms = sorted(set().union(*(table[f"{slot}_id"].dropna() for table in tables)))
+        graph = TermGraph(ontology_edges(ONTOLOGIES[slot]))
+        similarities[slot] = {
+            "similarity": graph.similarity(terms),
+            "similarity_paper": graph.paper_similarity(terms),
+        }
+    return similarities
+
+
+def score_method(
+    truth: pd.DataFrame,
+    predicted: pd.DataFrame,
+    similarities: dict[str, dict[str, pd.DataFrame]],
+    bootstrap: Bootstrap,
+) -> list[dict[str, Any]]:
+    """Return slot, metric, value, low, high and n of every figure of a method.
+
+    Parameters
+    ----------
+    truth, predicted
+        Rows of ``contracts.DESCRIPTIONS`` and ``contracts.PREDICTIONS``, the same cells in the same order;
+        ids as :func:`known` leaves them.
+    similarities
+        From :func:`term_similarities`.
+    bootstrap
+        Over the same cells.
+    """
+    rows = []
+    for slot, metric, statistics, figure, n in _all_statistics(truth, predicted, similarities):
+        if n:
+            value, low, high = bootstrap.estimate(statistics, figure)
+            rows.append({"slot": slot, "metric": metric, "value": value, "low": low, "high": high, "n": n})
+    return rows
+
+
+Figure = tuple[str, str, Any, Callable[[np.ndarray], np.ndarray], int]
+
+
+def _all_statistics(
+    truth: pd.DataFrame, predicted: pd.DataFrame, similarities: dict[str, dict[str, pd.DataFrame]]
+) -> Iterator[Figure]:
+    """Yield slot, metric, sums over cells, the function of the sums, and the number of cells."""
+    for slot in TERM_SLOTS:
+        yield from _slot_statistics(slot, truth[f"{slot}_id"], predicted, similarities.get(slot, {}))
+    yield from _pathway_statistics(truth["pathway_ids"], predicted["pathway_ids"])
+    yield from _text_statistics(truth["text"], predicted)
+
+
+def _slot_statistics(
+    slot: str, truth: pd.Series, predicted: pd.DataFrame, similarities: dict[str, pd.DataFrame]
+) -> Iterator[Figure]:
+    if truth.isna().all():
+        return
+    said, confidence = predicted[f"{slot}_id"], predicted[f"{slot}_confidence"].to_numpy(float)
+    told = truth.notna().to_numpy()
+    right = told & (truth == said).to_numpy()
+    classes = pd.Index(np.unique(truth.dropna().astype(str)))
+    n = int(told.sum())
+    yield slot, "accuracy", figures.mean_statistics(right, told), figures.ratio, n
+    yield slot, "macro_f1", figures.class_statistics(truth, said, classes), figures.macro_f1, n
+    yield slot, "abstention", figures.mean_statistics(said.isna(), told), figures.ratio, n
+    for metric, table in similarities.items():
+        near = figures.look_up(table, said, truth)
+        yield slot, metric, figures.mean_statistics(near, told), figures.ratio, n
+    if similarities:
+        near = figures.look_up(similarities["similarity"], said, truth)
+        wrong = told & ~right
+        errors = figures.mean_statistics(near, wrong)
+        yield slot, "similarity_among_errors", errors, figures.ratio, int(wrong.sum())
+    sure = told & said.notna().to_numpy() & ~np.isnan(confidence)
+    bins = figures.calibration_statistics(confidence, right, sure)
+    yield slot, "calibration_error", bins, figures.calibration_error, int(sure.sum())
+
+
+def _pathway_statistics(truth: pd.Series, said: pd.Series) -> Iterator[Figure]:
+    if not truth.explode().notna().any():
+        return
+    equal, jaccard = figures.set_statistics(truth, said)
+    yield "pathways", "subset_accuracy", figures.mean_statistics(equal), figures.ratio, len(truth)
+    yield "pathways", "jaccard", figures.mean_statistics(jaccard), figures.ratio, len(truth)
+
+
+def _text_statistics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Figure]:
+    n = len(reference)
+    parsed = (predicted["status"] == "parsed").to_numpy()
+    yield "text", "parsed", figures.mean_statistics(parsed), figures.ratio, n
+    text = predicted["text"].fillna("").astype(str)
+    if not text.any():
+        return
+    counts, overlap = figures.text_statistics(reference, text)
+    equal = (reference == text).to_numpy()
+    yield "text", "bleu", counts, figures.bleu, n
+    yield "text", "rouge_l", figures.mean_statistics(overlap), figures.ratio, n
+    yield "text", "exact_match", figures.mean_statistics(equal), figures.ratio, n

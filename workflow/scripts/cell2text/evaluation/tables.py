@@ -1,0 +1,60 @@
+"""The tables beside the figures: scores by class, confusions, and confidence against accuracy."""
+
+import numpy as np
+import pandas as pd
+
+from cell2text.descriptions import Terms
+from cell2text.evaluation.figures import BINS, calibration_statistics, class_statistics
+
+ABSTAINED = "not determined"
+
+
+def per_class(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -> pd.DataFrame:
+    """Return id, name, n, precision, recall and F1 of each class that the truth holds.
+
+    The precision of a class that is never predicted is empty.
+    """
+    classes = pd.Index(np.unique(truth.dropna().astype(str)))
+    sums = class_statistics(truth, predicted, classes).sum(axis=0)
+    hits, true, said = np.split(sums, 3)
+    precision = np.divide(hits, said, where=said > 0, out=np.full(len(classes), np.nan))
+    return pd.DataFrame(
+        {
+            "id": classes,
+            "name": _names(slot, classes, terms),
+            "n": true.astype(int),
+            "precision": precision,
+            "recall": hits / true,
+            "f1": 2 * hits / (true + said),
+        }
+    )
+
+
+def confusion(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -> pd.DataFrame:
+    """Return how often each term is called each other term; an abstention has no id."""
+    pairs = pd.DataFrame({"true_id": truth, "predicted_id": predicted.fillna("")})[truth.notna()]
+    table = pairs.groupby(["true_id", "predicted_id"], sort=True).size().reset_index(name="n")
+    table["true_name"] = _names(slot, table["true_id"], terms)
+    table["predicted_name"] = _names(slot, table["predicted_id"], terms)
+    return table[["true_id", "true_name", "predicted_id", "predicted_name", "n"]]
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray, counted: np.ndarray) -> pd.DataFrame:
+    """Return mean confidence, accuracy and n of each bin of confidence that holds a cell."""
+    told, hits, cells = np.split(calibration_statistics(confidence, right, counted).sum(axis=0), 3)
+    edges = np.arange(BINS + 1) / BINS
+    filled = cells > 0
+    return pd.DataFrame(
+        {
+            "bin_low": edges[:-1][filled],
+            "bin_high": edges[1:][filled],
+            "confidence": told[filled] / cells[filled],
+            "accuracy": hits[filled] / cells[filled],
+            "n": cells[filled].astype(int),
+        }
+    )
+
+
+def _names(slot: str, ids: pd.Index | pd.Series, terms: Terms) -> list[str]:
+    names = {"": ABSTAINED, **terms.name.get(slot, {})}
+    return [names.get(term, term) for term in ids]

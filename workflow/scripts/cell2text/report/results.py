@@ -1,0 +1,219 @@
+"""What the page is made of: the files of a run, read and checked."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cell2text.contracts import (
+    CELLS,
+    DESCRIPTIONS,
+    EMBEDDINGS,
+    HISTORY,
+    METRICS,
+    TERM_SLOTS,
+    TERMS,
+    read_json,
+    read_jsonl,
+)
+from cell2text.descriptions import PATHWAY, Terms
+from cell2text.errors import InputError
+from cell2text.evaluation import FINE_TUNED
+
+METHOD = FINE_TUNED
+SLOTS = (*TERM_SLOTS, "pathways")
+RUN_AGAIN = "Run the workflow again"
+PER_CLASS = ("split", "method", "slot", "id", "name", "n", "precision", "recall", "f1")
+CONFUSION = ("split", "method", "slot", "true_id", "true_name", "predicted_id", "predicted_name", "n")
+CALIBRATION = ("split", "method", "slot", "bin_low", "bin_high", "confidence", "accuracy", "n")
+_WORDS = {"split", "method", "slot", "metric", "id", "name", *CONFUSION[3:7]}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Paths of the files that the page is made of, under the names that the rule gives them.
+
+    Parameters
+    ----------
+    metrics, per_class, confusion, calibration
+        Tables of the evaluation, TSV.
+    provenance, audit
+        JSON.
+    comparison
+        Plot of the methods, SVG.
+    generations
+        What the model said of the test cells, JSONL, a file a shard.
+    corpus, descriptions, terms
+        Parquet.
+    qc, qc_plots
+        JSON and SVG of each dataset, in the same order.
+    embeddings
+        safetensors, a file a dataset and shard.
+    model
+        Directory of the fine-tuned model.
+    """
+
+    metrics: str
+    per_class: str
+    confusion: str
+    calibration: str
+    provenance: str
+    comparison: str
+    generations: Iterable[str]
+    corpus: str
+    descriptions: str
+    terms: str
+    audit: str
+    qc: Iterable[str]
+    qc_plots: Iterable[str]
+    embeddings: Iterable[str]
+    model: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run's results, of the test split where there are several.
+
+    Parameters
+    ----------
+    metrics, per_class, confusion, calibration
+        Tables of the evaluation.
+    cells
+        What was said of each test cell (``contracts.PREDICTIONS``), in the order of the cell ids, and
+        beside it the reference: ``true_{slot}_id``, ``true_pathway_ids``, ``true_text``, ``dataset_id``
+        and ``donor``. A term that is not known is None.
+    pooled
+        Embedding of each of these cells, float32 (cells, dimensions).
+    terms
+        Names of the terms.
+    datasets
+        Datasets of the corpus.
+    history
+        Course of fine-tuning (``contracts.HISTORY``).
+    model, provenance, audit
+        What the JSON files hold.
+    qc
+        Summary of each dataset, with the path of its plot under ``plot``.
+    """
+
+    metrics: pd.DataFrame
+    per_class: pd.DataFrame
+    confusion: pd.DataFrame
+    calibration: pd.DataFrame
+    cells: pd.DataFrame
+    pooled: np.ndarray
+    terms: Terms
+    datasets: list[str]
+    history: pd.DataFrame
+    model: dict[str, Any]
+    provenance: dict[str, Any]
+    audit: dict[str, Any]
+    qc: list[dict[str, Any]]
+
+    def metric(self, method: str, slot: str, metric: str) -> dict[str, float] | None:
+        """Return value, low, high and n of a figure; None where it was not computed."""
+        table = self.metrics
+        rows = table[(table["method"] == method) & (table["slot"] == slot) & (table["metric"] == metric)]
+        rows = rows[rows["value"].notna()]
+        return rows.iloc[0][["value", "low", "high", "n"]].astype(float).to_dict() if len(rows) else None
+
+    def name(self, slot: str, term: str | None) -> str:
+        """Return the name of a slot's term; its id where it has none."""
+        if term is None:
+            return "not determined"
+        slot = PATHWAY if slot == "pathways" else slot
+        return self.terms.name.get(slot, {}).get(term, term)
+
+    def resampled_unit(self) -> str | None:
+        """Return what the bootstrap of the test split drew: ``"donor"`` or ``"cell"``."""
+        bootstrap = self.provenance.get("bootstrap", {})
+        return bootstrap.get("unit") or bootstrap.get("splits", {}).get("test", {}).get("unit")
+
+
+def read_results(files: RunFiles) -> Results:
+    """Read and check the files of a run.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or is not what it should be.
+    """
+    model = Path(files.model)
+    single = [files.metrics, files.per_class, files.confusion, files.calibration, files.provenance]
+    single += [files.comparison, files.corpus, files.descriptions, files.terms, files.audit]
+    parts = [*files.generations, *files.qc, *files.qc_plots, *files.embeddings]
+    for path in (*single, *parts, model / "history.parquet", model / "cell2text.json"):
+        if not Path(path).is_file():
+            raise InputError(path, "no such file", RUN_AGAIN)
+    terms = Terms(TERMS.read(files.terms))
+    corpus = CELLS.read(files.corpus, ["cell_id", "dataset_id", "donor"])
+    cells = _read_cells(files, corpus)
+    return Results(
+        metrics=_read_test_rows(files.metrics, METRICS),
+        per_class=_read_test_rows(files.per_class, PER_CLASS),
+        confusion=_read_test_rows(files.confusion, CONFUSION),
+        calibration=_read_test_rows(files.calibration, CALIBRATION),
+        cells=cells,
+        pooled=_read_pooled(files.embeddings, cells["cell_id"]),
+        terms=terms,
+        datasets=sorted(corpus["dataset_id"].unique()),
+        history=HISTORY.read(model / "history.parquet"),
+        model=read_json(model / "cell2text.json"),
+        provenance=read_json(files.provenance),
+        audit=read_json(files.audit),
+        qc=[read_json(path) | {"plot": plot} for path, plot in zip(files.qc, files.qc_plots, strict=True)],
+    )
+
+
+def _read_test_rows(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Return the test split of a table; an empty word stays an empty string, for "NA" may be a name."""
+    words = dict.fromkeys(_WORDS, str)
+    table = pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values={})
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(path, f"columns missing: {', '.join(missing)}", RUN_AGAIN)
+    numbers = [column for column in columns if column not in _WORDS]
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+    return table[table["split"] == "test"].reset_index(drop=True)
+
+
+def _read_cells(files: RunFiles, corpus: pd.DataFrame) -> pd.DataFrame:
+    said = pd.DataFrame([row for path in files.generations for row in read_jsonl(path)])
+    if said.empty:
+        raise InputError(
+            files.model, "no test cell was described", "Give the test split a share of the cells"
+        )
+    reference = DESCRIPTIONS.read(files.descriptions).drop(columns=["split", "definition"])
+    reference = reference.rename(columns=lambda name: name if name == "cell_id" else f"true_{name}")
+    cells = said.merge(reference, on="cell_id", how="left", validate="one_to_one", indicator=True)
+    cells = cells.merge(corpus, on="cell_id", how="left")
+    lost = cells["cell_id"][cells["_merge"] == "left_only"]
+    if len(lost):
+        raise InputError(files.descriptions, f"no reference for {len(lost)} described cells", RUN_AGAIN)
+    cells = cells.drop(columns="_merge").sort_values("cell_id", ignore_index=True)
+    for slot in TERM_SLOTS:
+        for column in (f"{slot}_id", f"true_{slot}_id"):
+            cells[column] = cells[column].astype(object).where(cells[column].notna(), None)
+    return cells
+
+
+def _read_pooled(paths: Iterable[str], cell_ids: pd.Series) -> np.ndarray:
+    row_of = {cell: row for row, cell in enumerate(cell_ids)}
+    pooled: np.ndarray | None = None
+    found = np.zeros(len(row_of), dtype=bool)
+    for path in paths:
+        tensors, ids = EMBEDDINGS.read(path, ["pooled"])
+        here = np.array([i for i, cell in enumerate(ids) if cell in row_of], dtype=int)
+        if not len(here):
+            continue
+        if pooled is None:
+            pooled = np.zeros((len(row_of), tensors["pooled"].shape[1]), dtype=np.float32)
+        rows = [row_of[ids[i]] for i in here]
+        pooled[rows] = tensors["pooled"][here]
+        found[rows] = True
+    if pooled is None or not found.all():
+        raise InputError("embeddings", f"{(~found).sum()} described cells have no embedding", RUN_AGAIN)
+    return pooled

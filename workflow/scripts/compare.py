@@ -1,0 +1,13 @@
+"""Plot the methods side by side."""
+
+from cell2text.evaluation.comparison import plot_comparison
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    plot_comparison(snakemake.input.metrics, snakemake.output.plot)
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

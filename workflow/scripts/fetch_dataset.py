@@ -1,0 +1,13 @@
+"""Bring a study into one form: raw counts, CELLxGENE's columns, one id a cell."""
+
+from cell2text.counts import fetch_dataset
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    fetch_dataset(snakemake.params.row, snakemake.output.cells)
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

@@ -1,0 +1,20 @@
+"""Leave out poor and unlabelled cells, and say why."""
+
+from cell2text.job import run_job
+from cell2text.qc import filter_cells
+
+
+def main(snakemake):
+    """Run the rule."""
+    filter_cells(
+        snakemake.input.cells,
+        snakemake.output.cells,
+        snakemake.output.table,
+        snakemake.output.summary,
+        snakemake.output.plot,
+        limits=snakemake.params.limits,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

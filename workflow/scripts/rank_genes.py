@@ -1,0 +1,13 @@
+"""Rank the genes of each cell of a dataset."""
+
+from cell2text.job import run_job
+from cell2text.rank_tokens import rank_genes
+
+
+def main(snakemake):
+    """Run the rule."""
+    rank_genes(snakemake.input.corpus, snakemake.input.cells, snakemake.input.genes, snakemake.output.tokens)
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

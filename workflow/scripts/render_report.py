@@ -1,0 +1,20 @@
+"""Show what ran and what came of it on one page that opens offline."""
+
+from cell2text.job import run_job
+from cell2text.report.page import render_report
+from cell2text.report.results import RunFiles
+
+
+def main(snakemake):
+    """Run the rule."""
+    render_report(
+        RunFiles(**dict(snakemake.input.items())),
+        snakemake.output.report,
+        run=snakemake.params.run,
+        seed=snakemake.params.seed,
+        benchmarks=snakemake.params.benchmarks,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

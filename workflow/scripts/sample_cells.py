@@ -1,0 +1,18 @@
+"""Draw the cells of the corpus at random."""
+
+from cell2text.corpus import sample_cells
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    sample_cells(
+        snakemake.input.cells,
+        cells=snakemake.params.cells,
+        seed=snakemake.params.seed,
+        path=snakemake.output.cells,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

@@ -1,0 +1,19 @@
+"""Score each gene set in each cell of a dataset."""
+
+from cell2text.job import run_job
+from cell2text.pathways import score_pathways
+
+
+def main(snakemake):
+    """Run the rule."""
+    score_pathways(
+        snakemake.input.cells,
+        snakemake.input.corpus,
+        snakemake.input.gene_sets,
+        min_genes=snakemake.params.min_genes,
+        path=snakemake.output.scores,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

@@ -1,0 +1,20 @@
+"""Split the corpus into training, validation and test, and write down what the split guarantees."""
+
+from cell2text.corpus import split_donors
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    split_donors(
+        snakemake.input.cells,
+        split=snakemake.params.split,
+        shares=snakemake.params.shares,
+        seed=snakemake.params.seed,
+        path=snakemake.output.cells,
+        audit_file=snakemake.output.audit,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821
