@@ -33,6 +33,10 @@ def library_version(script: str, package: Path = PACKAGE) -> str:
             continue
         tree = ast.parse(path.read_text())
         found[module] = ast.dump(tree)
+        if path.name == "__init__.py":
+            # templates and styles that lie in the package
+            others = sorted(other for other in path.parent.iterdir() if other.is_file() and other.suffix != ".py")
+            found |= {f"{module}/{other.name}": hash_file(other) for other in others}
         waiting.extend(_imported_modules(tree, package.name))
     return hash_text(json.dumps(sorted(found.items())))[:12]
 

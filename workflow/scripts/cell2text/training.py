@@ -32,7 +32,7 @@ log = logging.getLogger("cell2text.training")
 
 ALIGN_CELLS = 256  # cells a step of alignment
 ALIGN_RATE = 1e-3
-INPUT_NOISE = 0.1  # of the spread of the training cells' vectors, while aligning
+INPUT_NOISE = 0.3  # of the spread of the training cells' vectors, while aligning
 BUCKET = 16  # batches among which cells are sorted by the length of their text
 
 

@@ -99,7 +99,7 @@ def generate_descriptions(
     settings
         The config's ``generate`` section.
     """
-    loaded = load(model, language_model)
+    loaded = load(model, language_model).ready_to_write()
     cells = cells_in(embeddings, corpus, split)
     vectors, lengths = read_vectors(embeddings, cells["cell_id"].to_list(), loaded)
     said = describe_cells(loaded, vectors, lengths, Terms(TERMS.read(terms)), settings)
@@ -127,7 +127,7 @@ def describe_shuffled(
     A model that reads its cells falls to chance; one that does not, betrays itself by staying. Parameters are
     those of :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
     """
-    loaded, known = load(model, language_model), Terms(TERMS.read(terms))
+    loaded, known = load(model, language_model).ready_to_write(), Terms(TERMS.read(terms))
     tables = []
     for split in splits:
         cells = cells_in(embeddings, corpus, split)["cell_id"].to_numpy()

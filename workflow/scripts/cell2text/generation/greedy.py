@@ -51,16 +51,16 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
     ended = torch.zeros(len(vectors), dtype=torch.bool, device=mask.device)
     ids, chances, cache = [], [], None
     for _ in range(max_new_tokens):
-        output = model.language_model(
+        output = model.decoder(
             inputs_embeds=embeddings,
             attention_mask=mask.long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
         cache = output.past_key_values
-        logits = output.logits[:, -1].float()
+        # As a matrix: with a third dimension the head's weights would be copied for each cell of the prompt.
+        logits = model.head(output.last_hidden_state[:, -1]).float()
         chance, token = (logits.max(1).values - logits.logsumexp(1)), logits.argmax(1)
         ids.append(token.masked_fill(ended, end))
         chances.append(chance)

@@ -80,6 +80,17 @@ class Cell2Text(nn.Module):
         """Where the weights are."""
         return self.projector.scale.device
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        model = self.language_model
+        return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+
+    @property
+    def head(self) -> nn.Linear:
+        """From hidden states to logits."""
+        return self.language_model.get_output_embeddings()
+
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Return the language model's own embeddings of token ids."""
         return self.language_model.get_input_embeddings()(ids)
@@ -135,26 +146,26 @@ class Cell2Text(nn.Module):
         embeddings = torch.cat([prompt, self.embed_tokens(text)], dim=1)
         attention = torch.cat([mask, text_mask], dim=1)
         positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-        decoder = _causal_model(self.language_model).get_decoder()
-        hidden = decoder(
+        hidden = self.decoder(
             inputs_embeds=embeddings, attention_mask=attention.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
         # The hidden state before a token predicts it.
         states = hidden[:, prompt.shape[1] - 1 : -1][text_mask]
-        head = self.language_model.get_output_embeddings()
         losses = functional.linear_cross_entropy(
-            states, head.weight, text[text_mask], linear_bias=head.bias, reduction="none"
+            states, self.head.weight, text[text_mask], linear_bias=self.head.bias, reduction="none"
         )
         # each in the model's dtype, but summed in float32: a sum in bfloat16 has two digits
         return losses.float().sum(), text_mask.sum()
 
+    def ready_to_write(self) -> "Cell2Text":
+        """Fold the adapter into the language model's weights and take the attention that decodes fastest."""
+        self.language_model = self.language_model.merge_and_unload()
+        self.language_model.set_attn_implementation("sdpa")
+        return self.eval()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that fine-tuning changes, by name, in a fixed order."""
         return {name: value for name, value in sorted(self.named_parameters()) if value.requires_grad}
-
-
-def _causal_model(language_model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -182,8 +193,8 @@ def load_language_model(
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=compute_dtype(device),
-        # On CPUs the backward pass of fused attention takes about twice as long as plain matrix products
-        # at the lengths of a description; on GPUs it is the other way round.
+        # On CPUs the backward pass of fused attention in bfloat16 takes much longer than plain matrix products
+        # at the lengths of a description (tests/benchmarks/finetune_step.py); on GPUs it is the other way round.
         attn_implementation="sdpa" if device.type == "cuda" else "eager",
         local_files_only=True,
     )
