@@ -40,9 +40,7 @@ def test_a_study_goes_through_unchanged(tmp_path, request, name):
     assert (cells.var["symbol"] == given.var["feature_name"].astype(str)).all()
     assert (cells.X != given.X).nnz == 0
     for column in cells.obs.columns.intersection(given.obs.columns):
-        assert (cells.obs[column].astype(str).to_numpy() == given.obs[column].astype(str).to_numpy()).all(), (
-            column
-        )
+        assert (cells.obs[column].astype(str).to_numpy() == given.obs[column].astype(str).to_numpy()).all(), column
 
     files = [tmp_path / file for file in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
     limits = {limit: LIMITS[limit].get(name, default) for limit, default in DEFAULTS.items()}

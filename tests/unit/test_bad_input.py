@@ -303,7 +303,5 @@ def test_gene_sets_that_cannot_be_told(tmp_path, out, table, min_active_share, e
     (tmp_path / "sets.tsv").write_text(table)
     files = [out / name for name in ("descriptions.parquet", "terms.parquet", "pathways.json")]
     with pytest.raises(InputError) as error:
-        write_descriptions(
-            corpus, [tmp_path / "scores.parquet"], tmp_path / "sets.tsv", min_active_share, 2, *files
-        )
+        write_descriptions(corpus, [tmp_path / "scores.parquet"], tmp_path / "sets.tsv", min_active_share, 2, *files)
     check(error, out, expected)

@@ -98,9 +98,7 @@ def test_hashes_are_equal_exactly_where_counts_are(tmp_path):
     a = sample(tmp_path, [write_cells(tmp_path / "a.h5ad", "s", counts)])["counts_hash"]
     assert a[0] == a[1] and a.nunique() == 4
     # The same genes elsewhere, in another order, with one that no cell expresses; and other genes.
-    same = write_cells(
-        tmp_path / "b.h5ad", "s", [[0, 0, 2, 1], [9, 9, 9, 9]], genes=["g2", "none", "g1", "g0"]
-    )
+    same = write_cells(tmp_path / "b.h5ad", "s", [[0, 0, 2, 1], [9, 9, 9, 9]], genes=["g2", "none", "g1", "g0"])
     other = write_cells(tmp_path / "c.h5ad", "s", [[1, 2, 0]], genes=["g0", "g1x", "g2"])
     assert sample(tmp_path, [same])["counts_hash"][0] == a[0]
     assert sample(tmp_path, [other])["counts_hash"][0] != a[0]
@@ -146,9 +144,7 @@ def test_the_only_donor_of_a_cell_type_goes_to_training():
     for seed in range(20):
         split = assign_groups(cells, "donor", SHARES, np.random.default_rng(seed), cover=True)
         assert set(split[50:]) == {"train"}
-    free = [
-        assign_groups(cells, "donor", SHARES, np.random.default_rng(s), cover=False)[50] for s in range(20)
-    ]
+    free = [assign_groups(cells, "donor", SHARES, np.random.default_rng(s), cover=False)[50] for s in range(20)]
     assert set(free) != {"train"}
 
 
@@ -232,12 +228,8 @@ def test_a_type_that_only_shares_counts_with_another_is_in_training():
 def test_cells_reach_the_shares_within_each_type():
     cells = make_table(["CL:1"] * 1000 + ["CL:2"] * 100, "s|d")
     split = pd.Series(assign_cells(cells, SHARES, np.random.default_rng(0)))
-    assert split[:1000].value_counts().to_dict() == pytest.approx(
-        {"train": 700, "test": 200, "validation": 100}, abs=1
-    )
-    assert split[1000:].value_counts().to_dict() == pytest.approx(
-        {"train": 70, "test": 20, "validation": 10}, abs=1
-    )
+    assert split[:1000].value_counts().to_dict() == pytest.approx({"train": 700, "test": 200, "validation": 100}, abs=1)
+    assert split[1000:].value_counts().to_dict() == pytest.approx({"train": 70, "test": 20, "validation": 10}, abs=1)
 
 
 def test_rare_types_reach_every_split_in_the_long_run():
@@ -251,9 +243,7 @@ def test_the_audit_counts_what_it_claims(tmp_path):
     cells = make_table(["CL:1", "CL:1", "CL:2"] * 10, [f"s|{i // 3}" for i in range(30)], hashes=["h"] * 30)
     cells["counts_hash"] = [f"h{i // 3}" for i in range(30)]
     SAMPLED_CELLS.write(cells, tmp_path / "in.parquet")
-    split_donors(
-        tmp_path / "in.parquet", "donors", SHARES, 0, tmp_path / "out.parquet", tmp_path / "audit.json"
-    )
+    split_donors(tmp_path / "in.parquet", "donors", SHARES, 0, tmp_path / "out.parquet", tmp_path / "audit.json")
     audit, split = read_json(tmp_path / "audit.json"), CELLS.read(tmp_path / "out.parquet")
     assert audit["split"] == "donors"
     assert audit["cells"] == split["split"].value_counts().to_dict()

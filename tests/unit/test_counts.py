@@ -156,9 +156,7 @@ def test_a_dataset_without_donors_stands_in_as_donor_and_says_so(tmp_path, caplo
 
 def test_authors_labels_are_mapped_by_the_table(tmp_path):
     table = tmp_path / "labels.tsv"
-    table.write_text(
-        "author_label\tcell_type_ontology_term_id\tnote\nT, CD4+\tCL:0000624\tx\ndoublet\tunknown\t\n"
-    )
+    table.write_text("author_label\tcell_type_ontology_term_id\tnote\nT, CD4+\tCL:0000624\tx\ndoublet\tunknown\t\n")
     row = write_study(
         tmp_path / "in.h5ad",
         obs={"annotation": ["T, CD4+", "doublet", None], "cell_type_ontology_term_id": ["CL:0000236"] * 3},

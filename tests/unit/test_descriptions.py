@@ -35,9 +35,7 @@ def assert_inverse(slots: Slots):
 
 @pytest.mark.parametrize("slot", TERM_SLOTS)
 def test_every_term_survives_alone_and_among_others(slot):
-    others = Slots(
-        "CL:0000236", None, "UBERON:0000178", "MONDO:0005105", "PATO:0000384", "HsapDv:0000003", ("B",)
-    )
+    others = Slots("CL:0000236", None, "UBERON:0000178", "MONDO:0005105", "PATO:0000384", "HsapDv:0000003", ("B",))
     for term in IDS[slot]:
         assert_inverse(Slots(**{"cell_type": "CL:0000236", slot: term}))
         assert_inverse(Slots(**{**vars(others), slot: term}))
@@ -47,11 +45,7 @@ def test_every_combination_of_missing_slots_survives():
     chosen = random.Random(0)
     for known in itertools.product([False, True], repeat=len(TERM_SLOTS) + 1):
         for _ in range(50):
-            terms = {
-                slot: chosen.choice(IDS[slot])
-                for slot, there in zip(TERM_SLOTS, known, strict=False)
-                if there
-            }
+            terms = {slot: chosen.choice(IDS[slot]) for slot, there in zip(TERM_SLOTS, known, strict=False) if there}
             assert_inverse(Slots(**terms, pathways=("A", "C") if known[-1] else ()))
 
 

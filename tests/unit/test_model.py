@@ -61,9 +61,7 @@ def test_batch_mates_change_nothing(build, kind):
         width = int(there[i].sum())
         # alone, and without any padding at all
         short = vectors[row] if kind == "pooled" else vectors[row, : lengths[i]]
-        alone, tokens = model.text_loss(
-            *model.read_cells(short, lengths[row]), text[row, :width], there[row, :width]
-        )
+        alone, tokens = model.text_loss(*model.read_cells(short, lengths[row]), text[row, :width], there[row, :width])
         assert int(tokens) == width
         assert torch.allclose(alone, together[i], rtol=1e-4), kind
 

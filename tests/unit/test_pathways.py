@@ -224,9 +224,7 @@ def test_our_programmes_are_well_formed(request):
 
 def test_our_programmes_tell_blood_cells_apart(tmp_path, request):
     published = sc.datasets.pbmc68k_reduced()
-    counts = np.rint(
-        np.expm1(published.raw.X.toarray()) * published.obs["n_counts"].to_numpy()[:, None] / 1e4
-    )
+    counts = np.rint(np.expm1(published.raw.X.toarray()) * published.obs["n_counts"].to_numpy()[:, None] / 1e4)
     cells = write_cells(tmp_path / "cells.h5ad", counts, list(published.var_names))
     ids = [f"d|{i}" for i in range(700)]
     corpus = write_corpus(tmp_path / "corpus.parquet", ids)

@@ -15,9 +15,7 @@ from cell2text.qc import draw_figures, filter_cells, judge_cells, measure_cells
 
 LIMITS = {"min_genes": 2, "min_counts": 10, "max_mitochondrial_percent": 20}
 # good, few genes, few counts, mitochondrial, unlabelled, at every limit, empty
-COUNTS = np.array(
-    [[9, 9, 2], [50, 0, 0], [5, 4, 0], [10, 0, 10], [9, 9, 2], [8, 0, 2], [0, 0, 0]], dtype=np.float32
-)
+COUNTS = np.array([[9, 9, 2], [50, 0, 0], [5, 4, 0], [10, 0, 10], [9, 9, 2], [8, 0, 2], [0, 0, 0]], dtype=np.float32)
 LABELS = ["CL:0000236"] * 4 + ["unknown"] + ["CL:0000236"] * 2
 REASONS = [
     "",
@@ -108,9 +106,7 @@ def test_the_plot_shows_every_cell_and_every_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "hist", lambda self, *args, **kwargs: drawn.append(hist(self, *args, **kwargs)) or drawn[-1]
     )
-    monkeypatch.setattr(
-        Axes, "axvline", lambda self, x, **kwargs: lines.append(x) or axvline(self, x, **kwargs)
-    )
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **kwargs: lines.append(x) or axvline(self, x, **kwargs))
     cells = ad.read_h5ad(write_cells(tmp_path / "in.h5ad"))
     kept = np.array([reason == "" for reason in REASONS])
     figures = measure_cells(cells, np.array([False, False, True]))

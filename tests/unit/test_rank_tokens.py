@@ -111,9 +111,7 @@ def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, 
     counts = np.rint(np.expm1(logs.raw.X[:60].toarray()) * logs.obs["n_counts"].to_numpy()[:60, None] / 1e4)
     cells = write_cells(tmp_path / "a.h5ad", "a", counts, list(logs.var_names))
     order = np.random.default_rng(0).permutation(60)
-    corpus = write_corpus(
-        tmp_path / "corpus.parquet", {f"a|{i}": "train" if i % 3 else "test" for i in order[:50]}
-    )
+    corpus = write_corpus(tmp_path / "corpus.parquet", {f"a|{i}": "train" if i % 3 else "test" for i in order[:50]})
     measure_genes(corpus, [cells], tmp_path / "genes.tsv")
     rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet")

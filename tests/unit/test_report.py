@@ -76,9 +76,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     )
     DESCRIPTIONS.write(reference, folder / "descriptions.parquet")
     corpus = pd.DataFrame({name: [None] * len(ids) for name in CELLS.columns})
-    CELLS.write(
-        corpus.assign(cell_id=ids, dataset_id="study", donor=donor, split=split), folder / "cells.parquet"
-    )
+    CELLS.write(corpus.assign(cell_id=ids, dataset_id="study", donor=donor, split=split), folder / "cells.parquet")
 
     told = [list(TYPES)[(i + (i % 4 == 3)) % 3] for i in range(cells)]
     rows = []
@@ -111,9 +109,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     ]
     rows.append(("validation", "cell2text", "cell_type", "accuracy", 0.111, 0.1, 0.12, 9))
     write_tsv(rows, METRICS, folder / "metrics.tsv")
-    scores = [
-        ("test", "cell2text", "cell_type", key, name, 8, math.nan, 0.5, 0.6) for key, name in TYPES.items()
-    ]
+    scores = [("test", "cell2text", "cell_type", key, name, 8, math.nan, 0.5, 0.6) for key, name in TYPES.items()]
     write_tsv(scores, PER_CLASS, folder / "per_class.tsv")
     counts = pd.DataFrame({"true": truth[:cells], "told": [row or "" for row in told]}).value_counts()
     names = {**TYPES, "": "not determined"}
@@ -145,13 +141,14 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     provenance = {
         "config_hash": "a" * 64,
         "seed": 1,
-        "versions": {"numpy": "2.0"},
+        "packages": {"numpy": "2.0"},
         "files": {"x.h5ad": "b" * 64},
     }
-    write_json({**provenance, "bootstrap": {"replicates": 100, "unit": "cell"}}, folder / "provenance.json")
     write_json(
-        {"language_model": {"source": "hf://org/Tiny@main"}, "best_epoch": 2}, folder / "cell2text.json"
+        {**provenance, "bootstrap": {"replicates": 100, "splits": {"test": {"unit": "cell"}}}},
+        folder / "provenance.json",
     )
+    write_json({"language_model": {"source": "hf://org/Tiny@main"}, "best_epoch": 2}, folder / "cell2text.json")
     HISTORY.write(history(), folder / "history.parquet")
     return RunFiles(
         **{name: folder / f"{name}.tsv" for name in ("metrics", "per_class", "confusion", "calibration")},
@@ -213,7 +210,14 @@ def files(tmp_path):
 
 
 def render_page(files, tmp_path, seed=3):
-    render_report(files, tmp_path / "report.html", run="demo", seed=seed, benchmarks=tmp_path / "none")
+    render_report(
+        files,
+        tmp_path / "report.html",
+        run="demo",
+        seed=seed,
+        benchmarks=tmp_path / "none",
+        notes={"study": "its labels are <approximate>"},
+    )
     return (tmp_path / "report.html").read_text()
 
 
@@ -468,18 +472,19 @@ def test_wilson_interval():
 
 def test_limits_follow_the_scores(files):
     results = read_results(files)
-    told = " ".join(tell_limits(results))
+    told = " ".join(tell_limits(results, {"study": "a note"}))
     assert "One donor only." in told
+    assert "study: a note" in told
     assert "resampling cells, not donors" in told
     assert "3 of 3 cell types have fewer than 10 test cells" in told
     assert f"intervals of Cell2Text and of {readable('majority')} overlap" in told
     metrics = results.metrics.copy()
     metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.9, 0.85, 0.95]
-    told = " ".join(tell_limits(replace(results, metrics=metrics)))
+    told = " ".join(tell_limits(replace(results, metrics=metrics), {}))
     assert f"{readable('majority')} is better than Cell2Text" in told
     metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.1, 0.05, 0.15]
     metrics.loc[metrics["method"] == "pca_logistic", ["value", "low", "high"]] = [0.6, 0.5, 0.69]
-    told = " ".join(tell_limits(replace(results, metrics=metrics)))
+    told = " ".join(tell_limits(replace(results, metrics=metrics), {}))
     assert "overlap" not in told and "is better than" not in told
 
 
@@ -522,9 +527,7 @@ def test_script_runs_in_a_browser(tmp_path):
         pytest.skip("no Chromium on this machine")
     render_page(write_run(tmp_path, run_text=HOSTILE), tmp_path)
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --virtual-time-budget=2000"
-    flags += (
-        " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr"
-    )
+    flags += " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr"
     flags += f" --user-data-dir={tmp_path / 'user'}"
     command = [chromium, *flags.split(), "--dump-dom", tmp_path / "report.html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

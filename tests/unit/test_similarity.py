@@ -59,9 +59,7 @@ def test_similarity_is_symmetric_and_between_0_and_1(pairs):
 def test_paper_similarity_is_networkx_pagerank(pairs):
     undirected = nx.Graph(pairs)
     terms = sorted(undirected)[:5]
-    ranks = [
-        nx.pagerank(undirected, alpha=0.9, personalization={s: 1}, tol=1e-14, max_iter=10_000) for s in terms
-    ]
+    ranks = [nx.pagerank(undirected, alpha=0.9, personalization={s: 1}, tol=1e-14, max_iter=10_000) for s in terms]
     near = np.log(1 + np.array([[rank[t] for t in sorted(undirected)] for rank in ranks]) / 1e-4 + 1e-12)
     near = (near - near.min()) / (near.max() - near.min())
     expected = near[:, : len(terms)]

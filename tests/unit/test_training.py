@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tests_terms import small_table
 
 from cell2text import training
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS, write_json
@@ -12,6 +11,7 @@ from cell2text.descriptions import Slots, Terms, describe, render
 from cell2text.errors import InputError
 from cell2text.model.cell2text import load
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
+from tests_terms import small_table
 
 TYPES = ["CL:0000236", "CL:0000623", "CL:0001054"]
 SETTINGS = {
@@ -85,10 +85,7 @@ def finetune(files, tiny_model, name, **changes):
 
 
 def weights(directory):
-    return [
-        (directory / name).read_bytes()
-        for name in ("projector.safetensors", "adapter/adapter_model.safetensors")
-    ]
+    return [(directory / name).read_bytes() for name in ("projector.safetensors", "adapter/adapter_model.safetensors")]
 
 
 def losses(directory):
@@ -182,9 +179,7 @@ def test_batches_hold_every_cell_once_with_texts_of_like_length():
     again = training.batches(lengths, 16, seed=1, epoch=2)
     assert all((a == b).all() for a, b in zip(rows, again, strict=True))
     assert any(
-        (a != b).any()
-        for a, b in zip(rows, training.batches(lengths, 16, 1, 3), strict=False)
-        if len(a) == len(b)
+        (a != b).any() for a, b in zip(rows, training.batches(lengths, 16, 1, 3), strict=False) if len(a) == len(b)
     )
 
 

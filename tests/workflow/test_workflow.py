@@ -1,4 +1,4 @@
-"""The whole workflow on a few cells: it runs, does nothing the second time, reruns what it must, and refuses mistakes."""
+"""The whole workflow on a few cells: it runs, rests, reruns what it must, and refuses mistakes."""
 
 import json
 import re
@@ -52,13 +52,9 @@ def planned(folder, *arguments):
 def test_tiny_run_leaves_what_the_design_names(finished):
     results = finished / "results/tiny"
     metrics = pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")
-    assert {"cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"} == set(
-        metrics["method"]
-    )
+    assert {"cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"} == set(metrics["method"])
     assert metrics["value"].dropna().between(0, 1).all()
-    rows = [
-        json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()
-    ]
+    rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
     cells = pd.read_parquet(results / "corpus/cells.parquet")
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
     assert (results / "report.html").stat().st_size > 50_000

@@ -20,6 +20,7 @@ except InputError as error:
     raise WorkflowError(str(error)) from None
 
 DATASETS = sorted(SHEET)
+NOTES = {name: row["notes"] for name, row in SHEET.items() if "notes" in row}
 SHARDS = [str(shard) for shard in range(config["shards"])]
 EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS

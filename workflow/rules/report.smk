@@ -41,6 +41,7 @@ rule render_report:
     params:
         seed=lookup("seed", within=config),
         run=lookup("run", within=config),
+        notes=NOTES,
         benchmarks="logs/{}/benchmarks".format(config["run"]),
         library=library_version("render_report.py"),
     message:

@@ -12,6 +12,7 @@ def main(snakemake):
         snakemake.output.report,
         run=snakemake.params.run,
         seed=snakemake.params.seed,
+        notes=snakemake.params.notes,
         benchmarks=snakemake.params.benchmarks,
     )
 

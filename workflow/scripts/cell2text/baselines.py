@@ -47,9 +47,7 @@ def predict_majority(descriptions: str, terms: str, predictions: str) -> None:
     _write(told, terms, predictions)
 
 
-def predict_pca_logistic(
-    descriptions: str, terms: str, cells: list[str], predictions: str, seed: int
-) -> None:
+def predict_pca_logistic(descriptions: str, terms: str, cells: list[str], predictions: str, seed: int) -> None:
     """Predict each slot by logistic regression on the principal components of log-normalised counts.
 
     Counts are scaled to 10,000 a cell and log1p is taken; the components are fitted on the training cells.
@@ -98,9 +96,7 @@ def predict_knn(descriptions: str, terms: str, embeddings: list[str], prediction
     neighbours = scipy.sparse.csr_array(nearest.kneighbors_graph(new))
 
     def classify(rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        labels = scipy.sparse.csr_array(
-            (np.ones(len(rows)), (rows, codes)), shape=(len(known), codes.max() + 1)
-        )
+        labels = scipy.sparse.csr_array((np.ones(len(rows)), (rows, codes)), shape=(len(known), codes.max() + 1))
         votes = (neighbours @ labels).toarray()
         return votes / np.maximum(votes.sum(axis=1, keepdims=True), 1)
 
@@ -228,12 +224,8 @@ def _write(told: pd.DataFrame, terms: str, predictions: str) -> None:
 
     @cache
     def text(*slots: str | None, pathways: tuple[str, ...]) -> str:
-        return render(
-            describe(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names), names
-        )
+        return render(describe(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names), names)
 
     ids = told[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
-    told["text"] = [
-        text(*row, pathways=tuple(sets)) for row, sets in zip(ids, told["pathway_ids"], strict=True)
-    ]
+    told["text"] = [text(*row, pathways=tuple(sets)) for row, sets in zip(ids, told["pathway_ids"], strict=True)]
     PREDICTIONS.write(told.assign(status="parsed")[list(PREDICTIONS.columns)], predictions)

@@ -131,9 +131,7 @@ class TensorContract:
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"cell_ids": json.dumps(cell_ids)})
 
-    def read(
-        self, path: str | Path, names: Iterable[str] | None = None
-    ) -> tuple[dict[str, np.ndarray], list[str]]:
+    def read(self, path: str | Path, names: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
         """Return the named tensors (all of them by default) and the cell ids of their rows.
 
         Raises
@@ -148,9 +146,7 @@ class TensorContract:
             wanted = list(self.tensors if names is None else names)
             missing = set(wanted) - set(file.keys())
             if missing:
-                raise InputError(
-                    path, f"not {self.what}: missing {sorted(missing)}", "Delete it and run again"
-                )
+                raise InputError(path, f"not {self.what}: missing {sorted(missing)}", "Delete it and run again")
             tensors = {name: file.get_tensor(name) for name in wanted}
         try:
             self._check(tensors, len(cell_ids), path, some=True)
@@ -158,9 +154,7 @@ class TensorContract:
             raise InputError(path, str(error), "Delete the file and run the workflow again") from error
         return tensors, cell_ids
 
-    def _check(
-        self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, some: bool = False
-    ) -> None:
+    def _check(self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, some: bool = False) -> None:
         if not some and set(tensors) != set(self.tensors):
             raise ValueError(f"{path}: not {self.what}: has {sorted(tensors)}, not {sorted(self.tensors)}")
         for name, tensor in tensors.items():

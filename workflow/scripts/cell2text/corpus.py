@@ -91,10 +91,7 @@ def hash_counts(path: str | Path, cell_ids: pd.Series, progress: Progress) -> di
     cells.file.close()
     by_id = np.argsort(genes)
     codes = np.array(
-        [
-            int.from_bytes(hashlib.blake2b(gene.encode(), digest_size=8).digest(), "little")
-            for gene in genes[by_id]
-        ],
+        [int.from_bytes(hashlib.blake2b(gene.encode(), digest_size=8).digest(), "little") for gene in genes[by_id]],
         dtype="<u8",
     )
     hashes = {}
@@ -288,9 +285,7 @@ def audit_split(cells: pd.DataFrame, split: str) -> dict[str, Any]:
     """
     groups = cells.groupby("split")
     trained = set(cells["cell_type_id"][cells["split"] == "train"])
-    unseen = sorted(
-        set(cells["cell_type"][(cells["split"] != "train") & ~cells["cell_type_id"].isin(trained)])
-    )
+    unseen = sorted(set(cells["cell_type"][(cells["split"] != "train") & ~cells["cell_type_id"].isin(trained)]))
     guarantees = [
         _claim_apart(cells, "donor", "No donor is in two splits"),
         _claim_apart(cells, "dataset_id", "No study is in two splits"),
@@ -298,9 +293,7 @@ def audit_split(cells: pd.DataFrame, split: str) -> dict[str, Any]:
         {
             "claim": "Every cell type of validation and test is in training",
             "holds": not unseen,
-            "detail": f"never seen in training: {', '.join(unseen)}"
-            if unseen
-            else f"{len(trained)} cell types",
+            "detail": f"never seen in training: {', '.join(unseen)}" if unseen else f"{len(trained)} cell types",
         },
     ]
     return {

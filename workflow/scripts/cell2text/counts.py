@@ -150,9 +150,7 @@ def _as_csr(stored: Any) -> sparse.csr_matrix:
     """Return a matrix in memory or on disk, sparse or dense, as float32 CSR."""
     if isinstance(stored, np.ndarray | h5py.Dataset):
         starts = range(0, stored.shape[0], CELLS_AT_ONCE)
-        blocks = [
-            sparse.csr_matrix(stored[start : start + CELLS_AT_ONCE], dtype=np.float32) for start in starts
-        ]
+        blocks = [sparse.csr_matrix(stored[start : start + CELLS_AT_ONCE], dtype=np.float32) for start in starts]
         return sparse.vstack(blocks, format="csr")
     loaded = stored.to_memory() if hasattr(stored, "to_memory") else stored
     return sparse.csr_matrix(loaded, dtype=np.float32)
@@ -280,9 +278,7 @@ def read_labels(obs: pd.DataFrame, row: dict[str, str]) -> np.ndarray:
     """
     column = row["label_column"]
     if column not in obs:
-        raise InputError(
-            f"{row['source']}: obs", f"no column {column}", f"Set label_column to one of {', '.join(obs)}"
-        )
+        raise InputError(f"{row['source']}: obs", f"no column {column}", f"Set label_column to one of {', '.join(obs)}")
     labels = _fill(obs, column, None)
     if "label_table" not in row:
         return labels

@@ -137,9 +137,7 @@ def _render_sample(slots: Slots, terms: Terms) -> str:
         words.append(f"at the {terms.name['stage'][slots.stage]}")
     clauses = [" ".join(words)] if words else []
     if slots.disease:
-        clauses.append(
-            _HEALTHY if slots.disease == NORMAL else f"with {terms.name['disease'][slots.disease]}"
-        )
+        clauses.append(_HEALTHY if slots.disease == NORMAL else f"with {terms.name['disease'][slots.disease]}")
     return ", ".join(clauses)
 
 
@@ -181,9 +179,7 @@ def _parse_pieces(text: str, terms: Terms) -> Parsed:
     match = _GRAMMAR.fullmatch(rest[0]) if rest else None
     read = _read(match, terms) if match else Parsed(Slots(), "partial")
     spans = (
-        {slot: (start + rest.start(), end + rest.start()) for slot, (start, end) in read.spans.items()}
-        if rest
-        else {}
+        {slot: (start + rest.start(), end + rest.start()) for slot, (start, end) in read.spans.items()} if rest else {}
     )
     spans["cell_type"] = first.span("cell_type")
     return Parsed(replace(read.slots, cell_type=cell_type), "partial", spans)

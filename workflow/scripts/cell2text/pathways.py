@@ -104,9 +104,7 @@ def score_pathways(
         log.info("Fewer than %d genes measured, not scored: %s", min_genes, ", ".join(left_out))
     # decoupler shares out the few sets of one cell at a time; waking a second thread costs more than it does.
     numba.set_num_threads(1)
-    net = pd.DataFrame(
-        [(name, gene) for name, genes in usable.items() for gene in genes], columns=["source", "target"]
-    )
+    net = pd.DataFrame([(name, gene) for name, genes in usable.items() for gene in genes], columns=["source", "target"])
     corpus = CELLS.read(corpus_file, ["cell_id", "split"])
     corpus = corpus[corpus["cell_id"].isin(read_cell_ids(cells_file))]
     cells = corpus["cell_id"]
@@ -298,15 +296,11 @@ def name_pathways(ids: list[str], path: str | Path) -> pd.DataFrame:
     names = told["name"].fillna(pd.Series({name: name.replace("_", " ").strip() for name in ids}))
     descriptions = told["description"].fillna("")
     if names.duplicated().any():
-        raise InputError(
-            path, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name"
-        )
+        raise InputError(path, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name")
     for column, values in (("name", names), ("description", descriptions)):
         broken = values[values.str.contains("; then ", regex=False)]
         if len(broken):
             raise InputError(
                 f"{path}: {column}", f"{broken.iloc[0]!r} holds '; then ', which parts gene sets", "Reword it"
             )
-    return pd.DataFrame(
-        {"slot": PATHWAY, "id": ids, "name": names.to_numpy(), "definition": descriptions.to_numpy()}
-    )
+    return pd.DataFrame({"slot": PATHWAY, "id": ids, "name": names.to_numpy(), "definition": descriptions.to_numpy()})

@@ -113,9 +113,7 @@ def measure_cells(cells: ad.AnnData, mitochondrial: np.ndarray) -> pd.DataFrame:
     )
 
 
-def judge_cells(
-    figures: pd.DataFrame, labelled: pd.Series, limits: dict[str, float]
-) -> tuple[pd.Series, pd.Series]:
+def judge_cells(figures: pd.DataFrame, labelled: pd.Series, limits: dict[str, float]) -> tuple[pd.Series, pd.Series]:
     """Return the kind of fault of each cell and the same with its figures; both empty for a good cell.
 
     The first fault in the order genes, counts, mitochondrial share, label is the one told. A cell without
@@ -159,17 +157,13 @@ def draw_figures(
             _draw_histogram(axis, figures[column].to_numpy(), kept, limits[limit], logarithmic)
             axis.set_xlabel(title)
         axes[0].set_ylabel("Cells")
-        figure.suptitle(
-            f"{dataset}: {kept.sum():,} of {len(kept):,} cells kept", x=0.01, ha="left", fontsize=11
-        )
+        figure.suptitle(f"{dataset}: {kept.sum():,} of {len(kept):,} cells kept", x=0.01, ha="left", fontsize=11)
         figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper right", ncols=2)
         with whole_file(path) as unfinished:
             figure.savefig(unfinished, format="svg", metadata={"Date": None})
 
 
-def _draw_histogram(
-    axis: Axes, values: np.ndarray, kept: np.ndarray, limit: float, logarithmic: bool
-) -> None:
+def _draw_histogram(axis: Axes, values: np.ndarray, kept: np.ndarray, limit: float, logarithmic: bool) -> None:
     low, high = min(values.min(), limit), max(values.max(), limit, 1)
     if logarithmic:
         values = np.maximum(values, 1)

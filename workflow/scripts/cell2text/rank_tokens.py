@@ -86,9 +86,7 @@ def _median_of_each(keys: np.ndarray, genes: int) -> np.ndarray:
     return median
 
 
-def rank_genes(
-    corpus_file: str | Path, cells_file: str | Path, genes_file: str | Path, path: str | Path
-) -> None:
+def rank_genes(corpus_file: str | Path, cells_file: str | Path, genes_file: str | Path, path: str | Path) -> None:
     """Write the ranked genes of each of a dataset's cells, in the order of the corpus.
 
     Parameters

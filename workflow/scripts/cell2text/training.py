@@ -120,9 +120,7 @@ def align(
     return history
 
 
-def add_noise(
-    vectors: Tensor, lengths: Tensor, projector: torch.nn.Module, random: torch.Generator
-) -> Tensor:
+def add_noise(vectors: Tensor, lengths: Tensor, projector: torch.nn.Module, random: torch.Generator) -> Tensor:
     """Return the vectors with normal noise, drawn on the CPU so that every device gets the same."""
     noise = torch.randn(vectors.shape, generator=random).to(vectors.device)
     return vectors + INPUT_NOISE * projector.spread * noise
@@ -266,9 +264,7 @@ class Finetuning:
         self.optimiser.step(1 / int(tokens), rate)
         size = mask.numel() + there.numel()
         rate *= self.settings["learning_rate"]
-        return _row(
-            "finetune", state.step, state.epoch, value, float(align_loss.detach()), rate, size, self.start
-        )
+        return _row("finetune", state.step, state.epoch, value, float(align_loss.detach()), rate, size, self.start)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -278,9 +274,7 @@ class Finetuning:
         size = self.settings["batch_cells"]
         total, count = 0.0, 0
         for start in range(0, len(order), size):
-            vectors, lengths, text, there, _ = self.validation.batch(
-                order[start : start + size], self.model.device
-            )
+            vectors, lengths, text, there, _ = self.validation.batch(order[start : start + size], self.model.device)
             loss, tokens = self.model.text_loss(*self.model.read_cells(vectors, lengths), text, there)
             total, count = total + float(loss), count + int(tokens)
         return total / count
@@ -305,9 +299,7 @@ class Finetuning:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         self.state = State(**json.loads(metadata["state"]))
         self.optimiser.restore(_with_prefix(tensors, "optimiser."))
-        self.best = {
-            name: value.to(self.model.device) for name, value in _with_prefix(tensors, "best.").items()
-        }
+        self.best = {name: value.to(self.model.device) for name, value in _with_prefix(tensors, "best.").items()}
         log.info("going on from step %d of epoch %d", self.state.step, self.state.epoch + 1)
         return True
 
@@ -384,9 +376,7 @@ def finetune(
     lora = {"r": settings["lora_rank"], "lora_alpha": settings["lora_alpha"]}
     model = build(language_model, projector, dimensions, lora, device)
     classes = sorted(training_rows["cell_type_id"].dropna().unique())
-    train, validation = (
-        read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation")
-    )
+    train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
     vectors = train.vectors
     if model.projector.reads == "gene_vectors":
         vectors = vectors[torch.arange(vectors.shape[1]) < train.lengths[:, None]]
@@ -427,9 +417,7 @@ def finetune(
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _save(
-    work: Finetuning, state: State, directory: Path, source: dict, classes: list[str], seed: int
-) -> None:
+def _save(work: Finetuning, state: State, directory: Path, source: dict, classes: list[str], seed: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
     about = {

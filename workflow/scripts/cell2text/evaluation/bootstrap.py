@@ -41,10 +41,7 @@ class Bootstrap:
         self._members = scipy.sparse.csr_array(entries, shape=(self.units, len(codes)))
         rng = np.random.default_rng(seed)
         self._drawn = np.stack(
-            [
-                np.bincount(rng.integers(self.units, size=self.units), minlength=self.units)
-                for _ in range(replicates)
-            ]
+            [np.bincount(rng.integers(self.units, size=self.units), minlength=self.units) for _ in range(replicates)]
         ).astype(np.float32)
 
     def estimate(

@@ -41,9 +41,7 @@ def plot_comparison(metrics: str, plot: str) -> None:
     table = table[table["split"] == "test"].set_index(["slot", "metric", "method"]).sort_index()
     panels = [panel for panel in _PANELS if panel in table.index.droplevel("method")]
     if not panels:
-        raise InputError(
-            metrics, "no main figure of the test cells", "Give the test split some labelled cells"
-        )
+        raise InputError(metrics, "no main figure of the test cells", "Give the test split some labelled cells")
     methods = table.loc[panels[0]].sort_values("value", kind="stable").index.to_list()
     # A fixed salt and no date make equal tables give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "cell2text", "font.family": "DejaVu Sans", "font.size": 9}):

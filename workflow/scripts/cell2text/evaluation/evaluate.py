@@ -90,8 +90,7 @@ def evaluate(
     truth = truth[truth["split"].isin(EVALUATED)].sort_values("cell_id", ignore_index=True)
     truth = _clean(truth.merge(CELLS.read(corpus, ["cell_id", "donor"]), on="cell_id", validate="1:1"))
     methods = {
-        method: _clean(_align(table, truth, where))
-        for method, table, where in _read_methods(generations, baselines)
+        method: _clean(_align(table, truth, where)) for method, table, where in _read_methods(generations, baselines)
     }
     similarities = term_similarities([truth, *methods.values()])
     names = Terms(TERMS.read(terms))
@@ -168,9 +167,7 @@ def _clean(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{f"{slot}_id": known(table[f"{slot}_id"]) for slot in TERM_SLOTS})
 
 
-def _slot_tables(
-    slot: str, truth: pd.DataFrame, predicted: pd.DataFrame, terms: Terms
-) -> dict[str, pd.DataFrame]:
+def _slot_tables(slot: str, truth: pd.DataFrame, predicted: pd.DataFrame, terms: Terms) -> dict[str, pd.DataFrame]:
     true, said = truth[f"{slot}_id"], predicted[f"{slot}_id"]
     confidence = predicted[f"{slot}_confidence"].to_numpy(float)
     sure = (true.notna() & said.notna()).to_numpy() & ~np.isnan(confidence)

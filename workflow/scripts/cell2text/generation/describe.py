@@ -103,9 +103,7 @@ def generate_descriptions(
     cells = cells_in(embeddings, corpus, split)
     vectors, lengths = read_vectors(embeddings, cells["cell_id"].to_list(), loaded)
     said = describe_cells(loaded, vectors, lengths, Terms(TERMS.read(terms)), settings)
-    rows = [
-        {"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], said, strict=True)
-    ]
+    rows = [{"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], said, strict=True)]
     counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index().to_dict()
     log.info("%d cells of %s: %s", len(rows), split, counts)
     write_jsonl(rows, generations)

@@ -37,9 +37,7 @@ class LabelTargets:
         """
         # With the space before it that a name has within a sentence.
         ids = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
-        means = torch.stack(
-            [embeddings[torch.tensor(i, device=embeddings.device)].float().mean(0) for i in ids]
-        )
+        means = torch.stack([embeddings[torch.tensor(i, device=embeddings.device)].float().mean(0) for i in ids])
         return cls(functional.normalize(means, dim=-1))
 
     def scores(self, soft: Tensor, there: Tensor) -> Tensor:

@@ -128,9 +128,7 @@ class Cell2Text(nn.Module):
         order = mask.to(torch.int8).argsort(dim=1, stable=True)
         return prompt.gather(1, order[..., None].expand_as(prompt)), mask.gather(1, order)
 
-    def text_loss(
-        self, prompt: Tensor, mask: Tensor, text: Tensor, text_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def text_loss(self, prompt: Tensor, mask: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed negative log likelihood of the texts, and of how many tokens it is the sum.
 
         Only the text is scored, never the prompt, and logits are computed nowhere else.
@@ -180,9 +178,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_language_model(
-    directory: str | Path, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(directory: str | Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model with frozen weights, and its tokenizer.
 
     Raises
@@ -205,9 +201,7 @@ def load_language_model(
     return model.to(device), AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def build(
-    language_model: str | Path, projector: dict, dimensions: int, lora: dict, device: torch.device
-) -> Cell2Text:
+def build(language_model: str | Path, projector: dict, dimensions: int, lora: dict, device: torch.device) -> Cell2Text:
     """Return a new model: the projector untrained, the adapter without effect yet.
 
     Parameters
@@ -276,9 +270,7 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     except RuntimeError as error:
         raise InputError(directory / "projector.safetensors", str(error), "Fine-tune again") from error
     adapted = PeftModel.from_pretrained(base, directory / "adapter", autocast_adapter_dtype=False)
-    saved = {
-        key.split("base_model.")[-1] for key in load_file(directory / "adapter/adapter_model.safetensors")
-    }
+    saved = {key.split("base_model.")[-1] for key in load_file(directory / "adapter/adapter_model.safetensors")}
     expected = {
         name.replace(".default", "").split("base_model.")[-1]
         for name, _ in adapted.named_parameters()
@@ -296,6 +288,4 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
 def read_vectors(embeddings: list[str], cell_ids: list[str], model: Cell2Text) -> tuple[Tensor, Tensor]:
     """Return what the model's projector reads of each cell: float32 vectors and int64 lengths."""
     tensors = read_embeddings(embeddings, cell_ids, [model.projector.reads, "lengths"])
-    return torch.from_numpy(tensors[model.projector.reads]).float(), torch.from_numpy(
-        tensors["lengths"]
-    ).long()
+    return torch.from_numpy(tensors[model.projector.reads]).float(), torch.from_numpy(tensors["lengths"]).long()

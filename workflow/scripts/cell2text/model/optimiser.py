@@ -71,9 +71,7 @@ class MasterAdamW:
             for name, value in self.masters.items():
                 value.copy_(tensors[f"master.{name}"])
                 moments = {
-                    key: tensors[f"{key}.{name}"].to(value.device)
-                    if key != "step"
-                    else tensors[f"{key}.{name}"]
+                    key: tensors[f"{key}.{name}"].to(value.device) if key != "step" else tensors[f"{key}.{name}"]
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{key}.{name}" in tensors
                 }

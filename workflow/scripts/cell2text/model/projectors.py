@@ -27,9 +27,7 @@ class _Projector(nn.Module):
     def __init__(self, dimensions: int, width: int, hidden: int, tokens: int):
         super().__init__()
         self.width = width
-        self.layers = nn.Sequential(
-            nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, tokens * width)
-        )
+        self.layers = nn.Sequential(nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, tokens * width))
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("centre", torch.zeros(dimensions))
         self.register_buffer("spread", torch.ones(dimensions))

@@ -8,9 +8,10 @@ from cell2text.report.tables import best_neighbour, readable
 FEW_CELLS = 10
 
 
-def tell_limits(results: Results) -> list[str]:
-    """Return a sentence for each limit: those of the split's audit, then those that the scores show."""
-    return [*results.audit.get("limits", []), *_interval(results), *_neighbour(results), *_texts(results)]
+def tell_limits(results: Results, notes: dict[str, str]) -> list[str]:
+    """Return a sentence for each limit: of the split's audit, of each dataset's notes, and of the scores."""
+    told = [f"{dataset}: {note}" for dataset, note in sorted(notes.items())]
+    return [*results.audit.get("limits", []), *told, *_interval(results), *_neighbour(results), *_texts(results)]
 
 
 def _interval(results: Results) -> Iterator[str]:
@@ -47,8 +48,7 @@ def _neighbour(results: Results) -> Iterator[str]:
         yield f"Cell types: {other['name']} is better than Cell2Text on these cells, beyond both intervals."
     else:
         yield (
-            f"Cell types: the intervals of Cell2Text and of {other['name']} overlap, so neither is called "
-            "better here."
+            f"Cell types: the intervals of Cell2Text and of {other['name']} overlap, so neither is called better here."
         )
 
 

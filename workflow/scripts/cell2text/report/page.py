@@ -36,7 +36,9 @@ HASH = re.compile("[0-9a-f]{64}")
 STATUSES = {"parsed": "follows the grammar", "partial": "partly readable", "failed": "not readable"}
 
 
-def render_report(files: RunFiles, path: str | Path, run: str, seed: int, benchmarks: str | Path) -> None:
+def render_report(
+    files: RunFiles, path: str | Path, run: str, seed: int, benchmarks: str | Path, notes: dict[str, str]
+) -> None:
     """Write the page of a run.
 
     Parameters
@@ -51,6 +53,8 @@ def render_report(files: RunFiles, path: str | Path, run: str, seed: int, benchm
         Of the map's layout and of the examples' choice.
     benchmarks
         Folder of Snakemake's benchmark files; it may be missing.
+    notes
+        What the sheet of datasets says a reader should know, by dataset.
 
     Raises
     ------
@@ -75,7 +79,7 @@ def render_report(files: RunFiles, path: str | Path, run: str, seed: int, benchm
     }
     script = (FOLDER / "page.js").read_text()
     page = environment.get_template("page.html.j2").render(
-        **_sections(results, files, run, seed, benchmarks),
+        **_sections(results, files, run, seed, benchmarks, notes),
         style=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - the project's own file
         script=Markup(script),  # noqa: S704 - the project's own file
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -86,7 +90,7 @@ def render_report(files: RunFiles, path: str | Path, run: str, seed: int, benchm
 
 
 def _sections(
-    results: Results, files: RunFiles, run: str, seed: int, benchmarks: str | Path
+    results: Results, files: RunFiles, run: str, seed: int, benchmarks: str | Path, notes: dict[str, str]
 ) -> dict[str, Any]:
     """Return what the template shows, by section."""
     slots = judge_slots(results)
@@ -118,14 +122,12 @@ def _sections(
             chart for slot in dict.fromkeys(["cell_type", *judged]) if (chart := reliability(results, slot))
         ],
         "examples": choose_examples(results, seed),
-        "curves": [
-            curve for stage in ("align", "finetune") if (curve := training_curve(results.history, stage))
-        ],
+        "curves": [curve for stage in ("align", "finetune") if (curve := training_curve(results.history, stage))],
         "model": [fact for fact in _flatten(results.model) if not HASH.fullmatch(fact[1])],
         "qc": results.qc,
         "costs": rule_costs(benchmarks),
         "trail": sort_facts(results.provenance),
-        "limits": tell_limits(results),
+        "limits": tell_limits(results, notes),
     }
 
 
@@ -164,7 +166,7 @@ def sort_facts(provenance: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {"facts": [], "versions": [], "hashes": []}
     for name, value in _flatten(provenance):
         above, _, rest = name.partition(ABOVE)
-        if above in ("versions", "packages") and rest:
+        if above == "packages" and rest:
             found["versions"].append((rest, value))
         else:
             found["hashes" if HASH.fullmatch(value) else "facts"].append((name, value))

@@ -129,8 +129,7 @@ class Results:
 
     def resampled_unit(self) -> str | None:
         """Return what the bootstrap of the test split drew: ``"donor"`` or ``"cell"``."""
-        bootstrap = self.provenance.get("bootstrap", {})
-        return bootstrap.get("unit") or bootstrap.get("splits", {}).get("test", {}).get("unit")
+        return self.provenance["bootstrap"]["splits"].get("test", {}).get("unit")
 
 
 def read_results(files: RunFiles) -> Results:
@@ -183,9 +182,7 @@ def _read_test_rows(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
 def _read_cells(files: RunFiles, corpus: pd.DataFrame) -> pd.DataFrame:
     said = pd.DataFrame([row for path in files.generations for row in read_jsonl(path)])
     if said.empty:
-        raise InputError(
-            files.model, "no test cell was described", "Give the test split a share of the cells"
-        )
+        raise InputError(files.model, "no test cell was described", "Give the test split a share of the cells")
     reference = DESCRIPTIONS.read(files.descriptions).drop(columns=["split", "definition"])
     reference = reference.rename(columns=lambda name: name if name == "cell_id" else f"true_{name}")
     cells = said.merge(reference, on="cell_id", how="left", validate="one_to_one", indicator=True)

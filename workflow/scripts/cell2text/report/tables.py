@@ -41,9 +41,7 @@ def compare_methods(results: Results) -> list[dict[str, Any]]:
     rows = []
     for method in [name for name in WHAT if name in present] + sorted(present - set(WHAT)):
         figures = [results.metric(method, slot, metric) for slot, metric in COLUMNS.values()]
-        rows.append(
-            {"method": method, "name": readable(method), "what": WHAT.get(method, ""), "figures": figures}
-        )
+        rows.append({"method": method, "name": readable(method), "what": WHAT.get(method, ""), "figures": figures})
     for column in range(len(COLUMNS)):
         best = clearly_best([row["figures"][column] for row in rows])
         if best is not None:
@@ -90,8 +88,7 @@ def judge_slots(results: Results) -> list[dict[str, Any]]:
                 "slot": slot,
                 "terms": len(terms),
                 "only": results.name(slot, terms[0]) if len(terms) == 1 else None,
-                "accuracy": results.metric(METHOD, slot, "accuracy")
-                or results.metric(METHOD, slot, "subset_accuracy"),
+                "accuracy": results.metric(METHOD, slot, "accuracy") or results.metric(METHOD, slot, "subset_accuracy"),
                 "macro_f1": results.metric(METHOD, slot, "macro_f1"),
                 "jaccard": results.metric(METHOD, slot, "jaccard"),
                 "abstention": results.metric(METHOD, slot, "abstention"),

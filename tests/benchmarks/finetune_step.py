@@ -1,0 +1,154 @@
+"""Tokens per second of a fine-tuning step beside a stock transformers Trainer with a PEFT adapter.
+
+    .venv/bin/python tests/benchmarks/finetune_step.py results/pbmc68k resources/models/smollm2-135m-instruct
+
+Both train LoRA of the same rank on every linear layer of the same bfloat16 model on the same batches: the texts of
+a finished run, each after a prompt of the same length. The stock model gets placeholder tokens where ours gets soft
+tokens, computes logits everywhere and keeps PEFT's default float32 adapters. The two take turns, and each figure
+is the median over the rounds.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
+
+from cell2text.contracts import DESCRIPTIONS
+from cell2text.model.alignment import LabelTargets
+from cell2text.model.cell2text import build
+from cell2text.training import Finetuning, batches, read_cells
+
+CPU = torch.device("cpu")
+LORA = {"r": 16, "lora_alpha": 32}
+SETTINGS = {
+    "align_weight": 1.0,
+    "epochs": 1,
+    "patience": 1,
+    "learning_rate": 1e-3,
+    "projector_learning_rate": 5e-4,
+    "checkpoint_steps": 10**9,
+}
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each optimiser step."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def our_seconds(work: Finetuning, rows: list) -> list[float]:
+    work.model.train()
+    work.start = time.monotonic()
+    seconds = []
+    for batch in rows:
+        start = time.perf_counter()
+        work._step(batch)
+        work.state.step += 1
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def stock_batches(work: Finetuning, rows: list) -> list[dict]:
+    prompt, soft = work.model.prompt, work.model.settings["projector"]["soft_tokens"]
+    before = torch.cat([prompt.before, torch.full((soft,), 5), prompt.after])
+    made = []
+    for batch in rows:
+        _, _, text, there, _ = work.train.batch(batch, CPU)
+        ids = torch.cat([before.expand(len(batch), -1), text], 1)
+        mask = torch.cat([torch.ones(len(batch), len(before), dtype=torch.bool), there], 1)
+        labels = torch.where(mask, ids, -100)
+        labels[:, : len(before)] = -100
+        made.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+    return made
+
+
+def stock_seconds(directory: str, made: list[dict], float32_adapters: bool) -> list[float]:
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, local_files_only=True)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **LORA)
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=1,  # an item of the data is a whole batch
+            max_steps=len(made),
+            learning_rate=1e-3,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+            remove_unused_columns=False,
+        )
+        Trainer(
+            get_peft_model(base, config, autocast_adapter_dtype=float32_adapters),
+            arguments,
+            train_dataset=made,
+            data_collator=lambda items: items[0],
+            callbacks=[times],
+        ).train()
+    return times.seconds
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="a finished run, as results/pbmc68k")
+    parser.add_argument("language_model", help="a model directory, as resources/models/smollm2-135m-instruct")
+    parser.add_argument("--batch-cells", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps a round, after two to warm up")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    texts = DESCRIPTIONS.read(arguments.results / "corpus/descriptions.parquet")
+    classes = sorted(texts["cell_type_id"].dropna().unique())
+    projector = {"kind": "pooled", "soft_tokens": 8, "hidden": 1024}
+    embeddings = sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors")))
+    model = build(arguments.language_model, projector, 64, LORA, CPU)
+    cells = read_cells(texts, "train", embeddings, classes, model)
+    weight = model.language_model.get_input_embeddings().weight
+    targets = LabelTargets.of(classes, model.tokenizer, weight)
+    settings = SETTINGS | {"batch_cells": arguments.batch_cells}
+    work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "")
+    rows = batches(work.text_lengths, arguments.batch_cells, 0, 0)[: arguments.steps + 2]
+    made = stock_batches(work, rows)
+    tokens = [batch["input_ids"].numel() for batch in made][2:]
+    scored = [int((batch["labels"] >= 0).sum()) for batch in made][2:]
+    methods = {
+        "ours": lambda: our_seconds(work, rows),
+        "stock Trainer + PEFT": lambda: stock_seconds(arguments.language_model, made, True),
+        "stock, bfloat16 adapters": lambda: stock_seconds(arguments.language_model, made, False),
+    }
+    seconds = {name: [] for name in methods}
+    for _ in range(arguments.rounds):
+        for name, run in methods.items():
+            seconds[name].append(sum(run()[2:]))
+    print(f"{sum(tokens)} tokens ({sum(scored)} scored) in {len(tokens)} steps, {torch.get_num_threads()} threads")
+    ours = statistics.median(seconds["ours"])
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        print(
+            f"{name:26s} {sum(tokens) / middle:7.0f} tokens/s {sum(scored) / middle:7.0f} scored tokens/s"
+            f"   ours is {middle / ours:.2f} times as fast   rounds {[round(value, 2) for value in values]} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

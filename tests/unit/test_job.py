@@ -1,0 +1,64 @@
+"""What surrounds every script: logs, errors that a user can read, progress."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cell2text import progress
+from cell2text.errors import InputError
+from cell2text.job import run_job
+
+
+@pytest.fixture
+def job(tmp_path):
+    yield SimpleNamespace(log=[str(tmp_path / "logs/rule.log")], rule="some_rule", params={"seed": 7})
+    logging.getLogger().handlers.clear()
+
+
+def read_log(job):
+    with open(job.log[0]) as file:
+        return file.read()
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_one(job, capsys):
+    def main(snakemake):
+        raise InputError("cells.h5ad: obs.label", "no such\n column", "Name a column")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_job(main, job)
+    assert stopped.value.code == 1
+    for told in (read_log(job), capsys.readouterr().err):
+        assert told.count("\n") == 1
+        assert told.endswith("some_rule: cells.h5ad: obs.label: no such column. Name a column\n")
+
+
+def test_any_other_error_leaves_its_traceback_in_the_log(job):
+    def main(snakemake):
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError):
+        run_job(main, job)
+    assert "Traceback" in read_log(job)
+
+
+def test_the_seed_is_set(job):
+    drawn = []
+    for _ in range(2):
+        run_job(lambda snakemake: drawn.append(np.random.random()), job)
+    assert drawn[0] == drawn[1]
+
+
+def test_progress_tells_rate_and_time_left_but_not_too_often(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO)
+    shown = progress.Progress(300, "cells", done=100, every=10)
+    for _ in range(20):
+        now[0] += 1
+        shown.advance(10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "200 of 300 cells, 10 cells/s, 0:10 left",
+        "300 of 300 cells, 10 cells/s, 0:00 left",
+    ]
