@@ -1,6 +1,7 @@
 """What surrounds every script: logs, errors that a user can read, progress."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +19,7 @@ def job(tmp_path):
 
 
 def read_log(job):
-    with open(job.log[0]) as file:
-        return file.read()
+    return Path(job.log[0]).read_text()
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_one(job, capsys):
@@ -46,7 +46,7 @@ def test_any_other_error_leaves_its_traceback_in_the_log(job):
 def test_the_seed_is_set(job):
     drawn = []
     for _ in range(2):
-        run_job(lambda snakemake: drawn.append(np.random.random()), job)
+        run_job(lambda snakemake: drawn.append(np.random.random()), job)  # noqa: NPY002 - the one that is seeded
     assert drawn[0] == drawn[1]
 
 

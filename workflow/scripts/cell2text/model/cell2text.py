@@ -170,7 +170,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device computes in it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 def pick_device() -> torch.device:
