@@ -36,6 +36,10 @@ localrules:
 rule all:
     default_target: True
     input:
+        # All that a user takes away: a deleted one is made again, and what follows from it.
+        GENERATIONS,
+        "<results>/model",
+        "<results>/evaluation/metrics.tsv",
         "<results>/report.html",
 
 

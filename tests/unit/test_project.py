@@ -64,6 +64,16 @@ def test_every_rule_has_a_script_of_its_name():
     assert {path.stem for path in SCRIPTS.glob("*.py")} == set(rules)
 
 
+def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
+    declaring = {
+        name
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for name, body in re.findall(r"^rule (\w+):\n((?:\n|    .*\n)+)", path.read_text(), re.MULTILINE)
+        if re.search(r"^        gpu=1,$", body, re.MULTILINE)
+    }
+    assert declaring == {"embed_genes", "finetune", "generate_descriptions", "baseline_shuffled"}
+
+
 def keys(schema, prefix=""):
     for key, entry in schema.get("properties", {}).items():
         yield from keys(entry, f"{prefix}{key}.") if "properties" in entry else [f"{prefix}{key}"]

@@ -11,9 +11,8 @@ from cell2text.errors import InputError
 from cell2text.provenance import hash_config, library_version
 
 try:
-    CONFIG_FILE = (
-        workflow.configfiles[-1] if workflow.configfiles else "config/config.yaml"
-    )
+    # the default config comes last; files from the command line stand before it
+    CONFIG_FILE = (workflow.configfiles[:-1] or workflow.configfiles)[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
 except InputError as error:
@@ -27,6 +26,9 @@ EMBEDDINGS = collect(
 )
 SPLITS = ["validation", "test"]
 BASELINES = ["majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
+GENERATIONS = collect(
+    "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
+)
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 
 

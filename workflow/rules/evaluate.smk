@@ -140,9 +140,7 @@ rule evaluate:
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
         corpus="<results>/corpus/cells.parquet",
-        generations=collect(
-            "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
-        ),
+        generations=GENERATIONS,
         baselines=collect("<results>/baselines/{name}.parquet", name=BASELINES),
         model="<results>/model",
         language_model=LANGUAGE_MODEL,
