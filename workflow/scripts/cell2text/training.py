@@ -411,7 +411,7 @@ def finetune(
     )
     if not work.take_up_checkpoint():
         work.state.history = align(model, targets, train, settings["align_steps"], seed, device)
-        work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint)
+        work.optimiser.take_weights()
     state = work.run()
     _save(work, state, Path(directory), source, classes, seed)
     shutil.rmtree(checkpoints, ignore_errors=True)

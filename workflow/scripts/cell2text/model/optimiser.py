@@ -52,6 +52,12 @@ class MasterAdamW:
         self.write_back(self.masters)
 
     @torch.no_grad()
+    def take_weights(self) -> None:
+        """Take over weights that something else has changed in the model."""
+        for name, parameter in self.parameters.items():
+            self.masters[name].copy_(parameter)
+
+    @torch.no_grad()
     def write_back(self, weights: dict[str, Tensor]) -> None:
         """Copy float32 weights into the model's own."""
         for name, parameter in self.parameters.items():
