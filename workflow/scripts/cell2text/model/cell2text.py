@@ -191,7 +191,7 @@ def load_language_model(directory: str | Path, device: torch.device) -> tuple[Pr
         directory,
         dtype=compute_dtype(device),
         # On CPUs the backward pass of fused attention in bfloat16 takes much longer than plain matrix products
-        # at the lengths of a description (tests/benchmarks/finetune_step.py); on GPUs it is the other way round.
+        # at the lengths of a description; GPUs have kernels for it.
         attn_implementation="sdpa" if device.type == "cuda" else "eager",
         local_files_only=True,
     )
