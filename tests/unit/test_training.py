@@ -143,6 +143,8 @@ def test_same_seed_same_history(files, tiny_model):
 def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
     directory = finetune(files, tiny_model, "model", epochs=6, patience=6)
     history = losses(directory)
+    aligned = history.loc[history["stage"] == "align", "loss"]
+    assert aligned.iloc[-1] < aligned.iloc[0]
     learnt = history[history["stage"] == "finetune"]
     validation = learnt["validation_loss"].dropna().to_numpy()
     assert len(validation) == 6
