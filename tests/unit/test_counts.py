@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from cell2text import counts
-from cell2text.counts import BUNDLED, fetch_dataset, read_blocks, read_genes
+from cell2text.cell_files import read_blocks, read_genes
+from cell2text.counts import BUNDLED, fetch_dataset
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 7], [1, 1, 1, 1]], dtype=np.float32)
 GENES = ["CD3D", "MS4A1", "LYZ", "MT-CO1"]

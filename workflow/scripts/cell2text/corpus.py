@@ -10,8 +10,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from cell2text.cell_files import read_blocks
 from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, write_json
-from cell2text.counts import CELLXGENE, read_blocks
+from cell2text.counts import CELLXGENE
 from cell2text.errors import InputError
 from cell2text.progress import Progress
 

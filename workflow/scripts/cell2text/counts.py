@@ -5,7 +5,7 @@ A study comes as h5ad, or is the one that scanpy carries. Its counts are found i
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pandas as pd
 import scanpy as sc
 from scipy import sparse
 
+from cell2text.cell_files import CELLS_AT_ONCE
 from cell2text.contracts import TERM_SLOTS, whole_file
 from cell2text.errors import InputError
 from cell2text.genes import name_genes
@@ -30,7 +31,6 @@ TOTALS = ("n_counts", "total_counts")
 # Logs rounded to three decimals give the counts of pbmc68k_reduced back within 0.09 of a whole number.
 TOLERANCE = 0.1
 VALUES_AT_ONCE = 10_000_000
-CELLS_AT_ONCE = 4096
 
 
 def fetch_dataset(row: dict[str, str], path: str | Path) -> None:
@@ -313,43 +313,3 @@ def read_label_table(path: str | Path) -> dict[str, str]:
     for line, term in enumerate(table["cell_type_ontology_term_id"], start=2):
         name_of("cell_type", term, f"{path} line {line}: cell_type_ontology_term_id")
     return {label: term or "unknown" for label, term in table[columns].itertuples(index=False)}
-
-
-def read_blocks(
-    path: str | Path, cell_ids: pd.Series, at_once: int = CELLS_AT_ONCE
-) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-    """Yield the counts of some cells, a block at a time, in the file's order.
-
-    Parameters
-    ----------
-    path
-        An h5ad that ``fetch_dataset`` or ``filter_cells`` wrote; only a block of it is held at once.
-    cell_ids
-        The cells to yield.
-    at_once
-        Rows of the file to read at once.
-
-    Yields
-    ------
-    tuple of array and csr_matrix
-        The ids of a block's cells, and their counts over all genes of the file.
-    """
-    cells = ad.read_h5ad(path, backed="r")
-    try:
-        wanted = cells.obs_names.isin(cell_ids)
-        for start in range(0, cells.n_obs, at_once):
-            rows = wanted[start : start + at_once]
-            if rows.any():
-                block = sparse.csr_matrix(cells.X[start : start + at_once])
-                yield cells.obs_names[start : start + at_once][rows].to_numpy(dtype=object), block[rows]
-    finally:
-        cells.file.close()
-
-
-def read_genes(path: str | Path) -> pd.DataFrame:
-    """Return the table of genes of an h5ad: ``symbol``, indexed by gene id."""
-    cells = ad.read_h5ad(path, backed="r")
-    try:
-        return cells.var[["symbol"]].astype(str)
-    finally:
-        cells.file.close()

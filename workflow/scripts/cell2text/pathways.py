@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 
+from cell2text.cell_files import read_blocks, read_genes
 from cell2text.contracts import (
     CELLS,
     DESCRIPTIONS,
@@ -19,7 +20,6 @@ from cell2text.contracts import (
     TERMS,
     write_json,
 )
-from cell2text.counts import read_blocks, read_genes
 from cell2text.descriptions import PATHWAY, Slots, Terms, describe, render
 from cell2text.errors import InputError
 from cell2text.ontology import slot_terms

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from cell2text.cell_files import read_blocks, read_genes
 from cell2text.contracts import CELLS, GENES, TOKENS, whole_file
-from cell2text.counts import read_blocks, read_genes
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.rank_tokens")
