@@ -1,14 +1,21 @@
 """The path from vectors to text, on a tiny real language model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from peft.tuners import lora
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cell2text.errors import InputError
 from cell2text.generation.describe import decode, read_text
 from cell2text.generation.greedy import Written, write_texts
 from cell2text.model import cell2text as m
 from cell2text.model.alignment import LabelTargets
+from cell2text.model.fused import FusedLora, FusedNorm, fuse_norms
+from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
 
 CPU = torch.device("cpu")
@@ -53,7 +60,7 @@ def test_batch_mates_change_nothing(build, kind):
     text = torch.randint(5, 300, (4, 9))
     there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
     together = [
-        model.text_loss(*model.read_cells(vectors, lengths), text, there & (torch.arange(4) == i)[:, None])[0]
+        model.text_loss(*model.projector(vectors, lengths), text, there & (torch.arange(4) == i)[:, None])[0]
         for i in range(4)
     ]
     for i in range(4):
@@ -61,20 +68,70 @@ def test_batch_mates_change_nothing(build, kind):
         width = int(there[i].sum())
         # alone, and without any padding at all
         short = vectors[row] if kind == "pooled" else vectors[row, : lengths[i]]
-        alone, tokens = model.text_loss(*model.read_cells(short, lengths[row]), text[row, :width], there[row, :width])
+        alone, tokens = model.text_loss(*model.projector(short, lengths[row]), text[row, :width], there[row, :width])
         assert int(tokens) == width
         assert torch.allclose(alone, together[i], rtol=1e-4), kind
 
 
-def test_loss_equals_the_language_models_own(build):
-    model, (vectors, lengths) = build(), cells("pooled", 1)
-    text = torch.randint(5, 300, (1, 9))
-    prompt, mask = model.read_cells(vectors, lengths)
-    ours, tokens = model.text_loss(prompt, mask, text, torch.ones_like(text, dtype=torch.bool))
-    labels = torch.cat([torch.full((1, prompt.shape[1]), -100), text], 1)
-    embeddings = torch.cat([prompt, model.embed_tokens(text)], 1)
-    theirs = model.language_model(inputs_embeds=embeddings, labels=labels).loss
-    assert torch.allclose(ours / tokens, theirs, rtol=1e-5)
+@pytest.mark.parametrize("kind", sorted(PROJECTORS))
+def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind):
+    """One cell at a time through the stock model, prompt and all, against the whole batch in one row."""
+    (vectors, lengths), model = cells(kind), build(kind)
+    text = torch.randint(5, 300, (4, 9))
+    there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    assert sum(type(part) is FusedLora for part in model.modules()) == 14
+    assert sum(type(part) is FusedNorm for part in model.modules()) == 5
+    ours, tokens = model.text_loss(*model.projector(vectors, lengths), text, there)
+    ours.backward()
+    gradients = {name: value.grad.clone() for name, value in model.trainable().items()}
+    model.zero_grad()
+
+    model.language_model.set_attn_implementation("eager")
+    for part in model.modules():
+        if type(part) is FusedLora:
+            part.__class__ = lora.Linear
+    theirs = 0
+    for i in range(4):
+        prompt, mask = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
+        prompt, words = prompt[:, mask[0]], text[i : i + 1][:, there[i]]
+        labels = torch.cat([torch.full((1, prompt.shape[1]), -100), words], 1)
+        embeddings = torch.cat([prompt, model.embed_tokens(words)], 1)
+        theirs = theirs + model.language_model(inputs_embeds=embeddings, labels=labels).loss * words.shape[1]
+    theirs.backward()
+    assert int(tokens) == 22
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    for name, value in model.trainable().items():
+        assert torch.allclose(gradients[name], value.grad, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_text_loss_is_cross_entropy(biased):
+    torch.manual_seed(0)
+    weight, targets = torch.randn(50, 8), torch.randint(0, 50, (300,))  # more tokens than are scored at once
+    bias = torch.randn(50) if biased else None
+    states = (10 * torch.randn(300, 8)).requires_grad_()
+    ours = TextLoss.apply(states, weight, bias, targets)
+    (gradient,) = torch.autograd.grad(3 * ours, states)
+    theirs = functional.cross_entropy(functional.linear(states, weight, bias), targets, reduction="sum")
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert torch.allclose(gradient, torch.autograd.grad(3 * theirs, states)[0], atol=1e-3, rtol=1e-4)
+
+
+def test_fused_norm_takes_the_place_of_its_equals_alone():
+    class OtherRMSNorm(LlamaRMSNorm):  # Gemma's adds 1 to the weight
+        def forward(self, x):
+            return super().forward(x) + x / x.pow(2).mean(-1, keepdim=True).add(self.variance_epsilon).sqrt()
+
+    model = torch.nn.ModuleDict({"same": LlamaRMSNorm(16), "other": OtherRMSNorm(16)}).requires_grad_(False)
+    model["same"].weight.copy_(torch.randn(16))
+    names, stock = set(model.state_dict()), copy.deepcopy(model["same"])
+    fuse_norms(model)
+    assert (type(model["same"]), type(model["other"])) == (FusedNorm, OtherRMSNorm)
+    assert set(model.state_dict()) == names
+    x, direction = torch.randn(2, 3, 16, requires_grad=True), torch.randn(2, 3, 16)
+    assert torch.allclose(model["same"](x), stock(x), atol=1e-6)
+    ours, theirs = (torch.autograd.grad((norm(x) * direction).sum(), x)[0] for norm in (model["same"], stock))
+    assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_prompt_is_the_chat_template_with_the_cell_in_it(build):
@@ -92,6 +149,7 @@ def test_only_adapter_and_projector_learn(build):
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
 def test_greedy_decoding_equals_transformers_generate(build, kind):
     model, (vectors, lengths) = build(kind), cells(kind)
+    model.ready_to_write()
     written = write_texts(model, vectors, lengths, 12)
     for i in range(4):
         embeddings, mask = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
@@ -105,12 +163,13 @@ def test_greedy_decoding_equals_transformers_generate(build, kind):
 
 def test_log_probabilities_are_those_of_a_forward_pass(build):
     model, (vectors, lengths) = build(), cells("pooled", 1)
-    written = write_texts(model, vectors, lengths, 6)[0]
-    prompt, mask = model.read_cells(vectors, lengths)
+    merged = copy.deepcopy(model).ready_to_write()
+    written = write_texts(merged, vectors, lengths, 6)[0]
+    soft = model.projector(vectors, lengths)
     there = torch.ones(1, len(written.ids), dtype=torch.bool)
     with torch.no_grad():
         sums = [
-            float(model.text_loss(prompt, mask, torch.tensor([written.ids[:n]]), there[:, :n])[0])
+            float(model.text_loss(*soft, torch.tensor([written.ids[:n]]), there[:, :n])[0])
             for n in range(1, len(written.ids) + 1)
         ]
     assert -np.cumsum(written.log_probabilities) == pytest.approx(np.array(sums), abs=1e-4)
@@ -120,7 +179,11 @@ def test_saved_and_loaded_model_writes_the_same(build, tiny_model, tmp_path):
     model, (vectors, lengths) = build(), cells("pooled")
     m.save(model, tmp_path, {"seed": 1})
     again = m.load(tmp_path, tiny_model, CPU)
-    assert write_texts(again, vectors, lengths, 8) == write_texts(model, vectors, lengths, 8)
+    model.language_model.set_attn_implementation("sdpa")
+    ours, theirs = (write_texts(one, vectors, lengths, 8) for one in (again, model))
+    assert [one.ids for one in ours] == [one.ids for one in theirs]
+    weights = again.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.trainable().items())
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".bin", ".pt", ".pkl"}]
 
 

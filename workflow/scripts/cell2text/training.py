@@ -249,8 +249,7 @@ class Finetuning:
         vectors, lengths, text, there, labels = self.train.batch(rows, model.device)
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + state.step)
         soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
-        prompt, mask = model.put_into_prompt(soft, soft_there)
-        loss, tokens = model.text_loss(prompt, mask, text, there)
+        loss, tokens = model.text_loss(soft, soft_there, text, there)
         align_loss = self.targets.loss(soft, soft_there, labels)
         (loss + self.settings["align_weight"] * align_loss * tokens).backward()
         value = float(loss.detach()) / int(tokens)
@@ -262,7 +261,8 @@ class Finetuning:
             )
         rate = self.schedule(state.step)
         self.optimiser.step(1 / int(tokens), rate)
-        size = mask.numel() + there.numel()
+        prompt = len(model.prompt.before) + soft.shape[1] + len(model.prompt.after)
+        size = len(rows) * prompt + there.numel()
         rate *= self.settings["learning_rate"]
         return _row("finetune", state.step, state.epoch, value, float(align_loss.detach()), rate, size, self.start)
 
@@ -275,7 +275,7 @@ class Finetuning:
         total, count = 0.0, 0
         for start in range(0, len(order), size):
             vectors, lengths, text, there, _ = self.validation.batch(order[start : start + size], self.model.device)
-            loss, tokens = self.model.text_loss(*self.model.read_cells(vectors, lengths), text, there)
+            loss, tokens = self.model.text_loss(*self.model.projector(vectors, lengths), text, there)
             total, count = total + float(loss), count + int(tokens)
         return total / count
 

@@ -7,13 +7,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cell2text.contracts import read_json, write_json
 from cell2text.embedding import read_embeddings
 from cell2text.errors import InputError
+from cell2text.model.fused import FusedLora, fuse_norms, join_siblings
+from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import build_projector
+from cell2text.model.shared_prompt import NAME, Row
 
 INSTRUCTION = "Describe the cell."
 _CELL = "\N{BLACK SQUARE}"  # stands where the soft tokens go while the prompt is still text
@@ -111,10 +113,6 @@ class Cell2Text(nn.Module):
             bool (cells, prompt); false on the padding.
         """
         soft, there = self.projector(vectors, lengths)
-        return self.put_into_prompt(soft, there)
-
-    def put_into_prompt(self, soft: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Return soft tokens between the halves of the prompt; see :meth:`read_cells`."""
         cells = len(soft)
         before, after = (
             self.embed_tokens(half.to(soft.device)).expand(cells, -1, -1)
@@ -128,32 +126,35 @@ class Cell2Text(nn.Module):
         order = mask.to(torch.int8).argsort(dim=1, stable=True)
         return prompt.gather(1, order[..., None].expand_as(prompt)), mask.gather(1, order)
 
-    def text_loss(self, prompt: Tensor, mask: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def text_loss(self, soft: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed negative log likelihood of the texts, and of how many tokens it is the sum.
 
-        Only the text is scored, never the prompt, and logits are computed nowhere else.
+        Only the text is scored, never the prompt, and logits are computed nowhere else. What stands before the
+        soft tokens is the same for all cells and read once.
 
         Parameters
         ----------
-        prompt, mask
-            As :meth:`read_cells` gives them.
+        soft, there
+            As the projector gives them.
         text, text_mask
             Token ids of the description and the end token, int64 (cells, text), padded on the right; which
             are there, bool.
         """
-        embeddings = torch.cat([prompt, self.embed_tokens(text)], dim=1)
-        attention = torch.cat([mask, text_mask], dim=1)
-        positions = (attention.long().cumsum(1) - 1).clamp(min=0)
+        before, after = (
+            self.embed_tokens(half.to(soft.device))[None] for half in (self.prompt.before, self.prompt.after)
+        )
+        of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), self.embed_tokens(text)], dim=1)
+        mask = torch.cat([there, there.new_ones(len(soft), after.shape[1]), text_mask], dim=1)
+        row = Row.of(before.shape[1], mask, before.dtype)
         hidden = self.decoder(
-            inputs_embeds=embeddings, attention_mask=attention.long(), position_ids=positions, use_cache=False
+            inputs_embeds=torch.cat([before, of_cells.flatten(0, 1)[None]], dim=1),
+            position_ids=row.positions(),
+            use_cache=False,
+            row=row,
         ).last_hidden_state
         # The hidden state before a token predicts it.
-        states = hidden[:, prompt.shape[1] - 1 : -1][text_mask]
-        losses = functional.linear_cross_entropy(
-            states, self.head.weight, text[text_mask], linear_bias=self.head.bias, reduction="none"
-        )
-        # each in the model's dtype, but summed in float32: a sum in bfloat16 has two digits
-        return losses.float().sum(), text_mask.sum()
+        states = hidden[0, row.prompt :].view_as(of_cells)[:, -text.shape[1] - 1 : -1][text_mask]
+        return TextLoss.apply(states, self.head.weight, self.head.bias, text[text_mask]), text_mask.sum()
 
     def ready_to_write(self) -> "Cell2Text":
         """Fold the adapter into the language model's weights and take the attention that decodes fastest."""
@@ -179,23 +180,32 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_language_model(directory: str | Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(
+    directory: str | Path, device: torch.device, attention: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model with frozen weights, and its tokenizer.
+
+    Parameters
+    ----------
+    directory
+        A Hugging Face directory.
+    device
+        Where to put it.
+    attention
+        ``"sdpa"`` to write texts, ``shared_prompt.NAME`` to learn from them.
 
     Raises
     ------
     InputError
-        If the model scales or caps its logits, which the fused loss does not do.
+        If the model scales or caps its logits or its attention's scores, which is not done here.
     """
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=compute_dtype(device),
-        # On CPUs the backward pass of fused attention in bfloat16 takes much longer than plain matrix products
-        # at the lengths of a description; GPUs have kernels for it.
-        attn_implementation="sdpa" if device.type == "cuda" else "eager",
+        attn_implementation=attention,
         local_files_only=True,
     )
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise InputError(directory, f"{name} is set, and the loss would be wrong", "Choose another model")
     model.requires_grad_(False)
@@ -218,13 +228,17 @@ def build(language_model: str | Path, projector: dict, dimensions: int, lora: di
     device
         Where to put it.
     """
-    base, tokenizer = load_language_model(language_model, device)
+    base, tokenizer = load_language_model(language_model, device, NAME)
+    fuse_norms(base)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora)
+    config._register_custom_module({nn.Linear: FusedLora})
     adapted = get_peft_model(
         base,
-        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora),
+        config,
         # The optimiser keeps float32 masters; adapters in float32 would make each layer cast back and forth.
         autocast_adapter_dtype=False,
     )
+    join_siblings(adapted)
     new = build_projector(projector, dimensions, base.config.hidden_size).to(device)
     new.start_at(base.get_input_embeddings().weight)
     return Cell2Text(adapted, tokenizer, new, {"projector": projector, "dimensions": dimensions})
@@ -264,7 +278,7 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     directory = Path(directory)
     device = device or pick_device()
     about = read_json(directory / "cell2text.json")
-    base, tokenizer = load_language_model(language_model, device)
+    base, tokenizer = load_language_model(language_model, device, "sdpa")
     projector = build_projector(about["projector"], about["dimensions"], base.config.hidden_size)
     try:
         projector.load_state_dict(load_file(directory / "projector.safetensors"), strict=True)

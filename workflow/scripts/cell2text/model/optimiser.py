@@ -43,7 +43,7 @@ class MasterAdamW:
         """
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
-            self.masters[name].grad = None if gradient is None else gradient.float() * gradient_scale
+            self.masters[name].grad = None if gradient is None else gradient.float().mul_(gradient_scale)
             parameter.grad = None
         nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
