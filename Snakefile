@@ -18,6 +18,7 @@ report: "workflow/report/workflow.rst"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/qc.smk"
+include: "workflow/rules/census.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/embed.smk"
 include: "workflow/rules/finetune.smk"
@@ -29,6 +30,7 @@ include: "workflow/rules/report.smk"
 localrules:
     all,
     models,
+    census,
     corpus,
     embeddings,
 
@@ -46,6 +48,11 @@ rule all:
 rule models:
     input:
         LANGUAGE_MODEL,
+
+
+rule census:
+    input:
+        collect("<results>/raw/{dataset}.h5ad", dataset=sum(PIECES.values(), [])),
 
 
 rule corpus:

@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
+from cell2text.config import check_config
 from cell2text.contracts import QC
 from cell2text.counts import fetch_dataset
 from cell2text.qc import filter_cells
@@ -18,14 +19,6 @@ STUDIES = (
     "telencephalon_culture",
     "tnbc_wu",
 )
-# A panel of 1,700 genes, of which a cell expresses 125, and cells whose authors kept up to 67% of
-# mitochondrial counts, need limits of their own.
-LIMITS = {
-    "min_genes": {"telencephalon_culture": 50, "pdac_moncada": 50},
-    "min_counts": {"telencephalon_culture": 100, "pdac_moncada": 100},
-    "max_mitochondrial_percent": {"telencephalon_culture": 50},
-}
-DEFAULTS = {"min_genes": 200, "min_counts": 300, "max_mitochondrial_percent": 20}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -43,8 +36,8 @@ def test_a_study_goes_through_unchanged(tmp_path, request, name):
         assert (cells.obs[column].astype(str).to_numpy() == given.obs[column].astype(str).to_numpy()).all(), column
 
     files = [tmp_path / file for file in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
-    limits = {limit: LIMITS[limit].get(name, default) for limit, default in DEFAULTS.items()}
-    filter_cells(tmp_path / "raw.h5ad", *files, limits=limits)
+    schema = request.config.rootpath / "workflow/schemas/config.schema.yaml"
+    filter_cells(tmp_path / "raw.h5ad", *files, limits=check_config({"run": "test"}, schema, "test")["qc"])
     table, kept = QC.read(files[1]), ad.read_h5ad(files[0])
     labelled = (given.obs["cell_type_ontology_term_id"] != "unknown").to_numpy()
     assert table["kept"][labelled].mean() >= 0.9

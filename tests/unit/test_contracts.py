@@ -2,9 +2,12 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cell2text.contracts import EMBEDDINGS, QC, TERMS, whole_file, write_jsonl
+from cell2text import contracts
+from cell2text.contracts import EMBEDDINGS, PATHWAY_SCORES, QC, TERMS, TOKENS, whole_file, write_jsonl
 from cell2text.errors import InputError
 
 
@@ -57,9 +60,96 @@ def test_tables_that_break_the_contract_are_not_written(tmp_path):
 
 
 def test_a_key_may_not_repeat(tmp_path):
-    row = ("a", "s", 1.0, 1, 0.0, True, "")
+    row = ("a", "s", "s|d", 1.0, 1, 0.0, 0.0, 0.1, True, "")
     with pytest.raises(ValueError, match="cell_id repeats"):
         QC.write(pd.DataFrame([row, row], columns=list(QC.columns)), tmp_path / "qc.parquet")
+
+
+def ranked(cells):
+    """Return a part of a table of tokens: each cell with a list as long as its number."""
+    lists = [list(range(cell)) for cell in cells]
+    return pd.DataFrame(
+        {
+            "cell_id": [f"d|{cell}" for cell in cells],
+            "tokens": [np.array(tokens, dtype=np.int32) for tokens in lists],
+            "expression": [np.array(tokens, dtype=np.float32) for tokens in lists],
+        }
+    )
+
+
+def test_a_table_comes_back_in_the_parts_in_which_it_was_written(tmp_path):
+    path = tmp_path / "tokens.parquet"
+    arrow = pa.Table.from_pandas(ranked([5, 1]), preserve_index=False)  # tables of both libraries
+    TOKENS.write_parts(iter([ranked([2, 0, 3]), arrow.select(["tokens", "expression", "cell_id"])]), path)
+    for part, cells in zip(TOKENS.read_parts(path), ([2, 0, 3], [5, 1]), strict=True):
+        assert list(part) == list(TOKENS.columns)
+        assert part["cell_id"].tolist() == [f"d|{cell}" for cell in cells]
+        assert [list(tokens) for tokens in part["tokens"]] == [list(range(cell)) for cell in cells]
+
+
+def test_parts_are_read_one_at_a_time_and_written_one_at_a_time(tmp_path):
+    path, asked = tmp_path / "tokens.parquet", []
+
+    def parts():
+        for cell in range(4):
+            asked.append(cell)
+            yield ranked([cell])
+
+    TOKENS.write_parts(parts(), path)
+    assert asked == [0, 1, 2, 3]
+    assert pq.ParquetFile(path).num_row_groups == 4
+    read = TOKENS.read_parts(path, ["cell_id"])
+    assert list(next(read)) == ["cell_id"] and [part["cell_id"][0] for part in read] == ["d|1", "d|2", "d|3"]
+    whole = TOKENS.read(path)
+    assert [list(tokens) for tokens in whole["tokens"]] == [list(range(cell)) for cell in range(4)]
+    assert whole["expression"][3].dtype == np.float32
+
+
+def test_a_table_without_parts_is_empty_and_keeps_its_columns(tmp_path):
+    PATHWAY_SCORES.write_parts([], tmp_path / "scores.parquet", rest=["A", "B"])
+    assert list(PATHWAY_SCORES.read(tmp_path / "scores.parquet")) == ["cell_id", "A", "B"]
+    assert pq.read_schema(tmp_path / "scores.parquet").field("B").type == pa.float32()
+    assert not [part for part in PATHWAY_SCORES.read_parts(tmp_path / "scores.parquet") if len(part)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        (lambda: [ranked([1, 2]), ranked([3, 1])], "cell_id repeats"),
+        (lambda: [ranked([1]), ranked([2]).drop(columns="tokens")], "differ in their columns"),
+        (lambda: [ranked([1]), ranked([2]).assign(more=1)], "differ in their columns"),
+    ],
+    ids=["a key in two parts", "a column missing", "a column too many"],
+)
+def test_parts_that_break_the_contract_leave_no_file(tmp_path, parts, problem):
+    with pytest.raises(ValueError, match=problem):
+        TOKENS.write_parts(parts(), tmp_path / "tokens.parquet")
+    with pytest.raises(ValueError, match="surplus"):
+        TOKENS.write_parts([], tmp_path / "tokens.parquet", rest=["more"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_break_off_leave_the_old_file(tmp_path):
+    path = tmp_path / "tokens.parquet"
+    TOKENS.write(ranked([1]), path)
+
+    def parts():
+        yield ranked([2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TOKENS.write_parts(parts(), path)
+    assert TOKENS.read(path)["cell_id"].tolist() == ["d|1"]
+    assert [found.name for found in tmp_path.iterdir()] == ["tokens.parquet"]
+
+
+def test_a_long_table_is_written_in_pieces_with_its_categories_as_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(contracts, "ROWS_AT_ONCE", 2)
+    table = pd.DataFrame([("stage", str(i), f"name {i % 2}", None) for i in range(5)], columns=list(TERMS.columns))
+    TERMS.write(table.assign(name=table["name"].astype("category")), tmp_path / "terms.parquet")
+    assert pq.ParquetFile(tmp_path / "terms.parquet").num_row_groups == 3
+    pd.testing.assert_frame_equal(TERMS.read(tmp_path / "terms.parquet"), table)
+    assert TERMS.read(tmp_path / "terms.parquet", categories=["name"])["name"].dtype == "category"
 
 
 def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path):

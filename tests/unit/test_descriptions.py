@@ -65,10 +65,91 @@ def test_text_reads_as_written_here():
         ("CL:0000106", "This is a unipolar neuron."),
         ("CL:0000623", "This is a natural killer cell."),
         ("CL:0000682", "This is an M cell of gut."),
+        ("CL:0000084", "This is a T cell."),
+        ("CL:0000598", "This is a pyramidal neuron."),
+        ("CL:0000232", "This is an erythrocyte."),
+        ("CL:0000066", "This is an epithelial cell."),
+        ("CL:0000255", "This is a eukaryotic cell."),
+        ("CL:0000731", "This is a urothelial cell."),
+        ("CL:0000987", "This is an IgA plasma cell."),
+        ("CL:0002496", "This is an intraepithelial lymphocyte."),
+        ("CL:0000748", "This is a retinal bipolar neuron."),
+        ("CL:0000749", "This is an ON-bipolar cell."),
+        ("CL:0000551", "This is a unimodal nocireceptor."),
+        ("CL:0002030", "This is an Fc-epsilon RIalpha-high basophil progenitor cell."),
     ],
 )
 def test_article(term, start):
     assert render(Slots(term), TERMS) == start
+
+
+# Tissue, disease, sex and stage, each known or not; the cell type and the pathways have sentences of their own.
+SAMPLES = {
+    (): "",
+    ("tissue",): "The sample is lung.",
+    ("disease",): "The sample is from a donor, with melanoma.",
+    ("sex",): "The sample is from a male donor.",
+    ("stage",): "The sample is from a donor at the 80-year-old stage.",
+    ("tissue", "disease"): "The sample is lung, with melanoma.",
+    ("tissue", "sex"): "The sample is lung from a male donor.",
+    ("tissue", "stage"): "The sample is lung at the 80-year-old stage.",
+    ("disease", "sex"): "The sample is from a male donor, with melanoma.",
+    ("disease", "stage"): "The sample is from a donor at the 80-year-old stage, with melanoma.",
+    ("sex", "stage"): "The sample is from a male donor at the 80-year-old stage.",
+    ("tissue", "disease", "sex"): "The sample is lung from a male donor, with melanoma.",
+    ("tissue", "disease", "stage"): "The sample is lung at the 80-year-old stage, with melanoma.",
+    ("tissue", "sex", "stage"): "The sample is lung from a male donor at the 80-year-old stage.",
+    ("disease", "sex", "stage"): "The sample is from a male donor at the 80-year-old stage, with melanoma.",
+    ("tissue", "disease", "sex", "stage"): (
+        "The sample is lung from a male donor at the 80-year-old stage, with melanoma."
+    ),
+}
+SAMPLE_IDS = {
+    "tissue": "UBERON:0002048",
+    "disease": "MONDO:0005105",
+    "sex": "PATO:0000384",
+    "stage": "HsapDv:0000206",
+}
+
+
+@pytest.mark.parametrize("known", SAMPLES, ids="-".join)
+def test_every_combination_of_missing_slots_reads_as_written_here(known):
+    slots = Slots(**{slot: SAMPLE_IDS[slot] for slot in known})
+    sample = SAMPLES[known]
+    assert render(slots, TERMS) == sample
+    assert parse(render(slots, TERMS), TERMS).slots == slots
+    healthy = Slots(**{**vars(slots), "disease": NORMAL}) if "disease" in known else slots
+    told = sample.replace("with melanoma", "without known disease")
+    for cell_type, pathways in itertools.product([None, "CL:0000622"], [(), ("B",), ("C", "A")]):
+        full = Slots(**{**vars(healthy), "cell_type": cell_type, "pathways": pathways})
+        programmes = {
+            (): "",
+            ("B",): "Most active gene programmes: Regulation of TP53.",
+            ("C", "A"): "Most active gene programmes: Regulation of TP53 Activity (what regulates it (in part)); then "
+            "interferon response (genes that answer interferons).",
+        }[pathways]
+        sentences = ["This is an acinar cell." if cell_type else "", told, programmes]
+        assert render(full, TERMS) == " ".join(filter(None, sentences))
+        assert parse(render(full, TERMS), TERMS).slots == full
+
+
+any_slots = st.builds(
+    Slots,
+    **{slot: st.none() | st.sampled_from(IDS[slot]) for slot in TERM_SLOTS},
+    pathways=st.lists(st.sampled_from("ABC"), unique=True, max_size=3).map(tuple),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(any_slots, st.booleans())
+def test_any_slots_survive_with_and_without_a_definition(slots, defined):
+    text = render(describe(slots, TERMS) if defined else slots, TERMS)
+    assert "  " not in text and ".." not in text and " ," not in text
+    assert not text or text.endswith(".")
+    if defined:
+        assert_inverse(slots)
+    else:
+        assert parse(text, TERMS).slots == slots
 
 
 def test_a_name_with_commas_is_read_whole_and_by_id():

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from cell2text import rank_tokens
 from cell2text.contracts import CELLS, GENES, TOKENS
-from cell2text.rank_tokens import measure_genes, rank_counts, rank_genes
+from cell2text.rank_tokens import measure_genes, median_of_each, rank_counts, rank_genes
 
 
 def write_cells(path, dataset, counts, genes):
@@ -106,6 +106,63 @@ def test_ranks_are_those_of_a_plain_loop(counts, median, token):
     assert found == rank_by_loop(matrix, token, median)
 
 
+@settings(deadline=None)
+@given(
+    quotients=st.lists(
+        st.one_of(st.floats(1e-30, 1e30), st.floats(1, 1 + 1e-9), st.sampled_from([1.0, 2.0, 1e-300])), max_size=300
+    ),
+    seed=st.integers(0, 9),
+)
+def test_quotients_far_apart_and_next_to_each_other_are_in_order(quotients, seed):
+    medians = 1 / np.array(quotients, dtype=float)
+    counts = sparse.csr_matrix(np.ones((1, len(medians)), dtype=np.float32))
+    token = np.random.default_rng(seed).permutation(len(medians)).astype(np.int32)
+    tokens, _, _ = rank_counts(counts, token, medians)
+    scaled = 1e4 / max(len(medians), 1)
+    assert tokens.tolist() == sorted(range(len(medians)), key=lambda gene: (-(scaled / medians[gene]), gene))
+
+
+def test_threads_change_nothing(monkeypatch):
+    monkeypatch.setattr(rank_tokens, "CELLS_A_RUN", 7)
+    rng = np.random.default_rng(0)
+    counts = sparse.random(300, 500, 0.3, "csr", np.float32, rng, lambda size: rng.integers(1, 9, size))
+    token, median = rng.permutation(500).astype(np.int32), rng.integers(1, 4, 500).astype(float)
+    found = [rank_counts(counts, token, median, threads) for threads in (1, 3)]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_count_that_is_stored_as_nought_is_none():
+    counts = sparse.csr_matrix(np.array([[2, 1, 3], [4, 5, 6]], dtype=np.float32))
+    counts.data[[1, 3]] = 0
+    tokens, _, ends = rank_counts(counts, np.arange(3, dtype=np.int32), np.ones(3))
+    assert tokens.tolist() == [2, 0, 2, 1] and ends.tolist() == [2, 4]
+    # 4000, 0 and 6000; 0, 5/11 and 6/11 of 10,000
+    values = [(counts.indices, rank_tokens.scale_counts(counts).astype(np.float32))]
+    assert median_of_each(lambda: values, 3) == pytest.approx([4000, 50000 / 11, (6000 + 60000 / 11) / 2])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.lists(st.one_of(st.floats(2**-10, 2**14, width=32), st.sampled_from([1.0, 2.0])), max_size=9), max_size=6
+    ),
+    st.integers(1, 7),
+)
+def test_medians_are_exact_whatever_the_blocks(values, at_once):
+    gene = np.repeat(np.arange(len(values), dtype=np.int32), [len(of_one) for of_one in values])
+    flat = np.array([value for of_one in values for value in of_one], dtype=np.float32)
+    order = np.random.default_rng(0).permutation(len(flat))
+
+    def read():
+        for start in range(0, len(flat), at_once):
+            rows = order[start : start + at_once]
+            yield gene[rows], flat[rows]
+
+    expected = [np.median(np.array(of_one, dtype=np.float32).astype(float)) if of_one else 0 for of_one in values]
+    assert median_of_each(read, len(values)).tolist() == expected
+
+
 def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, monkeypatch):
     logs = sc.datasets.pbmc68k_reduced()
     counts = np.rint(np.expm1(logs.raw.X[:60].toarray()) * logs.obs["n_counts"].to_numpy()[:60, None] / 1e4)
@@ -115,12 +172,13 @@ def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, 
     measure_genes(corpus, [cells], tmp_path / "genes.tsv")
     rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet")
-    assert ranked["cell_id"].tolist() == [f"a|{i}" for i in order[:50]]
+    in_file = sorted(order[:50])
+    assert ranked["cell_id"].tolist() == [f"a|{i}" for i in in_file]
 
     genes = read_genes_table(tmp_path / "genes.tsv").set_index("gene_id")
     token = genes["token"].reindex(logs.var_names).fillna(-1).astype(int).to_numpy()
     expected = rank_by_loop(sparse.csr_matrix(counts), token, genes["median"].to_numpy())
-    assert [list(tokens) for tokens in ranked["tokens"]] == [expected[i] for i in order[:50]]
+    assert [list(tokens) for tokens in ranked["tokens"]] == [expected[i] for i in in_file]
     train = [i for i in order[:50] if i % 3]
     scaled = counts[train] * 1e4 / counts[train].sum(axis=1, keepdims=True)
     columns = dict(zip(logs.var_names, scaled.T, strict=True))
@@ -133,7 +191,10 @@ def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, 
     measure_genes(corpus, [cells], tmp_path / "genes2.tsv")
     rank_genes(corpus, cells, tmp_path / "genes2.tsv", tmp_path / "tokens2.parquet")
     assert (tmp_path / "genes.tsv").read_bytes() == (tmp_path / "genes2.tsv").read_bytes()
-    assert (tmp_path / "tokens.parquet").read_bytes() == (tmp_path / "tokens2.parquet").read_bytes()
+    pd.testing.assert_frame_equal(TOKENS.read(tmp_path / "tokens2.parquet"), ranked)
+    assert [len(part) for part in TOKENS.read_parts(tmp_path / "tokens2.parquet")] == [
+        sum(i // 7 == block for i in in_file) for block in range(9)
+    ]
 
 
 def test_a_dataset_without_cells_in_the_corpus_has_an_empty_table(tmp_path):

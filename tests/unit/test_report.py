@@ -132,12 +132,22 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
             "cells": sizes,
             "guarantees": [guarantee],
             "limits": ["One donor only."],
+            "diversity": [
+                {
+                    "slot": "cell_type",
+                    "values_before": 1234,
+                    "values_after": 567,
+                    "diversity_before": 0.61,
+                    "diversity_after": 0.7894,
+                }
+            ],
             "more": 1,
         },
         folder / "audit.json",
     )
     summary = {"dataset_id": "study", "cells": 40, "kept": 30, "dropped": {"too few genes": 10}, "genes": 765}
-    write_json({**summary, "limits": {"min_genes": 200.0}, "more": 1}, folder / "study.json")
+    samples = [{"donor": f"study|{n}", "cells": 20, "kept": 15, "min_genes": float(n)} for n in (1234, 200)]
+    write_json({**summary, "samples": samples, "more": 1}, folder / "study.json")
     provenance = {
         "config_hash": "a" * 64,
         "seed": 1,
@@ -233,6 +243,8 @@ def test_page_tells_the_run(files, tmp_path):
     assert "11.1" not in text
     assert "✗ does not hold" in text and "One donor only." in text
     assert "10 too few genes" in text
+    assert "min genes 200 to 1,234" in text
+    assert "Cell type 1,234 567 0.610 0.789" in text
     assert "No benchmark file was found" in text
     assert sum(tag == "article" for tag, _ in page.tags) == 20
 

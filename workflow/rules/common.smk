@@ -6,7 +6,7 @@ import pandas as pd
 WORKFLOW = Path(str(workflow.current_basedir)).parent
 sys.path.insert(0, str(WORKFLOW / "scripts"))
 
-from cell2text.config import check_config, read_datasets
+from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.provenance import hash_config, library_version
 
@@ -15,11 +15,15 @@ try:
     CONFIG_FILE = (workflow.configfiles[:-1] or workflow.configfiles)[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
+    PIECES = cut_census(SHEET, config["shards"])
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
-DATASETS = sorted(SHEET)
 NOTES = {name: row["notes"] for name, row in SHEET.items() if "notes" in row}
+CENSUS = {name: SHEET[name]["source"] for name in PIECES}
+for name, pieces in PIECES.items():
+    SHEET |= dict.fromkeys(pieces, SHEET.pop(name))
+DATASETS = sorted(SHEET)
 SHARDS = [str(shard) for shard in range(config["shards"])]
 EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS
@@ -57,12 +61,12 @@ def dataset_files(wildcards):
     row = SHEET[wildcards.dataset]
     return [
         row[key]
-        for key in ("source", "label_table")
+        for key in ("source", "label_table", "cell_table")
         if key in row and "://" not in row[key]
     ]
 
 
-def qc_limits(wildcards):
-    """The run's QC limits, or those that the dataset's row of the sheet sets in their place."""
+def own_limits(wildcards):
+    """The QC limits that the dataset's row of the sheet sets in the place of the run's."""
     row = SHEET[wildcards.dataset]
-    return {key: float(row.get(key, limit)) for key, limit in config["qc"].items()}
+    return {key: float(row[key]) for key in config["qc"] if key in row}

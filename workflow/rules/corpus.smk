@@ -10,6 +10,7 @@ rule sample_cells:
         cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
     output:
         cells="<results>/corpus/sampled.parquet",
+        diversity="<results>/corpus/diversity.tsv",
     log:
         "<logs>/sample_cells.log",
     benchmark:
@@ -18,11 +19,15 @@ rule sample_cells:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        # a block of cells, and what is known of each
+        mem_mb=lambda wildcards, input, attempt: (2000 + int(input.size_mb / 2))
+        * attempt,
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),
         cells=lookup("sample/cells", within=config),
+        shares=lookup("sample/shares", within=config),
+        caps=lookup("sample/caps", within=config),
         library=library_version("sample_cells.py"),
     message:
         "Choosing the cells of the corpus"
@@ -32,7 +37,10 @@ rule sample_cells:
 
 rule split_donors:
     input:
+        # a split of the user's is a table to read
+        [config["split"]] if config["split"].endswith(".tsv") else [],
         cells="<results>/corpus/sampled.parquet",
+        diversity="<results>/corpus/diversity.tsv",
     output:
         cells="<results>/corpus/cells.parquet",
         audit="<results>/corpus/audit.json",
@@ -44,12 +52,15 @@ rule split_donors:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        # what is known of each cell, which lies well compressed
+        mem_mb=lambda wildcards, input, attempt: (2000 + int(25 * input.size_mb))
+        * attempt,
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),
         split=lookup("split", within=config),
         shares=lookup("split_shares", within=config),
+        held_out=lookup("held_out_cell_types", within=config),
         library=library_version("split_donors.py"),
     message:
         "Splitting the corpus by {params.split}"
@@ -72,7 +83,7 @@ rule score_pathways:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(2),
     params:
         min_genes=lookup("pathways/min_genes", within=config),
@@ -87,7 +98,7 @@ rule write_descriptions:
     input:
         corpus="<results>/corpus/cells.parquet",
         scores=collect("<results>/corpus/pathways/{dataset}.parquet", dataset=DATASETS),
-        pathways=config["pathways"]["descriptions"],
+        pathways=config["pathways"]["descriptions"] or [],
     output:
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
@@ -100,7 +111,7 @@ rule write_descriptions:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(1),
     params:
         min_active_share=lookup("pathways/min_active_share", within=config),

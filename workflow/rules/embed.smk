@@ -20,7 +20,7 @@ rule measure_genes:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(1),
     params:
         library=library_version("measure_genes.py"),
@@ -43,9 +43,9 @@ rule rank_genes:
         "<benchmarks>/rank_genes/{dataset}.jsonl"
     conda:
         "../../envs/cells.yaml"
-    threads: 1
+    threads: 2
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(1),
     params:
         library=library_version("rank_genes.py"),

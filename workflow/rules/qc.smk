@@ -8,6 +8,7 @@ Inputs: the sources named in the sheet of datasets. Outputs: <results>/cells/{da
 rule fetch_dataset:
     input:
         files=dataset_files,
+        gene_table=config["genes"]["table"] or [],
     output:
         cells=temp("<results>/raw/{dataset}.h5ad"),
     log:
@@ -18,10 +19,16 @@ rule fetch_dataset:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
-        runtime=hours(1),
+        # a block of cells, and what is known of each
+        mem_mb=lambda wildcards, input, attempt: (2000 + int(input.size_mb / 2))
+        * attempt,
+        runtime=hours(2),
     params:
         row=dataset_row,
+        genes={
+            "gene_table": config["genes"]["table"],
+            "min_counts_kept": config["genes"]["min_counts_kept"],
+        },
         library=library_version("fetch_dataset.py"),
     message:
         "Reading {wildcards.dataset}"
@@ -50,10 +57,13 @@ rule filter_cells:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
-        runtime=hours(1),
+        # a block of cells or those of one search for doublets, however many cells there are
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=hours(4),
     params:
-        limits=qc_limits,
+        seed=lookup("seed", within=config),
+        limits=lookup("qc", within=config),
+        own_limits=own_limits,
         library=library_version("filter_cells.py"),
     message:
         "QC of {wildcards.dataset}"

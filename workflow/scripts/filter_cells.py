@@ -13,6 +13,8 @@ def main(snakemake):
         snakemake.output.summary,
         snakemake.output.plot,
         limits=snakemake.params.limits,
+        own_limits=snakemake.params.own_limits,
+        seed=snakemake.params.seed,
     )
 
 

@@ -6,7 +6,13 @@ from cell2text.rank_tokens import rank_genes
 
 def main(snakemake):
     """Run the rule."""
-    rank_genes(snakemake.input.corpus, snakemake.input.cells, snakemake.input.genes, snakemake.output.tokens)
+    rank_genes(
+        snakemake.input.corpus,
+        snakemake.input.cells,
+        snakemake.input.genes,
+        snakemake.output.tokens,
+        threads=snakemake.threads,
+    )
 
 
 if __name__ == "__main__":

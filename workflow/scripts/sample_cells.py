@@ -1,4 +1,4 @@
-"""Draw the cells of the corpus at random."""
+"""Draw the cells of the corpus."""
 
 from cell2text.corpus import sample_cells
 from cell2text.job import run_job
@@ -9,8 +9,11 @@ def main(snakemake):
     sample_cells(
         snakemake.input.cells,
         cells=snakemake.params.cells,
+        shares=snakemake.params.shares,
+        caps=snakemake.params.caps,
         seed=snakemake.params.seed,
         path=snakemake.output.cells,
+        diversity_file=snakemake.output.diversity,
     )
 
 

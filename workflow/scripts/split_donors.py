@@ -13,6 +13,8 @@ def main(snakemake):
         seed=snakemake.params.seed,
         path=snakemake.output.cells,
         audit_file=snakemake.output.audit,
+        held_out=snakemake.params.held_out,
+        diversity_file=snakemake.input.diversity,
     )
 
 

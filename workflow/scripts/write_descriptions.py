@@ -9,7 +9,7 @@ def main(snakemake):
     write_descriptions(
         snakemake.input.corpus,
         snakemake.input.scores,
-        snakemake.input.pathways,
+        snakemake.input.pathways or None,
         min_active_share=snakemake.params.min_active_share,
         per_cell=snakemake.params.per_cell,
         descriptions_file=snakemake.output.descriptions,

@@ -9,6 +9,9 @@ from jsonschema import Draft202012Validator
 
 from cell2text.errors import InputError
 
+CENSUS = "census://"  # how the source of a row begins whose cells come from CELLxGENE Census
+CENSUS_COLUMNS = {"dataset", "source", "notes", "min_genes", "min_counts", "max_mitochondrial_percent"}
+
 
 def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -> dict[str, Any]:
     """Return a configuration with the schema's defaults filled in.
@@ -54,13 +57,47 @@ def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, s
         _check(row, schema, where, "config/README.md lists the columns")
         if row["dataset"] in rows:
             raise InputError(f"{where}: dataset", f"{row['dataset']} repeats", "Give each dataset its own id")
-        for column in ("source", "label_table"):
+        for column in ("source", "label_table", "cell_table"):
             if column in row and "://" not in row[column] and not Path(row[column]).exists():
                 raise InputError(f"{where}: {column}", f"no such file: {row[column]}", "Correct the path")
         rows[row["dataset"]] = row
     if not rows:
         raise InputError(sheet, "no dataset in it", "Add a row for each study")
     return rows
+
+
+def cut_census(rows: dict[str, dict[str, str]], shards: int) -> dict[str, list[str]]:
+    """Return, for each row whose source is the Census, the names of the datasets that it becomes.
+
+    Each shard is a dataset of its own in every later stage, ``{dataset}-{shard}``.
+
+    Parameters
+    ----------
+    rows
+        As ``read_datasets`` gives them.
+    shards
+        Pieces of each Census source.
+
+    Raises
+    ------
+    InputError
+        If a row of the Census has a column that says nothing of it, or a name is taken.
+    """
+    pieces = {}
+    for name, row in rows.items():
+        if not row["source"].startswith(CENSUS):
+            continue
+        surplus = sorted(set(row) - CENSUS_COLUMNS)
+        if surplus:
+            where = f"datasets sheet: {', '.join(surplus)} of {name}"
+            raise InputError(where, "the Census brings its own labels", "Leave the cell empty")
+        pieces[name] = [f"{name}-{shard}" for shard in range(shards)]
+        taken = sorted(set(pieces[name]) & set(rows))
+        if taken:
+            raise InputError(
+                f"datasets sheet: dataset {taken[0]}", f"a shard of {name} has this name", "Rename one of them"
+            )
+    return pieces
 
 
 def _check(values: dict[str, Any], schema: dict[str, Any], where: str | Path, fix: str) -> None:

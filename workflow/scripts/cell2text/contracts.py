@@ -3,10 +3,11 @@
 A contract is checked when a file is written and when it is read, and a file appears whole or not at all.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,40 @@ TEXT, TEXTS = pa.string(), pa.list_(pa.string())
 # The slots of a description that hold one ontology term each, in the order in which they are told.
 TERM_SLOTS = ("cell_type", "tissue", "disease", "sex", "stage")
 SPLITS = ("train", "validation", "test")
+ROWS_AT_ONCE = 1 << 17
+OTHER_FOLDER = "Run in a folder that can be written"
+UNWRITABLE = {
+    errno.ENOSPC: "Free some space on that disk",
+    errno.EDQUOT: "Free some space, the quota is used up",
+    errno.EROFS: OTHER_FOLDER,
+    errno.ENOTDIR: OTHER_FOLDER,
+    errno.EEXIST: OTHER_FOLDER,  # a file where a folder should be
+}
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` and move it there when the block ends without an error."""
+    """Give a temporary path beside ``path`` and move it there when the block ends without an error.
+
+    Raises
+    ------
+    InputError
+        If the disk is full or cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    # the same name each time, so that a job overwrites what a killed one has left
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise InputError(path, f"cannot be written: {os.strerror(error.errno)}", UNWRITABLE[error.errno]) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is left
+            unfinished.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -67,21 +89,90 @@ class TableContract:
             If a column is missing, surplus or of another type, or the key repeats.
         """
         self._check_names(list(table.columns), path)
-        if self.key and table[self.key].duplicated().any():
-            raise ValueError(f"{path}: {self.key} repeats in {self.what}")
-        schema = pa.schema([(name, self.columns.get(name, self.rest)) for name in table.columns])
-        arrow = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
-        with whole_file(path) as unfinished:
-            pq.write_table(arrow, unfinished, compression="zstd")
+        rest = [name for name in table.columns if name not in self.columns]
+        starts = range(0, len(table), ROWS_AT_ONCE)
+        self.write_parts((table.iloc[start : start + ROWS_AT_ONCE] for start in starts), path, rest)
 
-    def read(self, path: str | Path, columns: list[str] | None = None) -> pd.DataFrame:
+    def write_parts(self, parts: Iterable[pd.DataFrame | pa.Table], path: str | Path, rest: Iterable[str] = ()) -> None:
+        """Check a table that comes in parts and write it whole; only one part and a hash of each key are held.
+
+        Parameters
+        ----------
+        parts
+            Rows of the table, of either library; each becomes a row group of the file.
+        path
+            Where to write.
+        rest
+            Names of the further columns, where the contract allows any.
+
+        Raises
+        ------
+        ValueError
+            If a column is missing, surplus or of another type, or the key repeats.
+        """
+        rest = list(rest)
+        self._check_names([*self.columns, *rest], path)
+        schema = pa.schema([*self.columns.items(), *((name, self.rest) for name in rest)])
+        keys = [np.empty(0, dtype=np.uint64)]
+        with whole_file(path) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+            for part in parts:
+                if set(part.columns if isinstance(part, pd.DataFrame) else part.column_names) != set(schema.names):
+                    raise ValueError(f"{path}: the parts of {self.what} differ in their columns")
+                rows = _as_arrow(part, schema)
+                writer.write_table(rows)
+                if self.key:
+                    # of ten million different keys two have the same 64 bits once in 400,000 tables
+                    keys.append(pd.util.hash_array(rows[self.key].to_numpy(), categorize=False))
+            hashes = np.sort(np.concatenate(keys))
+            if (hashes[1:] == hashes[:-1]).any():
+                raise ValueError(f"{path}: {self.key} repeats in {self.what}")
+
+    def read(
+        self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
+    ) -> pd.DataFrame:
         """Read a table, or some of its columns, and check it.
+
+        Parameters
+        ----------
+        path
+            The file.
+        columns
+            The columns to read; all by default.
+        categories
+            Columns of text to hold as categories, for tables of millions of rows.
 
         Raises
         ------
         InputError
             If the file is not the table that this contract describes.
         """
+        # beside categories, other text stays in Arrow, at a third of the memory of Python's strings
+        text = {pa.string(): pd.StringDtype("pyarrow")}.get if categories else None
+        return self.read_arrow(path, columns, categories).to_pandas(types_mapper=text)
+
+    def read_arrow(
+        self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
+    ) -> pa.Table:
+        """Read a table as Arrow has it; see :meth:`read`."""
+        self._check_file(path)
+        # read_table would take a path such as split=test/ for a column
+        with pq.ParquetFile(path, read_dictionary=categories) as file:
+            return file.read(columns=columns)
+
+    def read_parts(self, path: str | Path, columns: list[str] | None = None) -> Iterator[pd.DataFrame]:
+        """Check a table and yield it, or some of its columns, in the parts in which it was written.
+
+        Raises
+        ------
+        InputError
+            If the file is not the table that this contract describes.
+        """
+        self._check_file(path)
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns).to_pandas()
+
+    def _check_file(self, path: str | Path) -> None:
         schema = pq.read_schema(path)
         try:
             self._check_names(schema.names, path)
@@ -90,14 +181,20 @@ class TableContract:
                     raise ValueError(f"{path}: column {name} holds {schema.field(name).type}, not {expected}")
         except ValueError as error:
             raise InputError(path, str(error), "Delete the file and run the workflow again") from error
-        # read_table would take a path such as split=test/ for a column
-        return pq.ParquetFile(path).read(columns=columns).to_pandas()
 
     def _check_names(self, names: list[str], path: str | Path) -> None:
         missing = [name for name in self.columns if name not in names]
         surplus = [name for name in names if name not in self.columns]
         if missing or (surplus and self.rest is None):
             raise ValueError(f"{path}: not {self.what}: missing {missing}, surplus {surplus}")
+
+
+def _as_arrow(rows: pd.DataFrame | pa.Table, schema: pa.Schema) -> pa.Table:
+    if isinstance(rows, pa.Table):
+        return rows.select(schema.names).cast(schema)
+    # as text only a part at a time: categories of millions of rows are small, their text is not
+    rows = rows.astype(dict.fromkeys(rows.select_dtypes("category"), object))
+    return pa.Table.from_pandas(rows, schema=schema, preserve_index=False).replace_schema_metadata()
 
 
 @dataclass(frozen=True)
@@ -171,18 +268,45 @@ QC = TableContract(
     {
         "cell_id": TEXT,
         "dataset_id": TEXT,
+        "donor": TEXT,
         "n_counts": pa.float64(),
         "n_genes": pa.int32(),
         "mitochondrial_percent": pa.float32(),
+        "ribosomal_percent": pa.float32(),
+        "doublet_score": pa.float32(),  # missing where the cell was not scored
         "kept": pa.bool_(),
         "reason": TEXT,
     },
     key="cell_id",
 )
+# One row for each cell to fetch; what is not known is "unknown".
+CENSUS_CELLS = TableContract(
+    "the cells chosen from the Census",
+    {
+        "soma_joinid": pa.int64(),
+        "dataset_id": TEXT,
+        "donor_id": TEXT,
+        "assay_ontology_term_id": TEXT,
+        "cell_type_ontology_term_id": TEXT,
+        "tissue_ontology_term_id": TEXT,
+        "disease_ontology_term_id": TEXT,
+        "sex_ontology_term_id": TEXT,
+        "development_stage_ontology_term_id": TEXT,
+    },
+    key="soma_joinid",
+)
 _LABELS = {f"{slot}{suffix}": TEXT for slot in TERM_SLOTS for suffix in ("_id", "")}
 SAMPLED_CELLS = TableContract(
     "the sampled cells",
-    {"cell_id": TEXT, "dataset_id": TEXT, "donor": TEXT, "assay_id": TEXT, **_LABELS, "counts_hash": TEXT},
+    {
+        "cell_id": TEXT,
+        "dataset_id": TEXT,
+        "donor": TEXT,
+        "assay_id": TEXT,
+        **_LABELS,
+        "counts_hash": TEXT,  # equal where two cells have the same counts of the same genes
+        "n_counts": pa.float64(),
+    },
     key="cell_id",
 )
 CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, key="cell_id")

@@ -1,26 +1,44 @@
 """The cells of the corpus, and their split into training, validation and test."""
 
-import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
+from cellxgene_ontology_guide.entities import CuratedOntologyTermList
+from pandas.api.types import union_categoricals
 
-from cell2text.cell_files import read_blocks
-from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, write_json
-from cell2text.counts import CELLXGENE
+from cell2text.audit import audit_split
+from cell2text.cell_labels import CELLXGENE
+from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, whole_file, write_json
+from cell2text.duplicates import find_pairs, hash_counts, join_cells
 from cell2text.errors import InputError
+from cell2text.ontology import live_terms
 from cell2text.progress import Progress
+from cell2text.sampling import draw_sample, measure_diversity
+from cell2text.splits import GROUPS, TEST, assign_cells, assign_groups, read_split
 
 log = logging.getLogger("cell2text.corpus")
 
+# Columns of few values: held as categories, for a corpus may have millions of cells.
+CATEGORIES = ["dataset_id", "donor", "assay_id", *(f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", ""))]
 
-def sample_cells(cell_files: Iterable[str | Path], cells: int, seed: int, path: str | Path) -> None:
-    """Draw cells at random, all datasets together, and write what is known of them.
+
+def sample_cells(
+    cell_files: Iterable[str | Path],
+    cells: int,
+    shares: Mapping[str, float],
+    caps: Mapping[str, Mapping[str, float]],
+    seed: int,
+    path: str | Path,
+    diversity_file: str | Path,
+) -> None:
+    """Draw the cells of the corpus, all datasets together, and write what is known of them.
 
     The draw depends on the ids of the cells and the seed, not on the order of cells or files.
 
@@ -30,92 +48,95 @@ def sample_cells(cell_files: Iterable[str | Path], cells: int, seed: int, path: 
         Filtered counts of each dataset; only ``obs`` and a block of rows are held.
     cells
         How many to draw; all of them where there are fewer.
+    shares, caps
+        As in ``sampling.draw_sample``, where tissues are told apart by organ.
     seed
         Seed of the draw.
     path
-        Where to write the table (``contracts.SAMPLED_CELLS``), in the order of dataset and cell id.
+        Where to write the table (``contracts.SAMPLED_CELLS``), in the order of the cell ids.
+    diversity_file
+        Where to write how diverse the cells are before and after, TSV (``sampling.measure_diversity``).
     """
-    cell_files = list(cell_files)
-    known = pd.concat([read_cells(file).assign(file=str(file)) for file in cell_files])
-    known = known.sort_values(["dataset_id", "cell_id"], ignore_index=True)
-    if len(known) > cells:
-        rows = np.random.default_rng(seed).choice(len(known), size=cells, replace=False)
-        known = known.iloc[np.sort(rows)].reset_index(drop=True)
-    hashes = {}
-    progress = Progress(len(known), "cells")
-    for file, wanted in known.groupby("file", sort=True):
-        hashes.update(hash_counts(file, wanted["cell_id"], progress))
-    known["counts_hash"] = known["cell_id"].map(hashes)
+    rng = np.random.default_rng(seed)
+    known = _stack([read_cells(file) for file in cell_files])
+    known = known.iloc[pc.sort_indices(pa.array(known["cell_id"])).to_numpy()].reset_index(drop=True)
+    cells_of = known["file"].value_counts()
+    rows = draw_sample(known.assign(tissue_id=_organs(known["tissue_id"])), cells, shares, caps, rng)
+    diversity = measure_diversity(known, rows)
+    for slot in diversity.itertuples():
+        log.info(
+            "%s: %d of %d values, diversity %.3f (before: %.3f)",
+            slot.slot, slot.values_after, slot.values_before, slot.diversity_after, slot.diversity_before,
+        )  # fmt: skip
+    known = known.iloc[rows].reset_index(drop=True)
     log.info("%d cells of %d datasets", len(known), known["dataset_id"].nunique())
+    progress = Progress(len(known), "cells")
+    hashed = []
+    for file, rows in known.groupby("file", observed=True, sort=True)["row"]:
+        rows = rows.sort_values()
+        chosen = np.zeros(cells_of[file], dtype=bool)
+        chosen[rows] = True
+        hashed.append(hash_counts(file, chosen, progress).set_axis(rows.index))
+    known = known.join(pd.concat(hashed))
     SAMPLED_CELLS.write(known[list(SAMPLED_CELLS.columns)], path)
+    with whole_file(diversity_file) as unfinished:
+        diversity.to_csv(unfinished, sep="\t", index=False, float_format="%.4f")
 
 
 def read_cells(path: str | Path) -> pd.DataFrame:
-    """Return what an h5ad says of its cells, in the columns of ``contracts.SAMPLED_CELLS`` but the hash.
+    """Return what an h5ad says of its cells: ``contracts.SAMPLED_CELLS`` without the counts, ``file`` and ``row``.
 
     Donors are ``{dataset}|{donor}``, for a donor's name is unique only in its study. What is unknown is
-    None.
+    missing. All columns but the cells' ids are categories.
     """
     cells = ad.read_h5ad(path, backed="r")
-    obs = cells.obs.astype(object)
+    obs = cells.obs
     cells.file.close()
-    table = pd.DataFrame(
-        {
-            "cell_id": obs.index.astype(str),
-            "dataset_id": obs["dataset_id"].to_numpy(),
-            "donor": (obs["dataset_id"] + "|" + obs["donor_id"]).to_numpy(),
-            "assay_id": obs["assay_ontology_term_id"].to_numpy(),
-        }
-    )
-    for slot, column in CELLXGENE.items():
-        table[f"{slot}_id"] = obs[f"{column}_ontology_term_id"].to_numpy()
-        table[slot] = obs[column].to_numpy()
-    return table.mask(table == "unknown", None)
+    sources = {"dataset_id": "dataset_id", "donor": "donor_id", "assay_id": "assay_ontology_term_id"}
+    sources |= {f"{slot}_id": f"{column}_ontology_term_id" for slot, column in CELLXGENE.items()} | CELLXGENE
+    table = pd.DataFrame({"cell_id": pd.array(obs.index.astype(str), dtype="string[pyarrow]")})
+    for column, source in sources.items():
+        values = pd.Categorical(obs[source])
+        names = values.categories.astype(str)
+        table[column] = values.rename_categories(names).set_categories(names.drop("unknown", errors="ignore"))
+    study, donor = table["dataset_id"].cat, table["donor"].cat
+    codes, pairs = pd.factorize(pd.MultiIndex.from_arrays([study.codes, donor.codes]))
+    names = [f"{study.categories[i]}|{donor.categories[j]}" for i, j in pairs]
+    table["donor"] = pd.Categorical.from_codes(codes, names)
+    table["row"] = np.arange(len(table), dtype=np.int32)
+    return table.assign(file=pd.Categorical.from_codes(np.zeros(len(table), dtype=np.int8), [str(path)]))
 
 
-def hash_counts(path: str | Path, cell_ids: pd.Series, progress: Progress) -> dict[str, str]:
-    """Return a hash of the genes and counts of each cell: equal where two cells have the same counts.
+def _stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return tables one below the other; pandas alone would turn categories that differ into text."""
+    stacked = {}
+    for column in tables[0]:
+        parts = [table[column] for table in tables]
+        known = isinstance(parts[0].dtype, pd.CategoricalDtype)
+        stacked[column] = union_categoricals(parts, sort_categories=True) if known else pd.concat(parts).array
+    return pd.DataFrame(stacked)
 
-    Genes count by id, so the order of genes in a file, and genes without a count, make no difference.
 
-    Parameters
-    ----------
-    path
-        Filtered counts.
-    cell_ids
-        Cells to hash.
-    progress
-        Told of each block.
-    """
-    cells = ad.read_h5ad(path, backed="r")
-    genes = cells.var_names.to_numpy(dtype=str)
-    cells.file.close()
-    by_id = np.argsort(genes)
-    codes = np.array(
-        [int.from_bytes(hashlib.blake2b(gene.encode(), digest_size=8).digest(), "little") for gene in genes[by_id]],
-        dtype="<u8",
-    )
-    hashes = {}
-    for ids, counts in read_blocks(path, cell_ids):
-        counts = counts[:, by_id]
-        counts.eliminate_zeros()
-        counts.sort_indices()
-        names, values, ends = codes[counts.indices], counts.data.astype("<f4"), counts.indptr
-        for cell, first, last in zip(ids, ends[:-1], ends[1:], strict=True):
-            seen = hashlib.blake2b(names[first:last].tobytes(), digest_size=16)
-            seen.update(values[first:last].tobytes())
-            hashes[cell] = seen.hexdigest()
-        progress.advance(len(ids))
-    return hashes
+def _organs(tissues: pd.Series) -> pd.Series:
+    """Return the organ of each tissue, as CELLxGENE groups them; a tissue of no such organ stays itself."""
+    organs = set(get_curated_ontology_term_list(CuratedOntologyTermList.TISSUE_GENERAL))
+    above = {}
+    for tissue in tissues.cat.categories:
+        ancestors = live_terms("UBERON").get(tissue, {}).get("ancestors", {})
+        nearest = sorted((steps, term) for term, steps in {**ancestors, tissue: 0}.items() if term in organs)
+        above[tissue] = nearest[0][1] if nearest else tissue
+    return tissues.map(above).astype("category")
 
 
 def split_donors(
     cells_file: str | Path,
     split: str,
-    shares: dict[str, float],
+    shares: Mapping[str, float],
     seed: int,
     path: str | Path,
     audit_file: str | Path,
+    held_out: Sequence[str] = (),
+    diversity_file: str | Path | None = None,
 ) -> None:
     """Put each cell in training, validation or test, and write down what the split guarantees.
 
@@ -124,243 +145,73 @@ def split_donors(
     cells_file
         The sampled cells.
     split
-        What stays together: ``"donors"``, ``"studies"``, or, by name only, single ``"cells"``.
+        What stays together: ``"donors"``, ``"studies"``, or, by name only, single ``"cells"``; or a table of
+        the user's that says it all (``splits.read_split``).
     shares
-        Share of the cells that each split should have.
+        Share of the cells that each split should have, those of held-out types aside.
     seed
         Seed of the draw.
     path, audit_file
         Where to write the corpus (``contracts.CELLS``) and the audit (JSON).
+    held_out
+        Cell types, by id, whose cells all go to the test.
+    diversity_file
+        How diverse the cells were before and after sampling; the audit repeats it.
 
     Raises
     ------
     InputError
-        If a split would be empty, or a cell type has too few cells.
+        If a split would be empty, a cell type has too few cells, or one to hold out has none.
     """
-    cells = SAMPLED_CELLS.read(cells_file)
-    rng = np.random.default_rng(seed)
-    if split == "cells":
-        cells["split"] = assign_cells(cells, shares, rng)
-    else:
-        column = {"donors": "donor", "studies": "dataset_id"}[split]
-        cells["split"] = assign_groups(cells, column, shares, rng, cover=split == "donors")
-    empty = [name for name in SPLITS if name not in set(cells["split"])]
+    cells = SAMPLED_CELLS.read(cells_file, categories=CATEGORIES)
+    pairs = find_pairs(cells)
+    held = _find_held_out(cells, held_out, pairs)
+    codes = np.full(len(cells), TEST)
+    if not held.all():
+        codes[~held] = _assign(cells[~held], _among(pairs, ~held), split, shares, np.random.default_rng(seed))
+    empty = [name for code, name in enumerate(SPLITS) if code not in codes]
     if empty:
         raise InputError(
             "config: split_shares",
             f"no cell is left for {' and '.join(empty)}",
             "Raise the share or add cells",
         )
-    audit = audit_split(cells, split)
+    cells["split"] = pd.Categorical.from_codes(codes, SPLITS)
+    audit = audit_split(cells, split, shares if split in (*GROUPS, "cells") else {}, held_out)
+    if diversity_file is not None:
+        audit["diversity"] = pd.read_csv(diversity_file, sep="\t").to_dict("records")
     log.info("%s", ", ".join(f"{name} {audit['cells'][name]}" for name in SPLITS))
+    for guarantee in audit["guarantees"]:
+        log.info("%s: %s (%s)", guarantee["claim"], "holds" if guarantee["holds"] else "fails", guarantee["detail"])
     for limit in audit["limits"]:
         log.info("%s", limit)
     CELLS.write(cells[list(CELLS.columns)], path)
     write_json(audit, audit_file)
 
 
-def assign_cells(cells: pd.DataFrame, shares: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """Return the split of each cell: at random within each cell type, at least one cell of it in training.
-
-    Cells with identical counts stay together, under the cell type of the first of them.
-
-    Parameters
-    ----------
-    cells
-        ``cell_type_id`` and ``counts_hash`` of each cell.
-    shares
-        Share of the cells that each split should have.
-    rng
-        Source of chance.
-
-    Raises
-    ------
-    InputError
-        If a cell type has a single cell.
-    """
-    sizes = cells["cell_type_id"].value_counts()
-    single = sorted(sizes.index[sizes == 1])
-    if single:
-        names = cells.set_index("cell_type_id")["cell_type"]
-        told = ", ".join(f"{names[term]} ({term}): 1 cell" for term in single)
-        raise InputError(
-            "corpus: cell_type_id",
-            f"too few cells to have some to learn from and some to judge by: {told}",
-            "Drop the label, or merge it with another in the label table",
-        )
-    bounds = np.cumsum([shares[name] for name in SPLITS[:-1]])
-    units = cells.groupby("counts_hash", sort=True)["cell_type_id"].agg(["first", "size"])
-    units["order"] = rng.permutation(len(units))
-    units = units.sort_values(["first", "order"])
-    total = units.groupby("first")["size"].transform("sum")
-    before = units.groupby("first")["size"].cumsum() - units["size"]
-    # One random offset a cell type: each split gets its share on average however few the cells are.
-    offset = units["first"].map({term: rng.random() for term in sorted(set(units["first"]))})
-    units["split"] = np.searchsorted(bounds, (before + offset) / total, side="right")
-    trained = set(cells["cell_type_id"][cells["counts_hash"].map(units["split"]) == 0])
-    uncovered = cells[~cells["cell_type_id"].isin(trained)].drop_duplicates("cell_type_id")
-    units.loc[uncovered["counts_hash"], "split"] = 0
-    return np.array(SPLITS, dtype=object)[cells["counts_hash"].map(units["split"])]
-
-
-def assign_groups(
-    cells: pd.DataFrame, column: str, shares: dict[str, float], rng: np.random.Generator, cover: bool
+def _assign(
+    cells: pd.DataFrame, pairs: pd.DataFrame, split: str, shares: Mapping[str, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the split of each cell, whole donors (or studies) at a time.
+    if split in GROUPS:
+        return assign_groups(cells, GROUPS[split], pairs, shares, rng)
+    return assign_cells(cells, pairs, shares, rng) if split == "cells" else read_split(split, cells)
 
-    Groups are taken in random order, each to the split that lacks most cells. Before, where ``cover`` is
-    set, each cell type, the rarest among donors first, pulls its smallest donor into training unless it
-    is there.
 
-    Parameters
-    ----------
-    cells
-        ``cell_type_id`` and the group of each cell.
-    column
-        The column that holds the group.
-    shares
-        Share of the cells that each split should have.
-    rng
-        Source of chance.
-    cover
-        Whether each cell type must be in training.
-
-    Raises
-    ------
-    InputError
-        If there are too few groups for three splits.
-    """
-    what = {"donor": "donor", "dataset_id": "study"}[column]
-    sizes = cells[column].value_counts().sort_index()
-    sizes = sizes.iloc[rng.permutation(len(sizes))]
-    if len(sizes) < len(SPLITS):
+def _find_held_out(cells: pd.DataFrame, held_out: Sequence[str], pairs: pd.DataFrame) -> np.ndarray:
+    """Return which cells are of a type to hold out, or are likely the same cell as one that is."""
+    absent = sorted(set(held_out) - set(cells["cell_type_id"].unique()))
+    if absent:
         raise InputError(
-            "config: split",
-            f"{len(sizes)} {what} in the corpus ({', '.join(sorted(sizes.index))}), three needed",
-            "Set `split: cells`, or add studies",
+            "config: held_out_cell_types",
+            f"no cell of {', '.join(absent)} in the corpus",
+            "Name Cell Ontology ids that the corpus has",
         )
-    chosen = dict.fromkeys(_cover_cell_types(cells, column, sizes), "train") if cover else {}
-    filled = dict.fromkeys(SPLITS, 0) | {"train": int(sum(sizes[group] for group in chosen))}
-    waiting = [group for group in sizes.index if group not in chosen]
-    # Where training already has more than its share, the others share what is left.
-    lacking = {name: max(shares[name] * len(cells) - filled[name], 0) for name in SPLITS}
-    scale = sizes[waiting].sum() / sum(lacking.values())
-    lacking = {name: scale * cells_lacking for name, cells_lacking in lacking.items()}
-    for left, group in zip(range(len(waiting), 0, -1), waiting, strict=True):
-        empty = [name for name in SPLITS if not filled[name]]
-        chosen[group] = max(empty if len(empty) >= left else SPLITS, key=lacking.get)
-        filled[chosen[group]] += int(sizes[group])
-        lacking[chosen[group]] -= sizes[group]
-    if cover and not all(filled.values()):
-        raise InputError(
-            "config: split",
-            f"{len(sizes) - len(waiting)} of {len(sizes)} donors must be in training, each for a cell type "
-            "that no other has, so too few are left for validation and test",
-            "Set `split: cells`, add donors, or merge rare labels",
-        )
-    return cells[column].map(chosen).to_numpy(dtype=object)
+    one = join_cells(len(cells), pairs)
+    return np.isin(one, one[cells["cell_type_id"].isin(held_out)])
 
 
-def _cover_cell_types(cells: pd.DataFrame, column: str, sizes: pd.Series) -> list[str]:
-    """Return groups that hold every cell type between them: for the rarest first, the smallest holder."""
-    pairs = cells[["cell_type_id", column]].drop_duplicates()
-    holders = pairs["cell_type_id"].value_counts().sort_index().sort_values(kind="stable")
-    smallest_first = sizes.sort_values(kind="stable").index
-    chosen: list[str] = []
-    for term in holders.index:
-        holding = set(pairs[column][pairs["cell_type_id"] == term])
-        if holding.isdisjoint(chosen):
-            chosen.append(next(group for group in smallest_first if group in holding))
-    return chosen
-
-
-def audit_split(cells: pd.DataFrame, split: str) -> dict[str, Any]:
-    """Return what a split guarantees and what it does not, each claim counted from the table.
-
-    Parameters
-    ----------
-    cells
-        The corpus with its splits.
-    split
-        How it was split.
-    """
-    groups = cells.groupby("split")
-    trained = set(cells["cell_type_id"][cells["split"] == "train"])
-    unseen = sorted(set(cells["cell_type"][(cells["split"] != "train") & ~cells["cell_type_id"].isin(trained)]))
-    guarantees = [
-        _claim_apart(cells, "donor", "No donor is in two splits"),
-        _claim_apart(cells, "dataset_id", "No study is in two splits"),
-        _claim_apart(cells, "counts_hash", "No two cells with identical counts are in two splits"),
-        {
-            "claim": "Every cell type of validation and test is in training",
-            "holds": not unseen,
-            "detail": f"never seen in training: {', '.join(unseen)}" if unseen else f"{len(trained)} cell types",
-        },
-    ]
-    return {
-        "split": split,
-        "cells": _of_splits(groups.size()),
-        "donors": _of_splits(groups["donor"].nunique()),
-        "studies": _of_splits(groups["dataset_id"].nunique()),
-        "classes": _of_splits(groups["cell_type_id"].nunique()),
-        "guarantees": guarantees,
-        "limits": list(_tell_limits(cells, unseen)),
-    }
-
-
-def _of_splits(numbers: pd.Series) -> dict[str, int]:
-    return {name: int(numbers.get(name, 0)) for name in SPLITS}
-
-
-def _claim_apart(cells: pd.DataFrame, column: str, claim: str) -> dict[str, Any]:
-    splits = cells.groupby(column)["split"].nunique()
-    shared = sorted(splits.index[splits > 1])
-    some = "" if column == "counts_hash" else f": {', '.join(shared[:5])}{', ...' if len(shared) > 5 else ''}"
-    return {
-        "claim": claim,
-        "holds": not shared,
-        "detail": f"{len(shared)} of {len(splits)} are in more than one{some if shared else ''}",
-    }
-
-
-def _tell_limits(cells: pd.DataFrame, unseen: list[str]) -> Iterable[str]:
-    """Yield, in plain words, what scores on this split cannot say."""
-    donors, studies = cells["donor"].nunique(), cells["dataset_id"].nunique()
-    per_donor = cells.groupby("donor")["split"].nunique()
-    per_study = cells.groupby("dataset_id")["split"].nunique()
-    if donors == 1:
-        yield (
-            "One donor: the scores say how well cells of this donor are told apart, not how well a new "
-            "donor's would be."
-        )
-    elif (per_donor > 1).any():
-        yield (
-            f"{(per_donor > 1).sum()} of {donors} donors have cells in more than one split: the scores say "
-            "little of a new donor."
-        )
-    if studies == 1:
-        yield "One study: nothing is said of another laboratory, assay or tissue."
-    elif (per_study > 1).any():
-        yield (
-            f"{(per_study > 1).sum()} of {studies} studies have cells in more than one split: a study's own "
-            "traits may help the scores."
-        )
-    tested = set(cells["dataset_id"][cells["split"] == "test"])
-    untested = sorted(set(cells["dataset_id"]) - tested)
-    if untested:
-        yield f"No test cell comes from {', '.join(untested)}."
-    if unseen:
-        yield f"Cell types without a training cell cannot be named rightly: {', '.join(unseen)}."
-    for slot in TERM_SLOTS:
-        told = slot.replace("_", " ")
-        known = set(cells[f"{slot}_id"].dropna())
-        if not known:
-            yield f"The {told} is not known for any cell, so it is not judged."
-        elif len(known) == 1:
-            yield f"No cell is known to have another {told} than the rest, so its score says nothing."
-        elif cells.groupby("dataset_id")[f"{slot}_id"].nunique().max() == 1:
-            yield f"Each study has one {told}, so naming it may be no more than knowing the study."
-    sizes = cells[cells["split"] == "test"]["cell_type"].value_counts()
-    few = sorted(sizes.index[sizes < 5])
-    if few:
-        yield f"Fewer than five test cells: {', '.join(few)}."
+def _among(pairs: pd.DataFrame, kept: np.ndarray) -> pd.DataFrame:
+    """Return the pairs of kept cells, by their position among these."""
+    position = np.cumsum(kept) - 1
+    pairs = pairs[kept[pairs["first"]] & kept[pairs["second"]]]
+    return pairs.assign(first=position[pairs["first"]], second=position[pairs["second"]])

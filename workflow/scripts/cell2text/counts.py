@@ -1,40 +1,65 @@
 """Raw counts of a study in one form: whole numbers, CELLxGENE's columns, one id a cell.
 
-A study comes as h5ad, or is the one that scanpy carries. Its counts are found in ``raw.X``,
-``layers["counts"]`` or ``X`` by looking at every stored value, and never taken on trust.
+Counts are found by looking at every stored value, and never taken on trust; logs are turned back into counts
+where their values prove what the counts were. A study is read and written a block of cells at a time.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from scipy import sparse
 
-from cell2text.cell_files import CELLS_AT_ONCE
-from cell2text.contracts import TERM_SLOTS, whole_file
+from cell2text.cell_files import write_cells
+from cell2text.cell_labels import CELLXGENE, OBS_COLUMNS, describe_cells
 from cell2text.errors import InputError
-from cell2text.genes import name_genes
-from cell2text.ontology import UNKNOWN, name_of
+from cell2text.genes import GeneMap, map_genes, read_gene_table
+from cell2text.matrices import GeneMatrix, Matrix
+from cell2text.progress import Progress
+from cell2text.studies import BUNDLED, HUMAN, Study, open_study
 
+__all__ = ["BUNDLED", "CELLXGENE", "fetch_dataset"]
 log = logging.getLogger("cell2text.counts")
 
-BUNDLED = "scanpy://pbmc68k_reduced"
-# Column of a slot in CELLxGENE's schema, where it has another name than the slot.
-CELLXGENE = {slot: slot for slot in TERM_SLOTS} | {"stage": "development_stage"}
-TOTALS = ("n_counts", "total_counts")
+# Where counts are looked for, in this order, if the sheet does not say where they are.
+PLACES = ("raw.X", 'layers["counts"]', 'layers["raw_counts"]', "X")
+TOTALS = ("n_counts", "total_counts", "nCount_RNA")
+LARGEST = 2**24  # beyond it float32 does not hold every whole number
+NOISE = 1e-4  # of counts that others have turned back from logs
 # Logs rounded to three decimals give the counts of pbmc68k_reduced back within 0.09 of a whole number.
 TOLERANCE = 0.1
-VALUES_AT_ONCE = 10_000_000
+# So many counts have no common divisor, hence the smallest of the values that they became was one count.
+MIN_GENES = 20
+MAX_POOR = 0.05  # share of cells that may have fewer
+FIX = 'Put raw counts, whole numbers, in X, raw.X or layers["counts"], or name their place in the column `matrix`'
 
 
-def fetch_dataset(row: dict[str, str], path: str | Path) -> None:
+class NotCountsError(Exception):
+    """A matrix holds something else than counts; the message says what and where.
+
+    Parameters
+    ----------
+    problem
+        What it holds.
+    logs
+        Whether it could hold logs of counts.
+    """
+
+    def __init__(self, problem: str, logs: bool = False):
+        super().__init__(problem)
+        self.logs = logs
+
+
+def fetch_dataset(
+    row: dict[str, str], path: str | Path, gene_table: str | Path | None = None, min_counts_kept: float = 0.5
+) -> None:
     """Bring a study into one form and write it as h5ad.
+
+    The first of ``PLACES`` whose stored values are all counts is taken; where there is none, the first whose
+    values prove to be logs of counts. If the row names a ``matrix``, no other is looked at.
 
     Parameters
     ----------
@@ -42,274 +67,297 @@ def fetch_dataset(row: dict[str, str], path: str | Path) -> None:
         The study's row of the sheet of datasets, empty cells left out.
     path
         Where to write. ``X`` holds counts (CSR, float32), ``obs`` is indexed by ``{dataset}|{barcode}``
-        and holds the columns of CELLxGENE's schema, ``var`` is indexed by gene id and holds ``symbol``.
+        and holds the columns of CELLxGENE's schema, ``var`` is indexed by gene id and holds ``symbol``,
+        ``uns`` tells where the counts come from and which share of them lies in the genes kept.
+    gene_table
+        Ensembl ids and symbols, see ``genes.read_gene_table``; None to leave symbols as they are.
+    min_counts_kept
+        Least share of the counts that must lie in genes that are kept.
 
     Raises
     ------
     InputError
-        If the file, its counts, its labels or its ontology ids are not what they should be.
+        If the file, its counts, its genes, its labels or its ontology ids are not what they should be.
     """
-    study = read_study(row["source"])
-    where = row["source"]
-    place, counts = find_counts(study, where)
-    genes = name_genes(study.raw.var if place == "raw.X" else study.var, where)
-    obs = describe_cells(study.obs, row)
-    if study.isbacked:
-        study.file.close()
-    log.info("%s: %d cells, %d genes, counts from %s", row["dataset"], *counts.shape, place)
-    with whole_file(path) as unfinished:
-        cells = ad.AnnData(counts, obs=obs, var=genes, uns={"source": f"{where} ({place})"})
-        cells.write_h5ad(unfinished, compression="gzip")
+    path, where = Path(path), row["source"]
+    table = read_gene_table(gene_table) if gene_table else None
+    wanted = [*OBS_COLUMNS, *TOTALS, *([row["label_column"]] if "label_column" in row else [])]
+    with open_study(where, wanted) as study:
+        _check_species(study)
+        obs = describe_cells(study.obs, row, study.obs_columns)
+        faults: dict[str, NotCountsError] = {}
+        for read in (read_counts, recover_counts):
+            for place in choose_places(study, row.get("matrix")):
+                if read is recover_counts and not faults[place].logs:
+                    continue
+                genes = map_genes(study.matrices[place][1], where, table)
+                uns = {"source": f"{where} ({place})"}
+                blocks = read(study, place, path.with_name(f".{path.name}.entries"))
+                try:
+                    write_cells(
+                        path, keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns), obs, genes.genes, uns
+                    )
+                except NotCountsError as fault:
+                    first = f"{faults[place]}; " if place in faults else ""
+                    faults[place] = NotCountsError(f"{first}{fault}", fault.logs)
+                    continue
+                log.info("%s: %d cells, %d genes, counts from %s", row["dataset"], len(obs), len(genes.genes), place)
+                return
+    told = "; ".join(f"{place}: {fault}" for place, fault in faults.items()) or "no matrix in the usual places"
+    others = ", ".join(sorted(set(study.matrices) - set(faults)))
+    told += f"; not looked at: {others}" if others else ""
+    raise InputError(
+        where,
+        f"no raw counts found ({told})",
+        FIX,
+    )
 
 
-def read_study(source: str) -> ad.AnnData:
-    """Open a study; ``X`` and ``raw.X`` of a file stay on disk.
-
-    Raises
-    ------
-    InputError
-        If there is no such study, or the file is no whole h5ad.
-    """
-    if source == BUNDLED:
-        return sc.datasets.pbmc68k_reduced()
-    if "://" in source:
+def _check_species(study: Study) -> None:
+    foreign = [species for species in study.species if species != HUMAN]
+    if foreign:
         raise InputError(
-            f"datasets sheet: source: {source}", "unknown kind of source", f"Give an h5ad file or {BUNDLED}"
+            f"{study.where}: organism_ontology_term_id", f"{foreign[0]} is not human ({HUMAN})", "Give human cells"
         )
-    if not Path(source).is_file():
-        raise InputError(source, "no such file", "Correct the column `source` of the datasets sheet")
-    try:
-        return ad.read_h5ad(source, backed="r")
-    except Exception as error:  # a damaged file may fail anywhere in h5py or anndata
-        raise InputError(
-            source, f"not a whole h5ad file ({type(error).__name__})", "Fetch or write the file again"
-        ) from error
 
 
-def find_counts(study: ad.AnnData, where: str) -> tuple[str, sparse.csr_matrix]:
-    """Return where a study keeps its raw counts, and the counts.
-
-    The first of ``raw.X``, ``layers["counts"]`` and ``X`` whose stored values are all whole numbers wins.
-    Where there is none, counts are recovered from ``log1p`` of counts per 10,000, if ``obs`` holds the
-    cells' totals.
+def choose_places(study: Study, named: str | None) -> list[str]:
+    """Return the places of a study's matrices to look at.
 
     Parameters
     ----------
     study
-        As ``read_study`` gives it.
-    where
-        The file, for messages.
-
-    Returns
-    -------
-    tuple of str and csr_matrix
-        The place, and float32 counts, cells by genes.
+        An open study.
+    named
+        What the sheet's column ``matrix`` says: ``X``, ``raw.X`` or the name of a layer; None if nothing.
 
     Raises
     ------
     InputError
-        If there are no raw counts; the message says what stands in each place.
+        If there is no such matrix.
     """
-    faults = {}
-    for place, load in _places(study).items():
-        matrix = _as_csr(load())
-        fault = _find_fault(matrix.data)
-        if fault is None:
-            matrix.eliminate_zeros()
-            return place, matrix
-        position, problem = fault
-        faults[place] = f"{problem}{_name_value(study, matrix, place, position)}"
-        del matrix  # before the next one is loaded
-    logs = next((place for place, fault in faults.items() if fault.startswith("not a whole")), None)
-    totals = next((column for column in TOTALS if column in study.obs), None)
-    if logs and totals:
-        return logs, _recover_counts(study, logs, totals, where)
-    told = "; ".join(f"{place}: {fault}" for place, fault in faults.items())
-    raise InputError(
-        where,
-        f"no raw counts found ({told}) and no totals of the cells in obs ({', '.join(TOTALS)})"
-        if logs
-        else f"no raw counts found ({told or 'no matrix in the file'})",
-        'Put raw counts, whole numbers, in X, raw.X or layers["counts"]',
-    )
-
-
-def _places(study: ad.AnnData) -> dict[str, Callable[[], Any]]:
-    """Return how to reach the matrix of each place that may hold counts."""
-    places: dict[str, Callable[[], Any]] = {}
-    if study.raw is not None and study.raw.n_vars:
-        places["raw.X"] = lambda: study.raw.X
-    if "counts" in study.layers:
-        places['layers["counts"]'] = lambda: study.layers["counts"]
-    if "X" in study.file if study.isbacked else study.X is not None:
-        places["X"] = lambda: study.X
-    return places
-
-
-def _as_csr(stored: Any) -> sparse.csr_matrix:
-    """Return a matrix in memory or on disk, sparse or dense, as float32 CSR."""
-    if isinstance(stored, np.ndarray | h5py.Dataset):
-        starts = range(0, stored.shape[0], CELLS_AT_ONCE)
-        blocks = [sparse.csr_matrix(stored[start : start + CELLS_AT_ONCE], dtype=np.float32) for start in starts]
-        return sparse.vstack(blocks, format="csr")
-    loaded = stored.to_memory() if hasattr(stored, "to_memory") else stored
-    return sparse.csr_matrix(loaded, dtype=np.float32)
-
-
-def _find_fault(values: np.ndarray) -> tuple[int, str] | None:
-    """Return position and kind of the first value that is no count, or None."""
-    for start in range(0, len(values), VALUES_AT_ONCE):
-        some = values[start : start + VALUES_AT_ONCE]
-        wrong = ~((some >= 0) & (some == np.rint(some)) & np.isfinite(some))
-        if wrong.any():
-            break
-    else:
-        return None
-    # Logs hold fractions nearly everywhere; a value that no log could be tells more.
-    impossible = ~(np.isfinite(values) & (values >= 0))
-    position = int(np.argmax(impossible)) if impossible.any() else start + int(np.argmax(wrong))
-    value = values[position]
-    if np.isfinite(value):
-        return position, f"negative value {value:g}" if value < 0 else f"not a whole number: {value:g}"
-    return position, "missing value (NaN)" if np.isnan(value) else "infinite value"
-
-
-def _name_value(study: ad.AnnData, matrix: sparse.csr_matrix, place: str, position: int) -> str:
-    genes = study.raw.var_names if place == "raw.X" else study.var_names
-    cell = study.obs_names[np.searchsorted(matrix.indptr, position, side="right") - 1]
-    return f" in cell {cell}, gene {genes[matrix.indices[position]]}"
-
-
-def _recover_counts(study: ad.AnnData, place: str, totals: str, where: str) -> sparse.csr_matrix:
-    """Return counts from ``log1p`` of counts per 10,000: round(expm1(x) * total / 10,000).
-
-    Raises
-    ------
-    InputError
-        If a value is farther than ``TOLERANCE`` from a whole number, or from any count above nought.
-    """
-    matrix = _as_csr(_places(study)[place]())
-    matrix.eliminate_zeros()
-    total = study.obs[totals].to_numpy(dtype=float)
-    for start in range(0, matrix.shape[0], CELLS_AT_ONCE):
-        first, last = matrix.indptr[start], matrix.indptr[min(start + CELLS_AT_ONCE, matrix.shape[0])]
-        per_value = np.repeat(
-            total[start : start + CELLS_AT_ONCE], np.diff(matrix.indptr[start : start + CELLS_AT_ONCE + 1])
+    if named is None:
+        return [place for place in PLACES if place in study.matrices]
+    found = [place for place in (named, f'layers["{named}"]') if place in study.matrices]
+    if not found:
+        raise InputError(
+            f"{study.where}: {named}",
+            "no such matrix in the file",
+            f"Set the column `matrix` to one of {', '.join(study.matrices) or 'none: the file has no matrix'}",
         )
-        counts = np.expm1(matrix.data[first:last].astype(float)) * per_value / 1e4
-        whole = np.rint(counts)
-        wrong = ~((np.abs(counts - whole) <= TOLERANCE) & (whole >= 1))
-        if wrong.any():
-            position = int(np.argmax(wrong))
-            raise InputError(
-                f"{where}: {place}",
-                f"no raw counts: read as log1p of counts per 10,000 with the totals in obs[{totals!r}], "
-                f"it holds {counts[position]:.3f}{_name_value(study, matrix, place, first + position)}",
-                'Put raw counts, whole numbers, in X, raw.X or layers["counts"]',
-            )
-        matrix.data[first:last] = whole
-    log.info("%s: counts recovered from %s (log1p of counts per 10,000) and obs[%r]", where, place, totals)
-    return matrix
+    return found[:1]
 
 
-def describe_cells(obs: pd.DataFrame, row: dict[str, str]) -> pd.DataFrame:
-    """Return what is known of each cell, in CELLxGENE's columns.
+def read_counts(study: Study, place: str, scratch: Path) -> Iterator[sparse.csr_matrix]:
+    """Yield the counts of a matrix that holds counts: float32, no zeros stored.
 
-    What the file leaves unknown is filled from the row's constants; what stays unknown is ``"unknown"``.
-    Ids are the truth: names are looked up from them.
+    Raises
+    ------
+    NotCountsError
+        If a stored value is no count.
+    """
+    matrix, _ = study.matrices[place]
+    _check_first(matrix)
+    start = 0
+    for block in matrix.blocks(scratch):
+        fault = find_fault(block.data)
+        if fault is not None:
+            position, problem, logs = fault
+            raise NotCountsError(f"{problem}{_name_value(study, place, start, block, position)}", logs)
+        counts = (np.rint(block) if block.dtype.kind == "f" else block).astype(np.float32, copy=False)
+        counts.eliminate_zeros()
+        yield counts
+        start += block.shape[0]
+
+
+def _check_first(matrix: Matrix) -> None:
+    """Look at the first values, before the entries of a matrix are sorted by cell for nothing."""
+    values = matrix.first_values()
+    if values.dtype.kind not in "fiu":
+        raise NotCountsError(f"values of type {values.dtype}")
+    fault = find_fault(values)
+    if fault is not None and isinstance(matrix, GeneMatrix):
+        raise NotCountsError(*fault[1:])
+
+
+def find_fault(values: np.ndarray) -> tuple[int, str, bool] | None:
+    """Return position and kind of a value that is no count and whether it could be a log, or None.
+
+    Logs hold fractions nearly everywhere, so a value that no log could be is told in their place.
+    """
+    whole = np.rint(values)
+    with np.errstate(invalid="ignore"):  # infinite less infinite
+        right = (values >= 0) & (values <= LARGEST) & (np.abs(values - whole) <= NOISE) & ((whole > 0) | (values == 0))
+    if right.all():
+        return None
+    impossible = ~(np.isfinite(values) & (values >= 0))
+    position = int(np.argmax(impossible)) if impossible.any() else int(np.argmin(right))
+    value = values[position]
+    if np.isnan(value):
+        return position, "missing value (NaN)", False
+    if not np.isfinite(value):
+        return position, "infinite value", False
+    if value < 0:
+        return position, f"negative value {value:g}", False
+    if value > LARGEST:
+        return position, f"too large for a count: {value:g}", False
+    return position, f"not a whole number: {value:g}", True
+
+
+def recover_counts(study: Study, place: str, scratch: Path) -> Iterator[sparse.csr_matrix]:
+    """Yield the counts of a matrix that holds ``log1p`` of counts, scaled or not: float32, no zeros stored.
+
+    With y = expm1(value), the counts of a cell are y divided by what one count became, its unit. The first of
+    these that fits the first cells must fit all of them:
+
+    - the unit is 10,000 / the cell's total in ``obs``;
+    - it is the cell's smallest y above nought, whatever the counts were scaled to, if at all.
+
+    Every value must come out whole. Totals are independent evidence: beside them logs may be rounded, and
+    ``TOLERANCE`` is enough. Without them the rounding error of the stored type bounds how far a count may be off:
+    a count that is not within its bound, or whose bound reaches half a count, proves nothing and is refused. The
+    counts of a cell of fewer than ``MIN_GENES`` genes could all be multiples of another number: it is left without
+    counts, so that QC leaves it out, and more than ``MAX_POOR`` of such cells are refused.
+
+    Raises
+    ------
+    NotCountsError
+        If the values do not prove to be logs of counts.
+    """
+    matrix, _ = study.matrices[place]
+    # many a file was computed in float32 and stored in float64
+    rounding = max(np.finfo(matrix.first_values().dtype).eps, np.finfo(np.float32).eps)
+    ways, start, poor = _list_ways(study), 0, 0
+    for block in matrix.blocks(scratch):
+        block.eliminate_zeros()
+        filled = np.diff(block.indptr) > 0
+        if filled.any():
+            ways, block = _try_ways(study, place, start, block, rounding, ways)
+            poor += int((filled & (np.diff(block.indptr) == 0)).sum())
+        yield block.astype(np.float32)
+        start += block.shape[0]
+    if poor > MAX_POOR * start:
+        raise NotCountsError(f"logs of {poor} of {start} cells with too few genes to prove their counts")
+    if poor:
+        log.warning("%s: %d cells have too few genes to prove their counts and are left without", study.where, poor)
+    log.info("%s: counts recovered from %s, read as %s", study.where, place, next(iter(ways)))
+
+
+def _try_ways(
+    study: Study, place: str, start: int, block: sparse.csr_matrix, rounding: float, ways: dict[str, Any]
+) -> tuple[dict[str, Any], sparse.csr_matrix]:
+    """Return the first way that fits, by itself, and the counts that it gives."""
+    faults = []
+    for way, unit in ways.items():
+        try:
+            counts = _divide_by_unit(study, place, start, block, rounding, way, unit)
+        except NotCountsError as fault:
+            faults.append(fault)
+            continue
+        if counts.nnz or len(ways) == 1:
+            return {way: unit}, counts
+    raise faults[0]  # that of the totals, if there are any
+
+
+def _list_ways(study: Study) -> dict[str, np.ndarray | None]:
+    """Return what one count of each cell may have become; None for a cell's smallest value."""
+    ways: dict[str, np.ndarray | None] = {}
+    column = next((column for column in TOTALS if column in study.obs), None)
+    if column:
+        totals = pd.to_numeric(study.obs[column], errors="coerce").to_numpy(dtype=float)
+        ways[f"log1p of counts per 10,000 with the totals in obs[{column!r}]"] = 1e4 / np.where(
+            totals > 0, totals, np.nan
+        )
+    ways["log1p of scaled counts, a cell's smallest value being one count"] = None
+    return ways
+
+
+def _divide_by_unit(
+    study: Study, place: str, start: int, block: sparse.csr_matrix, rounding: float, way: str, unit: Any
+) -> sparse.csr_matrix:
+    """Return the counts of a block of logs, see ``recover_counts``."""
+    if unit is None:
+        few = np.repeat(np.diff(block.indptr) < MIN_GENES, np.diff(block.indptr))
+        block = sparse.csr_matrix((np.where(few, 0, block.data), block.indices, block.indptr), shape=block.shape)
+        block.eliminate_zeros()
+    logs = block.data.astype(float)
+    with np.errstate(over="ignore", invalid="ignore"):  # such values are told below
+        scaled = np.expm1(logs)
+        # a few roundings in the stored type on the way to y, its log among them
+        error = 2 * rounding * (1 + logs * (1 + scaled) / scaled)
+    lengths = np.diff(block.indptr)
+    filled = lengths > 0
+    if unit is None:
+        starts = block.indptr[:-1][filled]
+        unit_of_cell = np.minimum.reduceat(scaled, starts)
+        error += np.repeat(np.maximum.reduceat(error, starts), lengths[filled])
+    else:
+        unit_of_cell = unit[start : start + block.shape[0]][filled]
+    counts = scaled / np.repeat(unit_of_cell, lengths[filled])
+    whole = np.rint(counts)
+    allowed = counts * error if unit is None else np.full(len(counts), TOLERANCE)
+    right = (np.abs(counts - whole) <= allowed) & (allowed < 0.5) & (whole >= 1) & (whole <= LARGEST)
+    if not right.all():
+        position = int(np.argmin(right))
+        value = _name_value(study, place, start, block, position)
+        raise NotCountsError(f"read as {way}, it holds {counts[position]:.3f}{value}")
+    return sparse.csr_matrix((whole, block.indices, block.indptr), shape=block.shape)
+
+
+def _name_value(study: Study, place: str, start: int, block: sparse.csr_matrix, position: int) -> str:
+    cell = study.obs.index[start + int(np.searchsorted(block.indptr, position, side="right")) - 1]
+    return f" in cell {cell}, gene {study.matrices[place][1].index[block.indices[position]]}"
+
+
+def keep_genes(
+    blocks: Iterator[sparse.csr_matrix],
+    genes: GeneMap,
+    cells: int,
+    where: str,
+    min_counts_kept: float,
+    uns: dict[str, Any],
+) -> Iterator[sparse.csr_matrix]:
+    """Yield counts over the genes that are kept; at the end tell which share of all counts that is.
 
     Parameters
     ----------
-    obs
-        The file's table of cells.
-    row
-        The study's row of the sheet of datasets.
+    blocks
+        Counts over all rows of the file's table of genes.
+    genes
+        What becomes of those rows.
+    cells
+        Number of cells in all.
+    where
+        The file, for messages.
+    min_counts_kept
+        Least share of the counts that must be kept.
+    uns
+        Takes the share as ``counts_kept``.
 
     Raises
     ------
+    NotCountsError
+        If there is no count above nought.
     InputError
-        If cells, labels or ontology ids do not fit.
+        If fewer are kept.
     """
-    dataset, where = row["dataset"], row["source"]
-    if "label_table" in row and "label_column" not in row:
+    progress, measured, kept = Progress(cells, "cells"), 0.0, 0.0
+    for block in blocks:
+        measured += float((block @ genes.measured.astype(float)).sum())
+        gathered = genes.gather(block)
+        kept += float(gathered.data.sum(dtype=float))
+        progress.advance(block.shape[0])
+        yield gathered
+    if not measured:
+        raise NotCountsError("no value above nought")
+    share = kept / measured
+    reasons = ", ".join(f"{rows} {why}" for why, rows in genes.left_out.items() if rows)
+    log.info("%s: %d genes kept, with %.2f%% of the counts%s", where, len(genes.genes), 100 * share,
+             f"; rows left out: {reasons}" if reasons else "")  # fmt: skip
+    if share < min_counts_kept:
         raise InputError(
-            f"datasets sheet: label_table of {dataset}",
-            "no label_column beside it",
-            "Name the column of obs that holds the authors' labels",
+            f"{where}: var",
+            f"only {share:.1%} of the counts lie in genes that are kept (rows left out: {reasons})",
+            "Check the species and the gene table, or lower genes: min_counts_kept",
         )
-    cells = pd.Index([f"{dataset}|{barcode}" for barcode in obs.index], name="cell_id")
-    if cells.has_duplicates:
-        twice = obs.index[cells.duplicated()][0]
-        raise InputError(f"{where}: obs", f"the cell {twice} is there twice", "Give each cell its own name")
-    known = pd.DataFrame({"dataset_id": dataset}, index=cells)
-    known["donor_id"] = _fill(obs, "donor_id", row.get("donor"))
-    if (known["donor_id"] == "unknown").any():
-        log.info("%s: no donor given for some cells; the dataset stands in as their donor", dataset)
-        known["donor_id"] = known["donor_id"].replace("unknown", dataset)
-    known["assay_ontology_term_id"] = _fill(obs, "assay_ontology_term_id", row.get("assay"))
-    for slot in TERM_SLOTS:
-        column = f"{CELLXGENE[slot]}_ontology_term_id"
-        if slot == "cell_type" and "label_column" in row:
-            ids, place = read_labels(obs, row), f"{where}: {row['label_column']}"
-            place += "" if "label_table" in row else " (no label_table given)"
-        else:
-            ids, place = _fill(obs, column, row.get(slot)), f"{where}: {column}"
-        names = {term: name_of(slot, term, place) or "unknown" for term in sorted(set(ids))}
-        known[column] = ids
-        known[CELLXGENE[slot]] = pd.Series(ids).map(names).to_numpy()
-    return known.astype(dict.fromkeys(known.columns, "category"))
-
-
-def _fill(obs: pd.DataFrame, column: str, constant: str | None) -> np.ndarray:
-    """Return a column as text, unknown values replaced by a constant, or by ``"unknown"``."""
-    values = obs[column].astype(object) if column in obs else pd.Series(None, index=obs.index, dtype=object)
-    text = values.astype(str)
-    unknown = values.isna() | text.str.lower().isin(UNKNOWN)
-    return text.mask(unknown, constant or "unknown").to_numpy(dtype=object)
-
-
-def read_labels(obs: pd.DataFrame, row: dict[str, str]) -> np.ndarray:
-    """Return each cell's Cell Ontology id from the authors' labels; ``"unknown"`` for a cell without label.
-
-    Raises
-    ------
-    InputError
-        If the column is absent, the table is malformed, or labels are missing from it.
-    """
-    column = row["label_column"]
-    if column not in obs:
-        raise InputError(f"{row['source']}: obs", f"no column {column}", f"Set label_column to one of {', '.join(obs)}")
-    labels = _fill(obs, column, None)
-    if "label_table" not in row:
-        return labels
-    table = read_label_table(row["label_table"])
-    absent = sorted(set(labels) - set(table) - {"unknown"})
-    if absent:
-        raise InputError(
-            row["label_table"],
-            f"no line for the labels {', '.join(absent)} of {row['dataset']}",
-            "Add a line with the Cell Ontology id of each",
-        )
-    return pd.Series(labels).map({**table, "unknown": "unknown"}).to_numpy(dtype=object)
-
-
-def read_label_table(path: str | Path) -> dict[str, str]:
-    """Return author label -> Cell Ontology id.
-
-    Raises
-    ------
-    InputError
-        If a column is missing, a label repeats or an id is no live term.
-    """
-    columns = ["author_label", "cell_type_ontology_term_id"]
-    if not Path(path).is_file():
-        raise InputError(path, "no such file", "Correct the column `label_table` of the datasets sheet")
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    if not set(columns) <= set(table):
-        raise InputError(path, f"columns {', '.join(table)}", f"Give the columns {' and '.join(columns)}")
-    repeated = table["author_label"][table["author_label"].duplicated()]
-    if len(repeated):
-        raise InputError(path, f"the label {repeated.iloc[0]} is there twice", "Keep one line a label")
-    for line, term in enumerate(table["cell_type_ontology_term_id"], start=2):
-        name_of("cell_type", term, f"{path} line {line}: cell_type_ontology_term_id")
-    return {label: term or "unknown" for label, term in table[columns].itertuples(index=False)}
+    uns["counts_kept"] = share

@@ -5,7 +5,8 @@ A description tells up to seven slots, in this order::
     This is a {cell type}. By definition: {definition} The sample is {tissue} from a {sex} donor at the
     {stage}, with {disease}. Most active gene programmes: {name} ({what it is}); then {name} ({what it is}).
 
-A slot that is not known is left out together with the words that lead to it, so the rest still reads well.
+A slot that is not known is left out together with the words that lead to it, so the rest still reads well; a
+stage or disease without tissue and sex is that of "a donor".
 Slots hold ontology ids; names are only how the text writes them.
 """
 
@@ -25,8 +26,8 @@ _GRAMMAR = re.compile(
     r"(?:This is an? (?P<cell_type>.+?)\."
     r"(?: By definition: (?P<definition>.+?\.))?(?= The sample | Most active |$))?"
     r"(?: ?The sample is (?P<tissue>(?!from a |at the |with |without ).+?)?"
-    r"(?: ?from a (?P<sex>female|male) donor)?(?: ?at the (?P<stage>.+?))?"
-    r"(?:(?:, |(?<=is ))(?:with (?P<disease>.+?)|(?P<healthy>without known disease)))?\.(?= Most active |$))?"
+    r"(?: ?from a (?:(?P<sex>female|male) )?donor)?(?: ?at the (?P<stage>.+?))?"
+    r"(?:, (?:with (?P<disease>.+?)|(?P<healthy>without known disease)))?\.(?= Most active |$))?"
     r"(?: ?Most active gene programmes: (?P<pathways>.+)\.)?"
 )
 
@@ -133,9 +134,11 @@ def _render_sample(slots: Slots, terms: Terms) -> str:
         words.append(terms.name["tissue"][slots.tissue])
     if slots.sex:
         words.append(f"from a {terms.name['sex'][slots.sex]} donor")
+    elif not slots.tissue and (slots.stage or slots.disease):
+        words.append("from a donor")
     if slots.stage:
         words.append(f"at the {terms.name['stage'][slots.stage]}")
-    clauses = [" ".join(words)] if words else []
+    clauses = [" ".join(words)]
     if slots.disease:
         clauses.append(_HEALTHY if slots.disease == NORMAL else f"with {terms.name['disease'][slots.disease]}")
     return ", ".join(clauses)
@@ -151,9 +154,9 @@ def _article(name: str) -> str:
     first = re.split(r"[\s\-,/]", name, maxsplit=1)[0]
     if first.isupper() or (len(first) > 1 and first[:2].isupper()) or len(first) == 1:
         return "an" if first[0] in "AEFHILMNORSX8" else "a"  # letters said one by one: "an M", "a B"
-    if re.match(r"(?i)(uni[^nm]|eu|us|ur[aeio]|ub|ut)", first):
+    if re.match(r"(?i)(uni|eu|us|ur[aeio]|ub|ut)", first):
         return "a"
-    return "an" if first[0].lower() in "aeiou8" else "a"
+    return "an" if first[0].lower() in "aeiou8" or first == "Fc" else "a"
 
 
 def parse(text: str, terms: Terms) -> Parsed:
@@ -213,7 +216,9 @@ def _read_pathways(text: str, terms: Terms) -> Iterable[str | None]:
 
 
 def _read_pathway(piece: str, terms: Terms) -> str | None:
+    if piece in terms.id.get(PATHWAY, {}):
+        return terms.id[PATHWAY][piece]
     for name in terms.pathways_by_length:
-        if piece == name or piece.startswith(f"{name} ("):
+        if piece.startswith(f"{name} ("):
             return terms.id[PATHWAY][name]
     return None

@@ -1,21 +1,90 @@
-"""Names of genes: Ensembl ids where a file gives them, and symbols."""
+"""Names of genes: which rows of a study are human genes, their Ensembl ids and their symbols."""
 
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from cell2text.errors import InputError
 
-ENSEMBL = r"ENSG\d{11}"
-ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id")
+ENSEMBL = r"(?<![A-Z0-9])ENSG\d{11}(?!\d)"
+# As Cell Ranger names the genes of a mixture of species, and Ensembl those of another one.
+HUMAN_GENOME = r"^(?:GRCh|hg)\d+_+"
+OTHER_SPECIES = r"^(?:GRCm|mm|mRatBN|Rnor_|rn)[\d.]+_+|^ENS[A-Z]{3,}G\d{11}"
+SPIKE_IN = r"^ERCC-\d{5}$"
+ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id")
 SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol")
+ALIAS_COLUMNS = ("aliases", "prev_symbol", "alias_symbol")
+VAR_COLUMNS = (*ID_COLUMNS, *SYMBOL_COLUMNS, "feature_types")
 MITOCHONDRIAL = "MT-"  # how the symbols of the mitochondrial genome's genes begin
 
 
-def name_genes(var: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the ids of genes as index and their symbols as the column ``symbol``.
+@dataclass(frozen=True)
+class GeneTable:
+    """Ensembl ids and symbols of human genes.
 
-    Ids are Ensembl's, without version, where the index or one of ``ID_COLUMNS`` holds them for at least
-    one gene; a gene without one keeps its name. Symbols are taken from ``SYMBOL_COLUMNS``, or else are
-    the names themselves.
+    Parameters
+    ----------
+    ids
+        Ensembl id of each symbol.
+    symbols
+        Symbol of each Ensembl id.
+    """
+
+    ids: pd.Series
+    symbols: pd.Series
+
+
+@dataclass(frozen=True)
+class GeneMap:
+    """What becomes of the rows of a file's table of genes.
+
+    Parameters
+    ----------
+    genes
+        The genes that are kept: ``symbol``, indexed by gene id.
+    column
+        For each row of the file its place in ``genes``, or -1; rows of one gene share a place.
+    measured
+        Which rows are of genes at all, and not antibodies, peaks or spike-ins.
+    left_out
+        Number of rows by the reason why they are not kept.
+    """
+
+    genes: pd.DataFrame
+    column: np.ndarray
+    measured: np.ndarray
+    left_out: dict[str, int]
+
+    def gather(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Return counts over ``genes`` from counts over the rows of the file; those of one gene are summed."""
+        if np.array_equal(self.column, np.arange(len(self.genes))):
+            return counts
+        rows = np.flatnonzero(self.column >= 0)
+        places = (np.ones(len(rows), dtype=counts.dtype), (rows, self.column[rows]))
+        gathered = counts @ sparse.csr_matrix(places, shape=(len(self.column), len(self.genes)))
+        gathered.sort_indices()
+        return gathered
+
+
+def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> GeneMap:
+    """Find the id and the symbol of each gene.
+
+    Ids are Ensembl's, without version, from the index or one of ``ID_COLUMNS``, whichever holds the most of
+    them. A gene without one is looked up by its symbol in ``table``, and left out where the table does not know
+    it; without a table it keeps its symbol as id. Symbols are taken from ``SYMBOL_COLUMNS``, else from the
+    table, else they are the names themselves.
+
+    Rows with the same id become one gene whose counts are their sum: versions of an id, the two copies of a
+    gene on X and Y, a symbol that is there twice, several symbols of one gene in the table. Names that were
+    made unique by a suffix (``MATR3-1`` beside ``MATR3``) are one gene where the table knows only the name
+    without it; without a table they stay apart, since ``-1`` may be part of a symbol.
+
+    Genes of other species in a mixture (``mm10_``, ``ENSMUSG``) are left out: descriptions are of human cells.
+    Features that are no genes (antibodies, peaks, spike-ins) are neither kept nor missed.
 
     Parameters
     ----------
@@ -23,23 +92,132 @@ def name_genes(var: pd.DataFrame, where: str) -> pd.DataFrame:
         A file's table of genes, one row a gene.
     where
         The file, for messages.
+    table
+        As ``read_gene_table`` gives it.
 
     Raises
     ------
     InputError
-        If two genes have the same id.
+        If genes have numbers for names, or the symbols of another species.
     """
-    names = pd.Series(var.index.astype(str), index=var.index)
-    candidates = [names, *(var[column].astype(str) for column in ID_COLUMNS if column in var)]
-    ids = next((ids for ids in candidates if ids.str.match(ENSEMBL).any()), names)
-    ids = ids.where(ids.str.match(ENSEMBL), names).str.replace(rf"^({ENSEMBL})\.\d+$", r"\1", regex=True)
-    if ids.duplicated().any():
-        raise InputError(
-            f"{where}: var", f"the gene {ids[ids.duplicated()].iloc[0]} is there twice", "Keep one row a gene"
-        )
-    column = next((column for column in SYMBOL_COLUMNS if column in var), None)
-    symbols = names if column is None else var[column].astype(object)
-    return pd.DataFrame(
-        {"symbol": symbols.where(symbols.notna(), names).astype(str).to_numpy()},
-        index=pd.Index(ids.to_numpy(), name="gene_id"),
+    names = pd.Series(var.index.astype(str))
+    columns = [names, *(_texts(var[column]) for column in ID_COLUMNS if column in var)]
+    ids = max((column.str.extract(f"({ENSEMBL})")[0] for column in columns), key=lambda found: found.notna().sum())
+    other = pd.concat([column.str.contains(OTHER_SPECIES) for column in columns], axis=1).any(axis=1) & ids.isna()
+    measured = ~names.str.contains(SPIKE_IN)
+    if "feature_types" in var and (kinds := _texts(var["feature_types"])).eq("Gene Expression").any():
+        measured &= kinds.eq("Gene Expression")
+
+    symbols = next((_texts(var[column]) for column in SYMBOL_COLUMNS if column in var), names)
+    symbols = symbols.mask(symbols.isin(["", "nan", "None"]), names)
+    symbols = symbols.str.replace(HUMAN_GENOME, "", regex=True)
+    # CELLxGENE writes symbols that repeat as MATR3_ENSG00000015479
+    bare = symbols.str.replace(rf"[_|]?{ENSEMBL}(?:\.\d+)?(?:_PAR_Y)?[_|]?", "", regex=True)
+    symbols = bare.where(bare != "", symbols)
+    if table is not None:
+        ids = ids.where(ids.notna() | other, _look_up(symbols, table))
+        unnamed = symbols.str.contains(ENSEMBL)
+        symbols = symbols.mask(unnamed, ids.map(table.symbols).fillna(ids))
+        unknown = ids.isna() & measured & ~other
+    else:
+        _check_symbols(symbols[ids.isna() & measured & ~other], ids.notna().any(), where)
+        ids = ids.where(ids.notna(), symbols)
+        unknown = pd.Series(False, index=names.index)
+    symbols = symbols.mask(symbols.str.contains(ENSEMBL), ids)
+
+    kept = measured & ~other & ~unknown
+    codes, unique = pd.factorize(ids[kept])
+    column = np.full(len(names), -1)
+    column[kept] = codes
+    first = np.unique(codes, return_index=True)[1]
+    genes = pd.DataFrame(
+        {"symbol": symbols[kept].to_numpy(dtype=object)[first]}, index=pd.Index(unique, name="gene_id", dtype=object)
     )
+    left_out = {"no genes": ~measured, "of other species": measured & other, "not in the gene table": unknown}
+    return GeneMap(genes, column, measured.to_numpy(), {why: int(rows.sum()) for why, rows in left_out.items()})
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    return column.astype(object).where(column.notna(), "").astype(str).reset_index(drop=True)
+
+
+def _look_up(symbols: pd.Series, table: GeneTable) -> pd.Series:
+    """Return Ensembl ids by symbol, tried as written, with R's dots as dashes, in capitals, without a suffix."""
+    ids = symbols.map(table.ids)
+    stems = symbols.str.replace(r"[-.]\d+$", "", regex=True)
+    for spelling in (
+        symbols.str.replace(".", "-", regex=False),
+        symbols.str.upper(),
+        stems.where(stems.isin(set(symbols))),
+    ):
+        ids = ids.where(ids.notna(), spelling.map(table.ids))
+    return ids
+
+
+def _check_symbols(symbols: pd.Series, any_ids: bool, where: str) -> None:
+    if any_ids or not len(symbols):
+        return
+    if symbols.str.fullmatch(r"\d+").all():
+        raise InputError(
+            f"{where}: var", f"genes have numbers for names ({', '.join(symbols[:3])})",
+            "Give Ensembl ids or symbols as index",
+        )  # fmt: skip
+    foreign = symbols.str.fullmatch(r"[A-Z][a-z]+[a-z0-9.-]*|mt-.*")
+    if foreign.mean() > 0.5:
+        raise InputError(
+            f"{where}: var", f"symbols are written as those of mouse and rat are ({', '.join(symbols[foreign][:3])})",
+            "Give human genes, or the human orthologues",
+        )  # fmt: skip
+
+
+def read_gene_table(path: str | Path) -> GeneTable:
+    """Read Ensembl ids and symbols, and other names where there are some.
+
+    Parameters
+    ----------
+    path
+        Tab- or comma-separated, also gzipped, with the columns ``gene_id`` and ``symbol``, and perhaps
+        ``aliases`` (parted by ``|``); HGNC's complete set is read as it is, and so is a file without header whose
+        first two columns are ids and symbols. A symbol of several ids stands for the first of them; an alias
+        of several genes, or one that is a symbol itself, for none.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it lacks a column or holds no Ensembl id.
+    """
+    where, fix = f"{path}", "Give the columns gene_id (Ensembl) and symbol"
+    if not Path(path).is_file():
+        raise InputError("config: genes: table", f"no such file: {path}", "Correct the path")
+    try:
+        # a gene is called NA, so no text is read as missing
+        table = pd.read_csv(path, sep=_separator(path), dtype=str, keep_default_na=False, header=None, quotechar='"')
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(where, f"no table ({error})", fix) from error
+    first = table.iloc[0]
+    if first.str.contains(ENSEMBL).any():
+        names = ["gene_id", "symbol", *map(str, range(2, table.shape[1]))]
+    else:
+        table, names = table.iloc[1:], [name.strip().lower() for name in first]
+    table.columns = names[: table.shape[1]]
+    found = [next((name for name in wanted if name in names), None) for wanted in (ID_COLUMNS, SYMBOL_COLUMNS)]
+    if None in found:
+        raise InputError(where, f"columns {', '.join(names)}", fix)
+    ids = table[found[0]].str.extract(f"({ENSEMBL})")[0]
+    table = table[ids.notna().to_numpy()].assign(id=ids[ids.notna()])
+    if table.empty:
+        raise InputError(f"{where}: {found[0]}", "no human Ensembl id", fix)
+    pairs = table[["id", found[1]]].set_axis(["id", "symbol"], axis=1)
+    pairs = pairs[pairs["symbol"] != ""]
+    by_symbol = pairs.drop_duplicates("symbol").set_index("symbol")["id"]
+    for column in (name for name in ALIAS_COLUMNS if name in names):
+        aliases = table.assign(alias=table[column].str.split("|")).explode("alias")
+        aliases = aliases.assign(alias=aliases["alias"].str.strip()).drop_duplicates(["alias", "id"])
+        aliases = aliases.drop_duplicates("alias", keep=False).set_index("alias")["id"]
+        by_symbol = pd.concat([by_symbol, aliases[~aliases.index.isin(by_symbol.index) & (aliases.index != "")]])
+    return GeneTable(by_symbol, pairs.drop_duplicates("id").set_index("id")["symbol"])
+
+
+def _separator(path: str | Path) -> str:
+    with gzip.open(path, "rt") if Path(path).suffix == ".gz" else Path(path).open() as file:
+        return "\t" if "\t" in file.readline() else ","

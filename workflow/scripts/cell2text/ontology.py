@@ -4,6 +4,7 @@ Source: the package cellxgene-ontology-guide, which carries the releases that th
 (CL, UBERON, MONDO: CC-BY-4.0; UBERON: CC-BY-3.0; HsapDv: CC-BY-3.0; PATO: CC-BY-3.0).
 """
 
+import logging
 import re
 from functools import cache
 
@@ -12,6 +13,8 @@ from cellxgene_ontology_guide.supported_versions import CXGSchema
 
 from cell2text.descriptions import NORMAL
 from cell2text.errors import InputError
+
+log = logging.getLogger("cell2text.ontology")
 
 # The ontology of each slot, and the ids that a slot may hold besides.
 ONTOLOGIES = {"cell_type": "CL", "tissue": "UBERON", "disease": "MONDO", "sex": "PATO", "stage": "HsapDv"}
@@ -62,25 +65,66 @@ def first_sentence(definition: str | None) -> str:
     return sentence if not sentence or sentence.endswith(".") else f"{sentence}."
 
 
-def name_of(slot: str, term: str | None, where: str) -> str | None:
-    """Return the name of a slot's term; None for an unknown one.
+def live_id(slot: str, term: str, where: str) -> str:
+    """Return the live term that an id stands for; ``"unknown"`` where it tells nothing.
+
+    A deprecated id is followed to its replacement. CELLxGENE's other ways are understood, too: of several
+    diseases (``A || B``) the first is taken, ``UBERON:… (organoid)`` is that tissue, and a cell type in the place
+    of a tissue (cell culture) is no tissue. Each of these is told in the log.
+
+    Parameters
+    ----------
+    slot
+        As in ``contracts.TERM_SLOTS``.
+    term
+        An ontology id, or a word for unknown.
+    where
+        The file and its column, for messages.
 
     Raises
     ------
     InputError
-        If the id is no live term of the slot's ontology.
+        If the id is no term of the slot's ontology, or a deprecated one without replacement.
     """
-    if term is None or term.lower() in UNKNOWN:
-        return None
-    if slot == "sex" and term in SEXES:
-        return SEXES[term]
+    given, ontology = term, ONTOLOGIES[slot]
+    term = re.sub(r" \([a-z ]+\)$", "", term.split(" || ")[0].strip())
+    if term.lower() in UNKNOWN:
+        return "unknown"
+    if slot == "tissue" and re.match(r"(CL:|CVCL_)", term):
+        log.warning("%s: %s is a cultured cell and no tissue: unknown", where, given)
+        return "unknown"
+    every, seen = CXGSchema().ontology(ontology), {term}
+    while every.get(term, {}).get("deprecated") and every[term].get("replaced_by") not in {None, *seen}:
+        term = every[term]["replaced_by"]
+        seen.add(term)
+    if not _fits(slot, term):
+        problem = f"{given} is no term of {ontology}"
+        if every.get(given, {}).get("deprecated"):
+            problem = f"{given} is deprecated and nothing in {ontology} replaces it"
+        live = " or ".join(SEXES) if slot == "sex" else f"a live {ontology} id"
+        raise InputError(where, problem, f"Give {live}")
+    if term != given:
+        log.warning("%s: %s is read as %s (%s)", where, given, term, name_of(slot, term))
+    return term
+
+
+def _fits(slot: str, term: str) -> bool:
+    if slot == "sex":
+        return term in SEXES
+    return term in live_terms(ONTOLOGIES[slot]) or (slot == "disease" and term == NORMAL)
+
+
+def name_of(slot: str, term: str, where: str = "") -> str:
+    """Return the name of a slot's term, or of what replaces it; ``"unknown"`` for an unknown one.
+
+    Raises
+    ------
+    InputError
+        As ``live_id`` does.
+    """
+    term = live_id(slot, term, where)
+    if term == "unknown":
+        return term
     if slot == "disease" and term == NORMAL:
         return "normal"
-    entry = live_terms(ONTOLOGIES[slot]).get(term)
-    if entry is None:
-        every = CXGSchema().ontology(ONTOLOGIES[slot]).get(term, {})
-        now = every.get("replaced_by")
-        fix = f"Use {now} instead" if now else f"Give a live {ONTOLOGIES[slot]} id"
-        problem = f"{term} is deprecated" if every else f"{term} is no term of {ONTOLOGIES[slot]}"
-        raise InputError(where, problem, fix)
-    return entry["label"]
+    return SEXES[term] if slot == "sex" else live_terms(ONTOLOGIES[slot])[term]["label"]

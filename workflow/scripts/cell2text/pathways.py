@@ -1,7 +1,8 @@
 """Which gene programmes a cell runs: AUCell scores, and the descriptions written with them."""
 
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -9,9 +10,9 @@ import decoupler as dc
 import numba
 import numpy as np
 import pandas as pd
-import scanpy as sc
+import pyarrow as pa
 
-from cell2text.cell_files import read_blocks, read_genes
+from cell2text.cell_files import find_cells, read_blocks, read_genes
 from cell2text.contracts import (
     CELLS,
     DESCRIPTIONS,
@@ -29,6 +30,16 @@ log = logging.getLogger("cell2text.pathways")
 
 CELLS_AT_ONCE = 1000
 TOP_SHARE = 0.05  # of a cell's ranked genes, AUCell's own default
+DESCRIBED_AT_ONCE = 1 << 16
+ROUNDING = 1e-9  # a standard deviation of scores up to this comes of rounding
+COLLECTIONS = ("HALLMARK", "REACTOME", "KEGG_MEDICUS", "KEGG", "BIOCARTA", "PID", "WP", "GOBP", "GOCC", "GOMF")
+ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\w+",
+        "AKT AMPK ATM ATP ATR BCR BMP DNA EGF EGFR ERBB ERK FGF GPCR GTP IFN IGF JAK KRAS MAPK MHC MRNA MTOR MYC "
+        "NADH NFKB NK NKT PDGF PPAR PTEN RAS RHO RNA RRNA SRC STAT TCA TCR TGF TLR TNF TNFA TRNA UV VEGF WNT",
+    )
+)
 
 
 def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
@@ -67,9 +78,9 @@ def score_pathways(
     """Score each gene set in each of a dataset's cells with AUCell (Aibar et al., Nature Methods 2017).
 
     The score is the area under the recovery curve over a cell's top genes, as decoupler computes it. All
-    genes of the file are ranked by log-normalised counts, so the score of a cell does not depend on the
-    cells beside it. Genes with equal counts stand in an order that decoupler draws once, with a fixed seed,
-    for all cells.
+    genes of the file are ranked by their counts (to normalise a cell would not change the order), so the score
+    of a cell does not depend on the cells beside it. Genes with equal counts, at the last of the top genes
+    too, stand in an order that decoupler draws once, with a fixed seed, for all cells.
 
     Parameters
     ----------
@@ -82,7 +93,7 @@ def score_pathways(
     min_genes
         A set with fewer genes measured is not scored: its column holds NaN.
     path
-        Where to write the scores (``contracts.PATHWAY_SCORES``), in the order of the corpus.
+        Where to write the scores (``contracts.PATHWAY_SCORES``), in the order of the dataset, a block at a time.
 
     Raises
     ------
@@ -105,57 +116,46 @@ def score_pathways(
     # decoupler shares out the few sets of one cell at a time; waking a second thread costs more than it does.
     numba.set_num_threads(1)
     net = pd.DataFrame([(name, gene) for name, genes in usable.items() for gene in genes], columns=["source", "target"])
-    corpus = CELLS.read(corpus_file, ["cell_id", "split"])
-    corpus = corpus[corpus["cell_id"].isin(read_cell_ids(cells_file))]
-    cells = corpus["cell_id"]
-    top_genes = count_top_genes(cells_file, corpus)
-    progress = Progress(len(cells), "cells")
-    scored = [pd.DataFrame(columns=list(usable), dtype=float)]
+    rows, training = find_cells(cells_file, corpus_file), find_cells(cells_file, corpus_file, "train")
+    top_genes = count_top_genes(cells_file, training if training.any() else rows)
+    progress = Progress(int(rows.sum()), "cells")
     # A symbol that two genes share goes with the first of them.
     own = ~symbols.duplicated().to_numpy()
     var = pd.DataFrame(index=symbols[own].to_numpy())
-    for ids, counts in read_blocks(cells_file, cells, CELLS_AT_ONCE):
-        block = ad.AnnData(counts[:, own], obs=pd.DataFrame(index=ids), var=var)
-        sc.pp.normalize_total(block, target_sum=1e4)
-        sc.pp.log1p(block)
-        dc.mt.aucell(block, net, tmin=min_genes, empty=False, n_up=top_genes)
-        scored.append(block.obsm["score_aucell"])
-        progress.advance(len(ids))
-    scores = pd.concat(scored).loc[cells].reindex(columns=list(sets)).astype("float32")
-    PATHWAY_SCORES.write(scores.reset_index(names="cell_id"), path)
+
+    def score() -> Iterator[pd.DataFrame]:
+        for ids, counts in read_blocks(cells_file, rows, CELLS_AT_ONCE):
+            block = ad.AnnData(counts[:, own], obs=pd.DataFrame(index=ids), var=var)
+            dc.mt.aucell(block, net, tmin=min_genes, empty=False, n_up=top_genes)
+            scores = block.obsm["score_aucell"].reindex(columns=list(sets)).astype("float32")
+            yield scores.reset_index(names="cell_id")
+            progress.advance(len(ids))
+
+    PATHWAY_SCORES.write_parts(score(), path, rest=sets)
 
 
-def count_top_genes(path: str | Path, corpus: pd.DataFrame) -> int:
+def count_top_genes(path: str | Path, rows: np.ndarray) -> int:
     """Return over how many top genes of a cell AUCell integrates: 5% of the genes, or fewer.
 
     A cell with fewer genes than that would fill the rest of its ranks with genes it does not express, so
-    the number is at most what 95% of the training cells express (of all cells where none is in training).
+    the number is at most what 95% of the cells express.
 
     Parameters
     ----------
     path
         Filtered counts of the dataset.
-    corpus
-        ``cell_id`` and ``split`` of the dataset's cells.
+    rows
+        Which of its cells to ask: those in training, or all where none is.
     """
-    training = corpus["cell_id"][corpus["split"] == "train"]
-    cells = training if len(training) else corpus["cell_id"]
-    expressed = [np.diff(counts.indptr) for _, counts in read_blocks(path, cells)]
+    expressed = [np.diff(counts.indptr) for _, counts in read_blocks(path, rows)]
     limit = np.quantile(np.concatenate(expressed), 0.05) if expressed else 0
     return max(2, int(min(np.ceil(TOP_SHARE * len(read_genes(path))), limit)))
-
-
-def read_cell_ids(path: str | Path) -> pd.Index:
-    """Return the ids of the cells of an h5ad."""
-    cells = ad.read_h5ad(path, backed="r")
-    cells.file.close()
-    return cells.obs_names
 
 
 def write_descriptions(
     corpus_file: str | Path,
     score_files: Iterable[str | Path],
-    pathways_file: str | Path,
+    pathways_file: str | Path | None,
     min_active_share: float,
     per_cell: int,
     descriptions_file: str | Path,
@@ -164,6 +164,9 @@ def write_descriptions(
 ) -> None:
     """Write each cell's slots and its description, the terms they draw on, and the gene sets kept.
 
+    The scores are read a part at a time. Of a cell only the numbers of its terms and gene sets are held, and
+    cells with the same slots share one text.
+
     Parameters
     ----------
     corpus_file
@@ -171,7 +174,7 @@ def write_descriptions(
     score_files
         AUCell scores of each dataset.
     pathways_file
-        TSV that gives each gene set ``id``, ``name`` and ``description``.
+        TSV that gives each gene set ``id``, ``name`` and ``description``; None where there is none.
     min_active_share
         Sets active in no more than this share of the training cells are not told.
     per_cell
@@ -184,43 +187,68 @@ def write_descriptions(
     InputError
         If names of gene sets cannot be told apart in a text, or no set is kept.
     """
-    corpus = CELLS.read(corpus_file)
-    scores = pd.concat([PATHWAY_SCORES.read(file) for file in score_files]).set_index("cell_id")
-    scores = scores.loc[corpus["cell_id"]]
-    kept = fit_sets(scores[(corpus["split"] == "train").to_numpy()], per_cell, min_active_share)
+    columns = [f"{slot}_id" for slot in TERM_SLOTS]
+    corpus = CELLS.read(corpus_file, ["cell_id", "split", *columns], categories=["split", *columns])
+    cells, training = pd.Index(corpus["cell_id"]), (corpus["split"] == "train").to_numpy()
+    score_files = list(score_files)
+
+    def read_scores() -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
+        for file in score_files:
+            for part in PATHWAY_SCORES.read_parts(file):
+                yield cells.get_indexer(part.pop("cell_id")), part
+
+    def read_training() -> Iterator[pd.DataFrame]:
+        return (scores[training[rows]] for rows, scores in read_scores())
+
+    kept = fit_sets(read_training, per_cell, min_active_share)
     if kept.empty:
         raise InputError(
             "config: pathways: min_active_share",
             f"no gene set is active in more than {min_active_share:.3%} of the training cells",
             "Lower it, or give other gene sets",
         )
-    log.info("%d of %d gene sets kept", len(kept), scores.shape[1])
-    told = choose_pathways(scores, kept, per_cell)
-    rows = name_pathways(list(kept.index), pathways_file)
-    table = pd.concat([*(slot_terms(slot) for slot in TERM_SLOTS), rows], ignore_index=True)
-    terms = Terms(table)
-    ids = corpus[[f"{slot}_id" for slot in TERM_SLOTS]].astype(object)
-    ids = ids.where(ids.notna(), None)
-    described = [
-        describe(Slots(**dict(zip(TERM_SLOTS, known, strict=True)), pathways=pathways), terms)
-        for known, pathways in zip(ids.itertuples(index=False, name=None), told, strict=True)
-    ]
-    descriptions = pd.DataFrame(
-        {
-            "cell_id": corpus["cell_id"],
-            "split": corpus["split"],
-            **ids,
-            "pathway_ids": [list(pathways) for pathways in told],
-            "definition": [slots.definition for slots in described],
-            "text": [render(slots, terms) for slots in described],
-        }
+    log.info("%d gene sets kept", len(kept))
+    told = np.full((len(cells), per_cell), -2, dtype=np.int32)
+    for rows, scores in read_scores():
+        told[rows] = choose_pathways(scores, kept, per_cell)
+    if (told == -2).any():
+        raise ValueError(f"{cells[(told == -2).any(axis=1)][0]} has no scores")
+    table = pd.concat(
+        [*(slot_terms(slot) for slot in TERM_SLOTS), name_pathways(list(kept.index), pathways_file)], ignore_index=True
     )
-    DESCRIPTIONS.write(descriptions, descriptions_file)
+    DESCRIPTIONS.write_parts(_describe(corpus, told, list(kept.index), Terms(table)), descriptions_file)
     TERMS.write(table, terms_file)
     write_json(kept.rename_axis("id").reset_index().to_dict("records"), kept_file)
 
 
-def fit_sets(scores: pd.DataFrame, per_cell: int, min_active_share: float) -> pd.DataFrame:
+def _describe(corpus: pd.DataFrame, told: np.ndarray, sets: list[str], terms: Terms) -> Iterator[pa.Table]:
+    """Yield the rows of the descriptions, each distinct set of slots rendered once a part."""
+    slots = [corpus[f"{slot}_id"] for slot in TERM_SLOTS]
+    numbers = np.column_stack([*(column.cat.codes for column in slots), told])
+    # what is not known has the number -1, the last
+    ids = [[*column.cat.categories, None] for column in slots] + [[*sets, None]] * told.shape[1]
+    progress = Progress(len(corpus), "cells")
+    for start in range(0, len(corpus), DESCRIBED_AT_ONCE):
+        part = slice(start, start + DESCRIBED_AT_ONCE)
+        distinct, which = np.unique(numbers[part], axis=0, return_inverse=True)
+        described = []
+        for row in distinct:
+            known = [names[number] for names, number in zip(ids, row, strict=True)]
+            pathways = tuple(name for name in known[len(slots) :] if name)
+            described.append(describe(Slots(**dict(zip(TERM_SLOTS, known, strict=False)), pathways=pathways), terms))
+        columns = {f"{slot}_id": [getattr(slots, slot) for slots in described] for slot in TERM_SLOTS}
+        columns["pathway_ids"] = [list(slots.pathways) for slots in described]
+        columns["definition"] = [slots.definition for slots in described]
+        columns["text"] = [render(slots, terms) for slots in described]
+        cells = {name: pa.array(corpus[name][part].astype(object), pa.string()) for name in ("cell_id", "split")}
+        types = DESCRIPTIONS.columns
+        yield pa.table(
+            cells | {name: pa.array(values, types[name]).take(pa.array(which)) for name, values in columns.items()}
+        )
+        progress.advance(len(which))
+
+
+def fit_sets(read: Callable[[], Iterable[pd.DataFrame]], per_cell: int, min_active_share: float) -> pd.DataFrame:
     """Return mean, standard deviation and active share of the gene sets worth telling.
 
     A set is active in a cell if it is among the ``per_cell`` sets that ``choose_pathways`` would choose
@@ -229,8 +257,9 @@ def fit_sets(scores: pd.DataFrame, per_cell: int, min_active_share: float) -> pd
 
     Parameters
     ----------
-    scores
-        Training cells by gene sets; NaN where a cell's dataset does not measure a set.
+    read
+        Yields the scores of the training cells, cells by gene sets, some cells at a time; called three times.
+        NaN where a cell's dataset does not measure a set.
     per_cell
         How many sets are told of a cell.
     min_active_share
@@ -239,17 +268,26 @@ def fit_sets(scores: pd.DataFrame, per_cell: int, min_active_share: float) -> pd
     Returns
     -------
     DataFrame
-        ``mean``, ``sd`` and ``active_share`` of each kept set, in the order of ``scores``.
+        ``mean``, ``sd`` (of the population) and ``active_share`` of each kept set, in the order of the scores.
     """
-    fitted = pd.DataFrame({"mean": scores.mean(), "sd": scores.std(ddof=0)}).astype(float)
-    fitted = fitted[fitted["sd"] > 0]
-    chosen = pd.Series([name for names in choose_pathways(scores, fitted, per_cell) for name in names])
-    active = chosen.value_counts().reindex(fitted.index, fill_value=0)
-    fitted["active_share"] = active / scores[fitted.index].notna().sum()
+    number = total = 0
+    for scores in read():
+        number, total = number + scores.notna().sum(), total + scores.astype(float).sum()
+    if not np.any(number):
+        return pd.DataFrame(columns=["mean", "sd", "active_share"])
+    mean = total / number
+    squares = sum(((scores - mean) ** 2).sum() for scores in read())
+    fitted = pd.DataFrame({"mean": mean, "sd": np.sqrt(squares / number)})
+    fitted = fitted[fitted["sd"] > ROUNDING]
+    active = np.zeros(len(fitted))
+    for scores in read():
+        chosen = choose_pathways(scores, fitted, per_cell)
+        active += np.bincount(chosen[chosen >= 0], minlength=len(fitted))
+    fitted["active_share"] = active / number[fitted.index]
     return fitted[fitted["active_share"] > min_active_share]
 
 
-def choose_pathways(scores: pd.DataFrame, fitted: pd.DataFrame, per_cell: int) -> list[tuple[str, ...]]:
+def choose_pathways(scores: pd.DataFrame, fitted: pd.DataFrame, per_cell: int) -> np.ndarray:
     """Return each cell's gene sets with the highest standardised scores, highest first.
 
     Only sets with a score above nought are chosen; of equals, the first in ``fitted``.
@@ -262,45 +300,77 @@ def choose_pathways(scores: pd.DataFrame, fitted: pd.DataFrame, per_cell: int) -
         ``mean`` and ``sd`` of the sets to choose from, as ``fit_sets`` gives them.
     per_cell
         How many to choose, at most.
+
+    Returns
+    -------
+    array
+        Rows of ``fitted``, int32 (cells, per_cell); -1 where there is no further set.
     """
     scores = scores[fitted.index]
     standard = ((scores - fitted["mean"]) / fitted["sd"]).where(scores > 0, -np.inf).to_numpy(dtype=float)
     best = np.argsort(-standard, axis=1, kind="stable")[:, :per_cell]
-    chosen = np.isfinite(np.take_along_axis(standard, best, axis=1))
-    names = fitted.index.to_numpy(dtype=object)[best]
-    return [tuple(row[mask]) for row, mask in zip(names, chosen, strict=True)]
+    chosen = np.where(np.isfinite(np.take_along_axis(standard, best, axis=1)), best, -1)
+    return np.pad(chosen, ((0, 0), (0, per_cell - best.shape[1])), constant_values=-1).astype(np.int32)
 
 
-def name_pathways(ids: list[str], path: str | Path) -> pd.DataFrame:
+def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
     """Return the rows that gene sets have among the terms (``contracts.TERMS``).
 
-    A set without a line in the table is named by its id, underscores as spaces, and has no description.
+    A set without a line in the table is named after its id (``readable_name``) and has no description.
 
     Parameters
     ----------
     ids
         Gene sets to name.
     path
-        TSV with ``id``, ``name`` and ``description``.
+        TSV with ``id``, ``name`` and ``description``; None where there is none.
 
     Raises
     ------
     InputError
         If a column is missing, two sets share a name, or a name would break the grammar of the text.
     """
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     columns = ["id", "name", "description"]
+    table = pd.DataFrame(columns=columns)
+    if path is not None:
+        table = pd.read_csv(path, sep="	", dtype=str, keep_default_na=False)
     if not set(columns) <= set(table):
         raise InputError(path, f"columns {', '.join(table)}", f"Give the columns {', '.join(columns)}")
     told = table.drop_duplicates("id").set_index("id").reindex(ids)
-    names = told["name"].fillna(pd.Series({name: name.replace("_", " ").strip() for name in ids}))
+    readable = pd.Series({name: readable_name(name) for name in ids})
+    whole = pd.Series({name: " ".join(name.replace("_", " ").split()) for name in ids})
+    # APOPTOSIS of two collections stay apart by the name of the collection
+    names = told["name"].fillna(readable.where(~readable.duplicated(keep=False), whole))
     descriptions = told["description"].fillna("")
+    where = path or "config: pathways: gene_sets"
     if names.duplicated().any():
-        raise InputError(path, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name")
+        raise InputError(
+            where, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name"
+        )
     for column, values in (("name", names), ("description", descriptions)):
         broken = values[values.str.contains("; then ", regex=False)]
         if len(broken):
             raise InputError(
-                f"{path}: {column}", f"{broken.iloc[0]!r} holds '; then ', which parts gene sets", "Reword it"
+                f"{where}: {column}", f"{broken.iloc[0]!r} holds '; then ', which parts gene sets", "Reword it"
             )
     return pd.DataFrame({"slot": PATHWAY, "id": ids, "name": names.to_numpy(), "definition": descriptions.to_numpy()})
+
+
+def readable_name(gene_set: str) -> str:
+    """Return the name of a gene set in words, where its id is one of MSigDB's, in capitals and underscores.
+
+    The collection's name is left out. Words with a digit and common abbreviations keep their capitals.
+
+    Examples
+    --------
+    >>> readable_name("HALLMARK_TNFA_SIGNALING_VIA_NFKB"), readable_name("HALLMARK_UV_RESPONSE_DN")
+    ('TNFA signaling via NFKB', 'UV response down')
+    >>> readable_name("Regulation of TP53 Activity"), readable_name("my_CD8_signature")
+    ('Regulation of TP53 Activity', 'my CD8 signature')
+    """
+    found = re.fullmatch(rf"({'|'.join(COLLECTIONS)})_+([A-Z0-9][A-Z0-9_]*)", gene_set)
+    words = (found[2] if found else gene_set).replace("_", " ").split()
+    return " ".join(
+        word if not found or word in ABBREVIATIONS or re.search(r"\d", word) else {"DN": "down"}.get(word, word.lower())
+        for word in words
+    )

@@ -5,27 +5,33 @@ stand before those that every cell has.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from scipy import sparse
 
-from cell2text.cell_files import read_blocks, read_genes
-from cell2text.contracts import CELLS, GENES, TOKENS, whole_file
+from cell2text.cell_files import find_cells, read_blocks, read_genes
+from cell2text.contracts import GENES, TOKENS, whole_file
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.rank_tokens")
 
 SCALE = 1e4
+CELLS_A_RUN = 256  # that one thread ranks at a time: milliseconds
+Values = tuple[np.ndarray, np.ndarray]  # genes by position, and a positive float32 of each
 
 
 def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
     """Write each gene's token and its non-zero median of counts per 10,000 over the training cells.
 
     Genes of all datasets are counted in by id; one without a count in training is left out. Tokens count
-    from 0 in the order of ids.
+    from 0 in the order of ids. The medians are exact for any number of cells; the files are read four times
+    for it and never held (see ``median_of_each``).
 
     Parameters
     ----------
@@ -37,25 +43,35 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
         Where to write the table (``contracts.GENES``), as TSV.
     """
     cell_files = list(cell_files)
-    named = [read_genes(file) for file in cell_files]
-    genes = pd.concat(named)
-    genes = genes[~genes.index.duplicated()].sort_index()
-    if len({table.index.str.startswith("ENSG").any() for table in named}) > 1:
-        log.warning("Some datasets name genes by Ensembl id, others by symbol: these are not matched")
-    corpus = CELLS.read(corpus_file, ["cell_id", "split"])
-    training = corpus["cell_id"][corpus["split"] == "train"]
-    progress = Progress(len(training), "cells")
-    keys = []
-    for file, table in zip(cell_files, named, strict=True):
-        position = genes.index.get_indexer(table.index)
-        for ids, counts in read_blocks(file, training):
-            keys.append(_pack(position[counts.indices], scale_counts(counts)))
-            progress.advance(len(ids))
-    median = _median_of_each(np.concatenate(keys), len(genes))
+    genes = name_genes(cell_files)
+    training = {file: find_cells(file, corpus_file, "train") for file in cell_files}
+    progress = Progress(4 * sum(int(rows.sum()) for rows in training.values()), "cells")
+
+    def read() -> Iterator[Values]:
+        for file in cell_files:
+            position = genes.index.get_indexer(read_genes(file).index).astype(np.int32)
+            for ids, counts in read_blocks(file, training[file]):
+                yield position[counts.indices], scale_counts(counts).astype(np.float32)
+                progress.advance(len(ids))
+
+    median = median_of_each(read, len(genes))
     seen = genes.assign(median=median)[median > 0].reset_index(names="gene_id")
     log.info("%d of %d genes are seen in training", len(seen), len(genes))
     with whole_file(path) as unfinished:
         seen.assign(token=np.arange(len(seen)))[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+
+
+def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
+    """Return the ``symbol`` of each gene that any file measures, as the first of them has it, by gene id."""
+    genes = pd.DataFrame({"symbol": pd.Series(dtype=str)})
+    by_ensembl_id = set()
+    for file in cell_files:
+        table = read_genes(file)
+        by_ensembl_id.add(table.index.str.startswith("ENSG").any())
+        genes = pd.concat([genes, table[~table.index.isin(genes.index)]])
+    if len(by_ensembl_id) > 1:
+        log.warning("Some datasets name genes by Ensembl id, others by symbol: these are not matched")
+    return genes.sort_index()
 
 
 def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
@@ -64,30 +80,49 @@ def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
     return counts.data * SCALE / np.repeat(total, np.diff(counts.indptr))
 
 
-def _pack(genes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return gene and value in one integer that sorts by gene, then value.
+def median_of_each(read: Callable[[], Iterable[Values]], genes: int) -> np.ndarray:
+    """Return the exact median of each gene's values (float64); 0 for a gene without any.
 
-    The bits of positive floats sort as the floats do, so one array can be sorted where it stands, at eight
-    bytes a count.
+    Radix selection, whose memory depends on the number of genes alone (3 kB each). The bits of positive floats
+    sort as the floats do, so each reading settles one byte more of a gene's two middle values, the highest
+    byte first: among the values that begin with the bytes settled before, it counts how many go on with which
+    byte.
+
+    Parameters
+    ----------
+    read
+        Yields all values, some at a time; called four times. Zeros are passed over.
+    genes
+        How many genes there are.
     """
-    return (genes.astype(np.uint64) << np.uint64(32)) | values.astype(np.float32).view(np.uint32)
+    middle = np.zeros((2, genes), dtype=np.uint32)  # of an odd number of values both are the same
+    for shift in (24, 16, 8, 0):
+        found = np.zeros((2, genes, 256), dtype=np.int32)
+        for gene, value in read():
+            _count_bytes(gene, value.view(np.uint32), middle, shift, found)
+        upto = found.cumsum(axis=2, dtype=np.int32)
+        if shift == 24:
+            number = upto[0, :, -1].astype(np.int64)
+            rank = np.stack([(number - 1) // 2, number // 2])
+        byte = (upto <= rank[:, :, None]).sum(axis=2).clip(max=255)
+        rank -= np.take_along_axis(upto - found, byte[:, :, None], axis=2)[:, :, 0]
+        middle = (middle << np.uint32(8)) | byte.astype(np.uint32)
+    return np.where(number > 0, middle.view(np.float32).astype(float).mean(axis=0), 0)
 
 
-def _median_of_each(keys: np.ndarray, genes: int) -> np.ndarray:
-    """Return the median of the values packed under each gene; 0 for a gene without any."""
-    keys.sort()
-    number = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=genes)
-    first = np.cumsum(number) - number
-    values = keys.astype(np.uint32).view(np.float32)
-    median = np.zeros(genes)
-    some = number > 0
-    lower, upper = first + (number - 1) // 2, first + number // 2
-    median[some] = (values[lower[some]].astype(float) + values[upper[some]]) / 2
-    return median
+@numba.njit(cache=True)
+def _count_bytes(gene, bits, middle, shift, found) -> None:
+    for i in range(len(gene)):
+        for side in range(2):
+            rest = bits[i] >> shift
+            if bits[i] and rest >> 8 == middle[side, gene[i]]:
+                found[side, gene[i], rest & 255] += 1
 
 
-def rank_genes(corpus_file: str | Path, cells_file: str | Path, genes_file: str | Path, path: str | Path) -> None:
-    """Write the ranked genes of each of a dataset's cells, in the order of the corpus.
+def rank_genes(
+    corpus_file: str | Path, cells_file: str | Path, genes_file: str | Path, path: str | Path, threads: int = 1
+) -> None:
+    """Write the ranked genes of each of a dataset's cells, in the order of the dataset, a block at a time.
 
     Parameters
     ----------
@@ -100,49 +135,157 @@ def rank_genes(corpus_file: str | Path, cells_file: str | Path, genes_file: str 
     path
         Where to write the table (``contracts.TOKENS``). ``expression`` is log1p of counts per 10,000, the
         cell's total being that over all genes of the file.
+    threads
+        How many to rank with; they change nothing in the result.
     """
     genes = pd.read_csv(genes_file, sep="\t", keep_default_na=False).set_index("gene_id")
     token = genes["token"].reindex(read_genes(cells_file).index).fillna(-1).to_numpy(dtype=np.int32)
     median = genes["median"].to_numpy()
-    corpus = CELLS.read(corpus_file, ["cell_id"])["cell_id"]
-    columns: dict[str, list] = {column: [] for column in TOKENS.columns}
-    for ids, counts in read_blocks(cells_file, corpus):
-        tokens, expression, ends = rank_counts(counts, token, median)
-        columns["cell_id"].extend(ids)
-        columns["tokens"].extend(np.split(tokens, ends[:-1]))
-        columns["expression"].extend(np.split(expression, ends[:-1]))
-    ranked = pd.DataFrame(columns, dtype=object).set_index("cell_id")
-    ranked = ranked.loc[corpus[corpus.isin(ranked.index)]].reset_index()
-    log.info("%d cells, %d ranked genes", len(ranked), ranked["tokens"].map(len).sum())
-    TOKENS.write(ranked, path)
+
+    def rank() -> Iterator[pa.Table]:
+        cells = ranked = 0
+        for ids, counts in read_blocks(cells_file, find_cells(cells_file, corpus_file)):
+            tokens, expression, ends = rank_counts(counts, token, median, threads)
+            starts = pa.array(np.concatenate([[0], ends]), pa.int32())
+            lists = [pa.ListArray.from_arrays(starts, values) for values in (tokens, expression)]
+            yield pa.table([pa.array(ids, pa.string()), *lists], names=list(TOKENS.columns))
+            cells, ranked = cells + len(ids), ranked + len(tokens)
+        log.info("%d cells, %d ranked genes", cells, ranked)
+
+    TOKENS.write_parts(rank(), path)
 
 
 def rank_counts(
-    counts: sparse.csr_matrix, token: np.ndarray, median: np.ndarray
+    counts: sparse.csr_matrix, token: np.ndarray, median: np.ndarray, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the genes of each cell, the highest count per 10,000 over the gene's median first.
 
-    Of two genes with equal quotients, the one with the lower token stands first.
+    Quotients are compared as float64, and of two genes with equal ones, that with the lower token stands
+    first.
 
     Parameters
     ----------
     counts
-        Raw counts, cells by genes of the file.
+        Raw counts (whole numbers), cells by genes of the file.
     token
         Token of each gene of the file; -1 for one that has none.
     median
         Non-zero median of each token.
+    threads
+        How many to rank with; they change nothing in the result.
 
     Returns
     -------
     tuple of three arrays
         Tokens (int32) and log1p of counts per 10,000 (float32), cell after cell, and where each cell ends.
     """
-    scaled = scale_counts(counts)
-    tokens = token[counts.indices]
-    cell = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-    known = (tokens >= 0) & (counts.data > 0)
-    scaled, tokens, cell = scaled[known], tokens[known], cell[known]
-    order = np.lexsort((tokens, -(scaled / median[tokens]), cell))
-    ends = np.cumsum(np.bincount(cell, minlength=counts.shape[0]))
-    return tokens[order], np.log1p(scaled[order]).astype(np.float32), ends
+    typical = np.where(token >= 0, median[token], np.inf)  # without a token the quotient is nought
+    known, total = np.empty(counts.shape[0], dtype=np.int64), np.empty(counts.shape[0])
+    matrix = (counts.data, counts.indices, counts.indptr)
+    runs = [range(first, min(first + CELLS_A_RUN, len(known))) for first in range(0, len(known), CELLS_A_RUN)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda cells: _measure_cells(cells.start, cells.stop, *matrix, token, known, total), runs))
+        ends = np.concatenate([[0], np.cumsum(known)])
+        tokens, scaled = np.empty(ends[-1], dtype=np.int32), np.empty(ends[-1], dtype=np.float32)
+
+        def rank(cells: range) -> None:
+            _rank_cells(cells.start, cells.stop, *matrix, total, token, typical, ends, tokens, scaled)
+            part = scaled[ends[cells.start] : ends[cells.stop]]
+            np.log1p(part, out=part)
+
+        list(pool.map(rank, runs))
+    return tokens, scaled, ends[1:]
+
+
+# The sum of whole numbers is the same in any order, so several may be added at a time.
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _measure_cells(first, last, data, genes, starts, token, known, total) -> None:
+    """Fill in how many ranked genes each cell expresses, and its total count."""
+    for cell in range(first, last):
+        number, summed = 0, 0.0
+        for i in range(starts[cell], starts[cell + 1]):
+            number += (token[genes[i]] >= 0) & (data[i] > 0)
+            summed += data[i]
+        known[cell], total[cell] = number, summed
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _rank_cells(first, last, data, genes, starts, total, token, typical, ends, tokens, scaled) -> None:
+    """Fill ``tokens`` and ``scaled`` of each cell, from its end in ``ends`` to the next."""
+    for cell in range(first, last):
+        count, gene = data[starts[cell] : starts[cell + 1]], genes[starts[cell] : starts[cell + 1]]
+        share, quotient, whole = np.empty(len(count), dtype=np.float32), np.empty(len(count)), total[cell]
+        for i in range(len(count)):
+            scale = count[i] * SCALE / whole
+            share[i] = scale
+            quotient[i] = scale / typical[gene[i]]
+        keys = _sort_descending(quotient)
+        # from here on in the order of the keys, without the noughts, which come last
+        out_tokens, out_scaled = tokens[ends[cell] : ends[cell + 1]], scaled[ends[cell] : ends[cell + 1]]
+        ordered = np.empty(len(out_tokens))
+        for rank in range(len(ordered)):
+            i = keys[rank] & _POSITION
+            out_tokens[rank], out_scaled[rank], ordered[rank] = token[gene[i]], share[i], quotient[i]
+        wrong = 0
+        for rank in range(1, len(ordered)):
+            tied = (ordered[rank - 1] == ordered[rank]) & (out_tokens[rank - 1] > out_tokens[rank])
+            wrong += (ordered[rank - 1] < ordered[rank]) | tied
+        if wrong:
+            _settle(ordered, out_tokens, out_scaled)
+
+
+# A sort key holds how far the bits of a quotient lie below the bits of the highest, in three digits of 9 bits,
+# and in the 20 bits behind that the quotient's position.
+_PLACE, _POSITION, _NOUGHT = np.uint64(20), np.uint64((1 << 20) - 1), np.uint64((1 << 27) - 1)
+_SECOND, _THIRD, _DIGIT = np.uint64(29), np.uint64(38), np.uint64((1 << 9) - 1)
+
+
+@numba.njit(inline="always")
+def _sort_descending(values) -> np.ndarray:
+    """Return a key for each value (none negative), the highest first: radix sort by the 27 bits that tell most."""
+    bits = values.view(np.uint64)
+    top = np.uint64(0)
+    for i in range(len(bits)):
+        top = max(top, bits[i])
+    low = top
+    for i in range(len(bits)):
+        low = min(low, bits[i] if bits[i] else top)  # noughts lie so far below that they would take all the room
+    lost = np.uint64(0)
+    while (top - low) >> lost >= _NOUGHT:
+        lost += np.uint64(1)
+    keys, others = np.empty(len(bits), dtype=np.uint64), np.empty(len(bits), dtype=np.uint64)
+    places = np.zeros((3, 1 << 9), dtype=np.int64)
+    for i in range(len(bits)):
+        key = min((top - bits[i]) >> lost, _NOUGHT) << _PLACE | np.uint64(i)
+        keys[i] = key
+        places[0, key >> _PLACE & _DIGIT] += 1
+        places[1, key >> _SECOND & _DIGIT] += 1
+        places[2, key >> _THIRD] += 1
+    for digit in range(3):
+        place = 0
+        for i in range(1 << 9):
+            place, places[digit, i] = place + places[digit, i], place
+    for i in range(len(keys)):
+        digit = keys[i] >> _PLACE & _DIGIT
+        others[places[0, digit]] = keys[i]
+        places[0, digit] += 1
+    for i in range(len(keys)):
+        digit = others[i] >> _SECOND & _DIGIT
+        keys[places[1, digit]] = others[i]
+        places[1, digit] += 1
+    for i in range(len(keys)):
+        digit = keys[i] >> _THIRD
+        others[places[2, digit]] = keys[i]
+        places[2, digit] += 1
+    return others
+
+
+@numba.njit(inline="always")
+def _settle(ordered, tokens, scaled) -> None:
+    """Put nearly ordered quotients in order, equal ones by token, and the other two alike: insertion sort."""
+    for rank in range(1, len(ordered)):
+        quotient, token, share, free = ordered[rank], tokens[rank], scaled[rank], rank
+        while free and (ordered[free - 1] < quotient or (ordered[free - 1] == quotient and tokens[free - 1] > token)):
+            ordered[free], tokens[free], scaled[free] = ordered[free - 1], tokens[free - 1], scaled[free - 1]
+            free -= 1
+        ordered[free], tokens[free], scaled[free] = quotient, token, share

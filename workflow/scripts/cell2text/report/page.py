@@ -25,6 +25,7 @@ from cell2text.report.tables import (
     compare_methods,
     confusion_matrix,
     judge_slots,
+    limit_ranges,
 )
 from cell2text.report.timings import rule_costs
 
@@ -124,7 +125,7 @@ def _sections(
         "examples": choose_examples(results, seed),
         "curves": [curve for stage in ("align", "finetune") if (curve := training_curve(results.history, stage))],
         "model": [fact for fact in _flatten(results.model) if not HASH.fullmatch(fact[1])],
-        "qc": results.qc,
+        "qc": [study | {"limits": limit_ranges(study)} for study in results.qc],
         "costs": rule_costs(benchmarks),
         "trail": sort_facts(results.provenance),
         "limits": tell_limits(results, notes),

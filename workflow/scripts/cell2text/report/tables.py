@@ -181,3 +181,20 @@ def order_by_confusion(counts: pd.DataFrame) -> np.ndarray:
     distance = 1 - (share + share.T) / 2
     np.fill_diagonal(distance, 0)
     return leaves_list(linkage(squareform(distance), method="average", optimal_ordering=True))
+
+
+def limit_ranges(study: dict[str, Any]) -> dict[str, str]:
+    """Return each QC limit of a study as text, from the least to the greatest where its donors' differ.
+
+    Parameters
+    ----------
+    study
+        What the JSON file of QC holds: ``samples``, each with the limits that hold in it.
+    """
+    by_limit: dict[str, list[float]] = {}
+    for sample in study["samples"]:
+        for limit, value in sample.items():
+            if limit.startswith(("min_", "max_")):
+                by_limit.setdefault(limit, []).append(value)
+    ends = {limit: sorted({min(values), max(values)}) for limit, values in by_limit.items()}
+    return {limit: " to ".join(f"{value:,.6g}" for value in values) for limit, values in ends.items()}

@@ -1,0 +1,96 @@
+"""The published gene sets are scored on real cells as a plain loop scores them, and told in words."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
+from cell2text.descriptions import Slots, Terms, parse, render
+from cell2text.ontology import slot_terms
+from cell2text.pathways import name_pathways, read_gene_sets, score_pathways, write_descriptions
+
+CELLS_TRIED = 50
+
+
+@pytest.fixture
+def shared(request):
+    """Folder of real data beside the project."""
+    folder = request.config.rootpath.parent / "shared/data"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not at hand")
+    return folder
+
+
+@pytest.fixture
+def blood(tmp_path, shared):
+    """Fifty real cells in the form of the stages, their corpus, and the study's table of cells."""
+    study = ad.read_h5ad(shared / "studies/pbmc3k.h5ad")[:CELLS_TRIED]
+    ids = [f"pbmc3k|{barcode}" for barcode in study.obs_names]
+    cells = ad.AnnData(
+        sparse.csr_matrix(study.X, dtype=np.float32),
+        obs=pd.DataFrame(index=ids),
+        var=pd.DataFrame({"symbol": study.var["feature_name"].astype(str).to_numpy()}, index=study.var_names),
+    )
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    corpus = pd.DataFrame({"cell_id": ids, "split": "train"})
+    for column in CELLS.columns:
+        corpus[column] = corpus.get(column)
+    corpus["cell_type_id"] = study.obs["cell_type_ontology_term_id"].astype(object).replace("unknown", None).to_numpy()
+    CELLS.write(corpus, tmp_path / "corpus.parquet")
+    return cells, tmp_path / "cells.h5ad", tmp_path / "corpus.parquet"
+
+
+def score_by_hand(counts, symbols, sets, top_genes):
+    """AUCell gene after gene: a gene at rank r counts for the ranks behind it, of the most there could be."""
+    drawn = np.random.default_rng(seed=0).choice(len(symbols), len(symbols), replace=False)
+    place = np.argsort(drawn)  # of two genes with equal counts, that which was drawn first stands first
+    scores = np.zeros((len(counts), len(sets)))
+    for cell, row in enumerate(counts):
+        rank = pd.Series(np.argsort(np.lexsort((place, -row))) + 1, index=symbols)
+        for column, genes in enumerate(sets.values()):
+            ranks = rank[rank.index.intersection(genes)].to_numpy()
+            most = np.clip(top_genes - np.arange(1, len(ranks) + 1), 0, None).sum()
+            scores[cell, column] = np.clip(top_genes - ranks, 0, None).sum() / most
+    return scores
+
+
+def test_hallmark_scores_are_those_of_a_plain_loop(tmp_path, shared, blood):
+    cells, cells_file, corpus_file = blood
+    gmt = shared / "gene_sets/human_hallmark_v2025.gmt"
+    score_pathways(cells_file, corpus_file, gmt, 5, tmp_path / "scores.parquet")
+    scores = PATHWAY_SCORES.read(tmp_path / "scores.parquet").set_index("cell_id")
+    own = ~cells.var["symbol"].duplicated().to_numpy()
+    counts = cells.X[:, own].toarray()
+    top_genes = min(np.ceil(0.05 * cells.n_vars), int(np.quantile(np.diff(cells.X.indptr), 0.05)))
+    # most genes around the last rank have equal counts
+    assert np.median(np.sort(counts, axis=1)[:, -int(top_genes)]) <= 2
+    expected = score_by_hand(counts, cells.var["symbol"][own].to_numpy(), read_gene_sets(gmt), int(top_genes))
+    assert scores.notna().all(axis=None)
+    np.testing.assert_allclose(scores.to_numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["human_hallmark_v2025", "ReactomePathways"])
+def test_published_sets_are_told_and_read_back(shared, name):
+    ids = list(read_gene_sets(shared / f"gene_sets/{name}.gmt"))
+    rows = name_pathways(ids, None)
+    assert rows["name"].is_unique and len(rows) == {"human_hallmark_v2025": 50, "ReactomePathways": 2751}[name]
+    assert not rows["name"].str.contains("_|HALLMARK").any()
+    terms = Terms(pd.concat([*(slot_terms(slot) for slot in TERM_SLOTS), rows]))
+    for pathways in zip(ids, [*ids[1:], ids[0]], strict=True):
+        slots = Slots("CL:0000236", tissue="UBERON:0000178", pathways=pathways)
+        assert parse(render(slots, terms), terms).slots == slots
+
+
+def test_real_cells_are_described_with_reactome(tmp_path, shared, blood):
+    _, cells_file, corpus_file = blood
+    score_pathways(cells_file, corpus_file, shared / "gene_sets/ReactomePathways.gmt", 5, tmp_path / "scores.parquet")
+    files = [tmp_path / file for file in ("descriptions.parquet", "terms.parquet", "kept.json")]
+    write_descriptions(corpus_file, [tmp_path / "scores.parquet"], None, 0.005, 2, *files)
+    described, terms = DESCRIPTIONS.read(files[0]), Terms(TERMS.read(files[1]))
+    assert (described["pathway_ids"].str.len() == 2).all()
+    for row in described.itertuples():
+        parsed = parse(row.text, terms)
+        assert parsed.slots.pathways == tuple(row.pathway_ids)
+        assert parsed.slots.cell_type == row.cell_type_id

@@ -1,0 +1,62 @@
+"""Real studies in the other forms that users have: logs, genes by symbol, compressed by gene."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import scanpy as sc
+from scipy import sparse
+
+from cell2text import matrices
+from cell2text.counts import fetch_dataset
+
+
+@pytest.fixture
+def shared(request):
+    folder = request.config.rootpath.parent / "shared/data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not at hand")
+    return folder
+
+
+def fetch(cells, folder, *tables, **row):
+    cells.write_h5ad(folder / "in.h5ad")
+    fetch_dataset({"dataset": "s", "source": str(folder / "in.h5ad")} | row, folder / "out.h5ad", *tables)
+    return ad.read_h5ad(folder / "out.h5ad")
+
+
+@pytest.mark.parametrize("target", [1e4, 1e6, None], ids=["ten thousand", "million", "median"])
+@pytest.mark.parametrize(
+    "name",
+    ["brain_darmanis", "pbmc3k", "pancreas_baron", "lung_lines_mixology", "tnbc_wu", "nsclc_zilionis", "pdac_moncada"],
+)
+def test_counts_come_back_from_logs_exactly(tmp_path, shared, name, target):
+    given = ad.read_h5ad(shared / f"studies/{name}.h5ad")
+    logs = given.copy()
+    logs.X = logs.X.astype(np.float32)
+    sc.pp.normalize_total(logs, target_sum=target)
+    sc.pp.log1p(logs)
+    provable = given.X.getnnz(axis=1) >= 20
+    assert provable.mean() > 0.99
+    assert (given.X.multiply(provable[:, None]) != fetch(logs, tmp_path).X).nnz == 0
+
+
+def test_a_study_compressed_by_gene_is_sorted_in_pieces(tmp_path, shared, monkeypatch):
+    monkeypatch.setattr(matrices, "VALUES_AT_ONCE", 100_000)
+    given = ad.read_h5ad(shared / "studies/tnbc_wu.h5ad")
+    by_gene = given.copy()
+    by_gene.X = sparse.csc_matrix(by_gene.X)
+    assert (fetch(by_gene, tmp_path).X != given.X).nnz == 0
+
+
+@pytest.mark.parametrize("name", ["pbmc3k", "pancreas_baron", "tnbc_wu"])
+def test_symbols_find_their_ids(tmp_path, shared, name):
+    given = ad.read_h5ad(shared / f"studies/{name}.h5ad")
+    by_symbol = ad.AnnData(given.X, given.obs)
+    by_symbol.var_names = given.var["feature_name"].astype(str).to_numpy()
+    by_symbol.var_names_make_unique()
+    written = fetch(by_symbol, tmp_path, shared / "genes/genes_homo_sapiens.csv.gz")
+    assert written.uns["counts_kept"] > 0.98
+    common = written.var_names.intersection(given.var_names)
+    assert len(common) > 0.98 * given.n_vars
+    same = (written[:, common].X != given[:, common].X).getnnz(axis=0) == 0
+    assert same.mean() > 0.99  # symbols of two genes were summed

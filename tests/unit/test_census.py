@@ -1,0 +1,308 @@
+"""Cells of a Census are chosen by its labels and fetched in shards; a small one on disk stands for the real one."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import sparse
+
+from cell2text import census
+from cell2text.census import choose_cells, describe_cells, fetch_shard, find_faults, group_cells, kinds_of
+from cell2text.config import check_config, cut_census, read_datasets
+from cell2text.contracts import CENSUS_CELLS
+from cell2text.corpus import read_cells
+from cell2text.counts import fetch_dataset
+from cell2text.errors import InputError
+from cell2text.qc import filter_cells
+
+ROOT = Path(__file__).parents[2]
+B_CELL, T_CELL, BLOOD, LUNG, NORMAL = "CL:0000236", "CL:0000084", "UBERON:0000178", "UBERON:0002048", "PATO:0000461"
+SMART_SEQ2, TENX, FLEX, FLEX_V1 = "EFO:0008931", "EFO:0009922", "EFO:0022606", "EFO:0920086"
+WANTED = {"datasets": [], "leave_out_datasets": ["held-out"], "leave_out_assays": [SMART_SEQ2, FLEX]}
+ALL = {"cells": 1000, "shares": {"natural": 1.0}, "caps": {}}
+GENES = ["ENSG00000010610", "ENSG00000156738", "ENSG00000198804", "ENSG00000090382"]
+SYMBOLS = ["CD4", "MS4A1", "MT-CO1", "LYZ"]
+
+
+def cells_of_the_census(**columns):
+    """Twelve cells of two studies; the first ten pass unless a column says otherwise."""
+    base = {
+        "dataset_id": ["study-1"] * 6 + ["study-2"] * 6,
+        "donor_id": ["d1", "d1", "d2", "d2", "d2", "unknown", "d1", "d1", "d3", "d3", "d3", "d3"],
+        "assay_ontology_term_id": TENX,
+        "cell_type_ontology_term_id": [B_CELL, T_CELL] * 6,
+        "tissue_ontology_term_id": [BLOOD] * 6 + [LUNG] * 6,
+        "tissue_general_ontology_term_id": [BLOOD] * 6 + [LUNG] * 6,
+        "disease_ontology_term_id": NORMAL,
+        "sex_ontology_term_id": ["PATO:0000383"] * 6 + ["unknown"] * 6,
+        "development_stage_ontology_term_id": ["HsapDv:0000136"] * 11 + ["unknown"],
+        "is_primary_data": [True] * 10 + [False] * 2,
+        "cell_type": "not read",
+    }
+    return pd.DataFrame(base | columns, index=[str(i) for i in range(12)])
+
+
+COUNTS = np.random.default_rng(0).poisson(2, (12, 4)).astype(np.float32)
+COUNTS[3] = 0  # a cell without any count keeps its row
+
+
+def write_census(path, obs=None, counts=COUNTS, categories=True):
+    """Write a Census and return its source."""
+    soma = pytest.importorskip("tiledbsoma", reason="cellxgene-census is not installed (envs/census.yaml)")
+    import tiledbsoma.io
+
+    pytest.importorskip("cellxgene_census", reason="cellxgene-census is not installed (envs/census.yaml)")
+    obs = cells_of_the_census() if obs is None else obs
+    if categories:
+        texts = [column for column in obs if column != "is_primary_data"]
+        obs = obs.astype(dict.fromkeys(texts, "category"))
+    var = pd.DataFrame({"feature_id": GENES, "feature_name": SYMBOLS}, index=["a", "b", "c", "d"])
+    with soma.Collection.create(str(path)) as top:
+        top.add_new_collection("census_data")
+    place = f"{path}/census_data/homo_sapiens"
+    human = ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=var)
+    tiledbsoma.io.from_anndata(place, human, measurement_name="RNA", X_layer_name="raw")
+    with soma.open(f"{path}/census_data", "w") as data, soma.open(place) as experiment:
+        data.set("homo_sapiens", experiment)
+    return f"census://{path}"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_census(tmp_path_factory.mktemp("census") / "soma")
+
+
+def choose(source, tmp_path, wanted=WANTED, sample=ALL, seed=0):
+    choose_cells(source, wanted, sample, seed, tmp_path / "chosen.parquet")
+    return CENSUS_CELLS.read(tmp_path / "chosen.parquet")
+
+
+def fetch(source, tmp_path, shard, shards):
+    path = tmp_path / f"{shard}.h5ad"
+    fetch_shard(tmp_path / "chosen.parquet", source, shard, shards, path)
+    return ad.read_h5ad(path)
+
+
+def test_primary_cells_are_chosen_with_their_ids(source, tmp_path):
+    chosen = choose(source, tmp_path)
+    expected = cells_of_the_census().iloc[:10].reset_index(names="soma_joinid").astype({"soma_joinid": "int64"})
+    pd.testing.assert_frame_equal(chosen, expected[list(CENSUS_CELLS.columns)])
+
+
+def test_text_without_codes_and_many_batches_give_the_same(source, tmp_path, monkeypatch):
+    chosen = choose(source, tmp_path)
+    other = write_census(tmp_path / "soma", categories=False)
+    pd.testing.assert_frame_equal(choose(other, tmp_path), chosen)
+    monkeypatch.setattr(census, "BUFFER", 64)
+    with census.open_census(other) as human:
+        assert sum(1 for _ in human.obs.read(column_names=["soma_joinid", "donor_id"])) > 1
+    pd.testing.assert_frame_equal(choose(other, tmp_path), chosen)
+
+
+FAULTS = {
+    "study not wanted": {"dataset_id": "held-out"},
+    "assay left out": {"assay_ontology_term_id": SMART_SEQ2},
+    "no cell type": {"cell_type_ontology_term_id": "unknown"},
+    "no tissue": {"tissue_ontology_term_id": "CL:0000236 (cell culture)"},
+    "no disease": {"disease_ontology_term_id": "unknown"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_cell_that_is_of_no_use_is_left_out_and_told(fault, tmp_path, caplog):
+    obs = cells_of_the_census()
+    for column, value in FAULTS[fault].items():
+        obs.loc["4", column] = value
+    with caplog.at_level("INFO"):
+        chosen = choose(write_census(tmp_path / "soma", obs), tmp_path)
+    assert list(chosen["soma_joinid"]) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert f"9 primary cells pass; left out: {fault}: 1" in caplog.text
+
+
+def test_faults_are_told_in_order_and_once():
+    cells = cells_of_the_census(cell_type_ontology_term_id="unknown").astype("category")
+    cells["assay_ontology_term_id"] = pd.Categorical([SMART_SEQ2, FLEX_V1, TENX] * 4)
+    assays = kinds_of(WANTED["leave_out_assays"])
+    assert {SMART_SEQ2, FLEX, FLEX_V1} <= assays and TENX not in assays
+    faults = find_faults(cells, WANTED | {"datasets": ["study-1"]}, assays)
+    assert list(faults) == (["assay left out", "assay left out", "no cell type"] * 2) + ["study not wanted"] * 6
+
+
+def test_only_some_studies_are_taken(source, tmp_path):
+    chosen = choose(source, tmp_path, WANTED | {"datasets": ["study-2"]})
+    assert set(chosen["dataset_id"]) == {"study-2"} and len(chosen) == 4
+
+
+def test_the_sample_is_drawn_by_organ_and_donor_and_seed(source, tmp_path):
+    sample = {"cells": 4, "shares": {"rare_tissue": 1.0}, "caps": {}}
+    # lung has four cells, blood six: the rarest organ fills the sample
+    assert list(choose(source, tmp_path, sample=sample)["soma_joinid"]) == [6, 7, 8, 9]
+    some = {"cells": 5, "shares": {"natural": 1.0}, "caps": {}}
+    draws = [tuple(choose(source, tmp_path, sample=some, seed=seed)["soma_joinid"]) for seed in (1, 1, 2, 3)]
+    assert draws[0] == draws[1] and len(set(draws)) > 1 and all(len(draw) == 5 for draw in draws)
+
+
+def test_a_donor_is_of_its_study():
+    cells = cells_of_the_census(tissue_general_ontology_term_id="unknown")
+    cells.loc["11", "donor_id"] = None
+    groups = group_cells(cells.astype("category"))
+    expected = ["study-1|d1"] * 2 + ["study-1|d2"] * 3 + ["study-1|unknown"]
+    expected += ["study-2|d1"] * 2 + ["study-2|d3"] * 3 + ["study-2|unknown"]
+    assert list(groups["donor"]) == expected
+    assert groups["tissue_id"].isna().all()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_shards_hold_the_counts_of_the_chosen_cells(source, tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(census, "CELLS_AT_ONCE", 2)
+    choose(source, tmp_path, WANTED | {"leave_out_datasets": []}, {"cells": 8, "shares": {"natural": 1}, "caps": {}})
+    chosen = CENSUS_CELLS.read(tmp_path / "chosen.parquet")
+    assert 3 in set(chosen["soma_joinid"])  # the cell without counts, by this seed
+    parts = [fetch(source, tmp_path, shard, shards) for shard in range(shards)]
+    cells = ad.concat(parts)
+    assert list(cells.obs_names) == [f"{cell.dataset_id}|{cell.soma_joinid}" for cell in chosen.itertuples()]
+    assert cells.X.dtype == np.float32 and (cells.X.toarray() == COUNTS[chosen["soma_joinid"]]).all()
+    assert all(list(part.var_names) == GENES and list(part.var["symbol"]) == SYMBOLS for part in parts)
+    assert max(part.n_obs for part in parts) - min(part.n_obs for part in parts) <= 1
+
+
+def test_a_shard_has_the_form_of_every_other_dataset(source, tmp_path):
+    choose(source, tmp_path)
+    shard = fetch(source, tmp_path, 0, 1)
+    study = ad.AnnData(sparse.csr_matrix(COUNTS), cells_of_the_census(), pd.DataFrame(index=GENES))
+    study.write_h5ad(tmp_path / "study.h5ad")
+    fetch_dataset({"dataset": "study", "source": str(tmp_path / "study.h5ad")}, tmp_path / "form.h5ad")
+    form = ad.read_h5ad(tmp_path / "form.h5ad")
+    assert list(shard.obs) == list(form.obs) and set(map(str, shard.obs.dtypes)) == {"category"}
+    assert shard.obs.index.name == form.obs.index.name and shard.var.index.name == form.var.index.name
+    names = ["cell_type", "tissue", "disease", "sex", "development_stage"]
+    assert (shard.obs[names].astype(str).to_numpy() == form.obs[names].astype(str).to_numpy()[:10]).all()
+    assert list(shard.var) == list(form.var) and set(shard.uns) == {"source"} and shard.uns["source"] == source
+
+    limits = {"min_genes": 1, "min_counts": 1, "max_mitochondrial_percent": 100}
+    outputs = [tmp_path / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
+    filter_cells(tmp_path / "0.h5ad", *outputs, limits=limits)
+    corpus = read_cells(tmp_path / "kept.h5ad")
+    assert set(corpus["donor"]) == {"study-1|d1", "study-1|d2", "study-1|study-1", "study-2|d1", "study-2|d3"}
+    assert len(corpus) == 9  # all but the one without counts
+
+
+def test_old_and_unknown_ids_become_live_ones():
+    chosen = cells_of_the_census(
+        disease_ontology_term_id="MONDO:0100096 || MONDO:0005015",
+        development_stage_ontology_term_id="HsapDv:9999999",
+        donor_id=None,
+    )
+    cells = describe_cells(chosen.reset_index(names="soma_joinid")[list(CENSUS_CELLS.columns)])
+    assert set(cells["disease_ontology_term_id"]) == {"MONDO:0100096"} and set(cells["disease"]) == {"COVID-19"}
+    assert set(cells["development_stage_ontology_term_id"]) == set(cells["development_stage"]) == {"unknown"}
+    assert list(cells["donor_id"]) == list(cells["dataset_id"])
+
+
+def test_a_fraction_is_no_count(tmp_path, source):
+    counts = COUNTS.copy()
+    counts[8, 2] = 1.5
+    other = write_census(tmp_path / "soma", counts=counts)
+    choose(other, tmp_path)
+    with pytest.raises(InputError, match=r"not a whole number: 1\.5 in cell study-2\|8.*Leave the study"):
+        fetch_shard(tmp_path / "chosen.parquet", other, 1, 2, tmp_path / "1.h5ad")
+    assert not (tmp_path / "1.h5ad").exists()
+
+
+@pytest.mark.parametrize("part", ["homo_sapiens/ms/RNA/X/raw/__fragments", "homo_sapiens/ms/RNA/X/raw/__schema"])
+def test_a_damaged_copy_is_told_in_one_line(tmp_path, part):
+    source = write_census(tmp_path / "soma")
+    choose(source, tmp_path)
+    for file in (tmp_path / "soma/census_data" / part).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(InputError, match="census://.*cannot be read.*whole copy"):
+        fetch_shard(tmp_path / "chosen.parquet", source, 0, 1, tmp_path / "0.h5ad")
+    assert not (tmp_path / "0.h5ad").exists()
+
+
+def test_mistakes_are_told_in_one_line(source, tmp_path):
+    with pytest.raises(InputError, match="census://.*nowhere: cannot be read.*census://2025-01-30, or a whole copy"):
+        choose(f"census://{tmp_path}/nowhere", tmp_path)
+    with pytest.raises(InputError, match="census://stable.*Give a release as census://2025-01-30"):
+        choose("census://stable", tmp_path)
+    with pytest.raises(InputError, match=r"obs: no cell is left \(left out: study not wanted: 10\)"):
+        choose(source, tmp_path, WANTED | {"datasets": ["study-3"]})
+    with pytest.raises(InputError, match="EFO:9999999 is no term of EFO"):
+        choose(source, tmp_path, WANTED | {"leave_out_assays": ["EFO:9999999"]})
+    choose(source, tmp_path)
+    with pytest.raises(InputError, match="config: shards: 11 shards, fewer cells"):
+        fetch_shard(tmp_path / "chosen.parquet", source, 0, 11, tmp_path / "0.h5ad")
+
+
+def test_a_network_that_is_down_is_told_in_one_line(tmp_path, monkeypatch):
+    library = pytest.importorskip("cellxgene_census", reason="cellxgene-census is not installed (envs/census.yaml)")
+    import requests
+
+    def fail(**arguments):
+        raise requests.ConnectionError("no route to host")
+
+    monkeypatch.setattr(library, "open_soma", fail)
+    with pytest.raises(InputError, match="census://2025-01-30: cannot be read.*no route.*network.*shards stay"):
+        choose("census://2025-01-30", tmp_path)
+
+
+def test_a_row_of_the_census_becomes_a_dataset_for_each_shard():
+    rows = {"big": {"dataset": "big", "source": "census://2025-01-30", "notes": "n", "min_genes": "5"}}
+    rows |= {"own": {"dataset": "own", "source": "own.h5ad"}}
+    assert cut_census(rows, 2) == {"big": ["big-0", "big-1"]}
+    with pytest.raises(InputError, match="big-1: a shard of big has this name"):
+        cut_census(rows | {"big-1": {"dataset": "big-1", "source": "x.h5ad"}}, 2)
+    rows["big"] |= {"tissue": BLOOD}
+    with pytest.raises(InputError, match="tissue of big: the Census brings its own labels"):
+        cut_census(rows, 2)
+
+
+def test_the_config_of_the_papers_scale_is_sound():
+    config = yaml.safe_load((ROOT / "config/cellxgene.yaml").read_text())
+    config = check_config(config, ROOT / "workflow/schemas/config.schema.yaml", "config/cellxgene.yaml")
+    assert sum(config["sample"]["shares"].values()) == pytest.approx(1)
+    rows = read_datasets(ROOT / config["datasets"], ROOT / "workflow/schemas/datasets.schema.yaml")
+    assert cut_census(rows, config["shards"]) == {"census": [f"census-{shard}" for shard in range(16)]}
+    assert len(config["census"]["leave_out_datasets"]) == 4
+    assert len(kinds_of(config["census"]["leave_out_assays"])) >= 10
+
+
+def snakemake(folder, *arguments):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    shutil.copytree(ROOT / "resources", tmp_path / "resources", ignore=shutil.ignore_patterns("models"))
+    return tmp_path
+
+
+def test_the_papers_scale_spreads_over_shards(folder):
+    plan = snakemake(folder, "corpus", "--dry-run", "--configfile", folder / "config/cellxgene.yaml")
+    jobs = dict(line.split() for line in plan.split("Job stats:")[1].splitlines()[3:] if len(line.split()) == 2)
+    assert jobs["choose_census_cells"] == "1" and "fetch_dataset" not in jobs
+    assert {jobs[rule] for rule in ("fetch_census_shard", "filter_cells", "score_pathways")} == {"16"}
+
+
+def test_finished_shards_stay(source, folder):
+    (folder / "sheet.tsv").write_text(f"dataset\tsource\nsmall\t{source}\n")
+    (folder / "run.yaml").write_text("run: small\ndatasets: sheet.tsv\nshards: 3\n")
+    snakemake(folder, "census", "--cores", "2", "--configfile", folder / "run.yaml")
+    shards = [folder / f"results/small/raw/small-{shard}.h5ad" for shard in range(3)]
+    written = [shard.stat().st_mtime_ns for shard in shards]
+    assert [ad.read_h5ad(shard).n_obs for shard in shards] == [3, 3, 4]
+    shards[1].unlink()
+    snakemake(folder, "census", "--cores", "2", "--configfile", folder / "run.yaml")
+    again = [shard.stat().st_mtime_ns for shard in shards]
+    assert again[0] == written[0] and again[1] > written[1] and again[2] == written[2]

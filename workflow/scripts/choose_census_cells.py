@@ -1,0 +1,19 @@
+"""Choose cells of CELLxGENE Census by their labels."""
+
+from cell2text.census import choose_cells
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    choose_cells(
+        snakemake.params.source,
+        wanted=snakemake.params.wanted,
+        sample=snakemake.params.sample,
+        seed=snakemake.params.seed,
+        path=snakemake.output.cells,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

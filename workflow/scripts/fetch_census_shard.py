@@ -1,0 +1,19 @@
+"""Fetch the counts of one shard of the chosen cells of CELLxGENE Census."""
+
+from cell2text.census import fetch_shard
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    fetch_shard(
+        snakemake.input.cells,
+        snakemake.params.source,
+        shard=snakemake.params.shard,
+        shards=snakemake.params.shards,
+        path=snakemake.output.cells,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821
