@@ -25,7 +25,7 @@ lint: .venv/ready
 	$(BIN)/snakemake --lint
 
 dry-run: .venv/ready
-	for target in all models corpus embeddings; do $(BIN)/snakemake --dry-run $$target --quiet all || exit 1; done
+	for target in all models census corpus embeddings; do $(BIN)/snakemake --dry-run $$target --quiet all || exit 1; done
 
 unit: .venv/ready
 	$(BIN)/python -m pytest -q tests/unit tests/real

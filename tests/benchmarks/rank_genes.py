@@ -69,7 +69,7 @@ def main():
     """Compare the two on each file and print a line a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--cells", type=int, default=1000, help="cells of a file, drawn with replacement")
+    parser.add_argument("--cells", type=int, default=4096, help="cells of a file, drawn with replacement")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()

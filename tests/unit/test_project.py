@@ -94,7 +94,9 @@ def test_every_key_is_explained():
     assert named <= set(keys(schema)) | set(sheet["properties"])
 
 
-@pytest.mark.parametrize("path", ["config/config.yaml", "tests/config/tiny.yaml"])
+@pytest.mark.parametrize(
+    "path", ["config/config.yaml", "config/cellxgene.yaml", "tests/config/tiny.yaml", "tests/config/studies.yaml"]
+)
 def test_shipped_configs_obey_the_schema(path):
     config = yaml.safe_load((ROOT / path).read_text())
     assert check_config(config, SCHEMA, path)["run"] == config["run"]
@@ -124,7 +126,7 @@ def test_language_half_needs_no_single_cell_package():
 
 
 def test_cells_half_needs_no_torch():
-    modules = ["counts", "qc", "corpus", "pathways", "rank_tokens", "ontology", "baselines"]
+    modules = ["counts", "qc", "corpus", "pathways", "rank_tokens", "ontology", "census", "baselines"]
     modules += ["evaluation.metrics", "evaluation.similarity", "report.page"]
     imports_without([f"cell2text.{module}" for module in modules], LANGUAGE_PACKAGES)
 
