@@ -1,9 +1,11 @@
 """The h5ad files of counts that the stages hand on: written and read a block of cells at a time."""
 
+import ctypes
 import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,21 @@ from cell2text.matrices import row_runs
 
 CELLS_AT_ONCE = 4096
 IDS_AT_ONCE = 1 << 16
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 VALUES_A_CHUNK = 1 << 17  # of the file; what h5py chooses for a growing file is far too small to be fast
+
+
+def give_memory_back() -> None:
+    """Let a block's memory go back to the system when it is freed, where the C library is glibc.
+
+    glibc keeps what it has once given out, in pieces between which the next block may find no room, so that a
+    process would grow with each block it reads.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
+
+
+give_memory_back()
 
 
 def write_cells(
@@ -58,6 +74,11 @@ def write_cells(
             counts.append(block)
         if counts.shape != (len(obs), len(var)):
             raise ValueError(f"{path}: {counts.shape} counts for {len(obs)} cells and {len(var)} genes")
+        if len(file["X/data"]) <= np.iinfo(np.int32).max:
+            # as wide as the genes' indices: scipy refuses some work on a matrix that mixes widths
+            ends = file["X/indptr"][:].astype(np.int32)
+            del file["X/indptr"]
+            file["X"].create_dataset("indptr", data=ends, compression="gzip")
         _check_space(path, obs.memory_usage(deep=True).sum())
         for name, part in {"obs": obs, "var": var, "uns": uns}.items():
             ad.io.write_elem(file, name, part)
