@@ -21,7 +21,8 @@ class MasterAdamW:
 
     def __init__(self, groups: list[tuple[float, dict[str, nn.Parameter]]], clip: float = 1.0):
         self.parameters = {name: value for _, group in groups for name, value in group.items()}
-        self.masters = {name: value.detach().float().clone() for name, value in self.parameters.items()}
+        # weights in float32 are their own masters
+        self.masters = {name: value.detach().float() for name, value in self.parameters.items()}
         self.clip = clip
         self.rates = [rate for rate, _ in groups]
         self.adam = torch.optim.AdamW(
@@ -61,7 +62,8 @@ class MasterAdamW:
     def write_back(self, weights: dict[str, Tensor]) -> None:
         """Copy float32 weights into the model's own."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+            if weights[name].data_ptr() != parameter.data_ptr():
+                parameter.copy_(weights[name])
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments as named tensors."""

@@ -59,51 +59,101 @@ class Row:
         return torch.cat([torch.arange(self.prompt, device=own.device), own.flatten()])[None]
 
 
-class PlainAttention(torch.autograd.Function):
-    """softmax(q k' scale + hidden) v; torch adds bfloat16 up in float32.
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return softmax(q k' scale + hidden) v, (batch, groups, heads, queries, width), and what its gradient needs.
 
     In bfloat16 on CPUs this is much faster than fused attention at the lengths of a description. As much as
-    possible is done to the queries and the output, which are narrower than the scores.
+    possible is done to the queries and the output, which are narrower than the scores; torch adds bfloat16 up in
+    float32.
+
+    Parameters
+    ----------
+    q
+        (batch, groups, heads, queries, width): the heads of a group share keys and values.
+    k, v
+        (batch, groups, keys, width).
+    hidden
+        Added to the scores, (batch, groups, heads, queries, keys) or what broadcasts to it.
+    scale
+        Of the scores.
     """
+    rows = q.flatten(2, 3) * scale
+    scores = rows @ k.transpose(-1, -2)
+    scores.view(*q.shape[:4], -1).add_(hidden)
+    exponentials = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    inverse = exponentials.sum(-1, keepdim=True).reciprocal_()
+    output = (exponentials @ v).mul_(inverse)
+    return output.view(q.shape), (rows, k, v, exponentials, inverse, output)
+
+
+def differentiate_plainly(saved: tuple[Tensor, ...], of_output: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v of :func:`attend_plainly`."""
+    rows, k, v, exponentials, inverse, output = saved
+    shape = of_output.shape
+    of_output = of_output.flatten(2, 3) * inverse
+    along = (of_output * output).sum(-1, keepdim=True)
+    of_scores = (of_output @ v.transpose(-1, -2)).sub_(along).mul_(exponentials)
+    of_q = (of_scores @ k).mul_(scale).view(shape)
+    of_k = (rows.transpose(-1, -2) @ of_scores).transpose(-1, -2)
+    of_v = (of_output.transpose(-1, -2) @ exponentials).transpose(-1, -2)
+    return of_q, of_k, of_v
+
+
+class SharedPromptAttention(torch.autograd.Function):
+    """The attention of a row: the prompt's tokens among themselves, each cell's to the prompt and its own."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        """Return the output, (batch, groups, heads, queries, width).
-
-        Parameters
-        ----------
-        q
-            (batch, groups, heads, queries, width): the heads of a group share keys and values.
-        k, v
-            (batch, groups, keys, width).
-        hidden
-            Added to the scores, (batch, groups, heads, queries, keys) or what broadcasts to it.
-        scale
-            Of the scores.
-        """
-        rows = q.flatten(2, 3) * scale
-        scores = rows @ k.transpose(-1, -2)
-        scores.view(*q.shape[:4], -1).add_(hidden)
-        exponentials = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        inverse = exponentials.sum(-1, keepdim=True).reciprocal_()
-        output = (exponentials @ v).mul_(inverse)
-        ctx.save_for_backward(rows, k, v, exponentials, inverse, output)
-        ctx.scale = scale
-        return output.view(q.shape)
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float) -> Tensor:
+        """Return the output, (1, tokens, heads, width), for (1, heads or groups, tokens, width)."""
+        prompt, groups = row.prompt, key.shape[1]
+        in_prompt, saved_prompt = attend_plainly(
+            query[:, :, :prompt].unflatten(1, (groups, -1)),
+            key[:, :, :prompt],
+            value[:, :, :prompt],
+            row.hidden_in_prompt,
+            scale,
+        )
+        keys, values = (
+            torch.cat([part[:, :, :prompt].expand(len(row.there), -1, -1, -1), _by_cell(part, row)], dim=2)
+            for part in (key, value)
+        )
+        in_cells, saved_cells = attend_plainly(
+            _by_cell(query, row).unflatten(1, (groups, -1)), keys, values, row.hidden, scale
+        )
+        ctx.save_for_backward(*saved_prompt, *saved_cells)
+        ctx.row, ctx.scale = row, scale
+        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        output[:, :prompt] = in_prompt.flatten(1, 2).transpose(1, 2)
+        _by_cell(output.transpose(1, 2), row).copy_(in_cells.flatten(1, 2))
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Return the gradients of q, k and v."""
-        rows, k, v, exponentials, inverse, output = ctx.saved_tensors
-        shape = of_output.shape
-        of_output = of_output.flatten(2, 3) * inverse
-        along = (of_output * output).sum(-1, keepdim=True)
-        of_scores = (of_output @ v.transpose(-1, -2)).sub_(along).mul_(exponentials)
-        of_q = (of_scores @ k).mul_(ctx.scale).view(shape)
-        of_k = (rows.transpose(-1, -2) @ of_scores).transpose(-1, -2)
-        of_v = (of_output.transpose(-1, -2) @ exponentials).transpose(-1, -2)
-        return of_q, of_k, of_v, None, None
+        """Return the gradients of query, key and value."""
+        row, prompt, scale = ctx.row, ctx.row.prompt, ctx.scale
+        saved_prompt, saved_cells = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        groups = saved_prompt[1].shape[1]
+        of_heads = of_output.transpose(1, 2)
+        from_prompt = differentiate_plainly(saved_prompt, of_heads[:, :, :prompt].unflatten(1, (groups, -1)), scale)
+        from_cells = differentiate_plainly(saved_cells, _by_cell(of_heads, row).unflatten(1, (groups, -1)), scale)
+        gradients = []
+        for of_prompt, of_cells in zip(from_prompt, from_cells, strict=True):
+            if of_prompt.ndim == 5:  # of the query
+                of_prompt, own = of_prompt.flatten(1, 2), of_cells.flatten(1, 2)
+            else:  # keys and values of the prompt serve every cell
+                of_prompt, own = of_prompt + of_cells[:, :, :prompt].sum(0), of_cells[:, :, prompt:]
+            heads, width = of_prompt.shape[1], of_prompt.shape[3]
+            gradient = of_output.new_empty(1, of_output.shape[1], heads, width).transpose(1, 2)
+            gradient[:, :, :prompt] = of_prompt
+            _by_cell(gradient, row).copy_(own)
+            gradients.append(gradient)
+        return *gradients, None, None
+
+
+def _by_cell(states: Tensor, row: Row) -> Tensor:
+    """Return the cells' part of a row, (1, heads, tokens, width), as (cells, heads, length, width)."""
+    return states[0, :, row.prompt :].unflatten(1, row.there.shape).transpose(0, 1)
 
 
 def attend(
@@ -128,34 +178,14 @@ def attend(
         If a text is longer than the window of a layer that looks back only so far.
     """
     row: Row = kwargs["row"]
-    cells, length = row.there.shape
-    groups, prompt = key.shape[1], row.prompt
-    window = kwargs.get("sliding_window")
-    if window and prompt + length > window:
+    window, length = kwargs.get("sliding_window"), row.prompt + row.there.shape[1]
+    if window and length > window:
         raise InputError(
             "config: language_model",
-            f"its attention looks {window} tokens back and a description with its prompt has {prompt + length}",
+            f"its attention looks {window} tokens back and a description with its prompt has {length}",
             "Choose fewer soft tokens or another model",
         )
-
-    def of_cells(states: Tensor) -> Tensor:
-        return states[0, :, prompt:].unflatten(1, (cells, length)).transpose(0, 1)
-
-    def with_prompt(states: Tensor) -> Tensor:
-        return torch.cat([states[:, :, :prompt].expand(cells, -1, -1, -1), of_cells(states)], dim=2)
-
-    in_prompt = PlainAttention.apply(
-        query[:, :, :prompt].unflatten(1, (groups, -1)),
-        key[:, :, :prompt],
-        value[:, :, :prompt],
-        row.hidden_in_prompt,
-        scaling,
-    )
-    in_cells = PlainAttention.apply(
-        of_cells(query).unflatten(1, (groups, -1)), with_prompt(key), with_prompt(value), row.hidden, scaling
-    )
-    # (batch, groups, heads, tokens, width) to (1, batch * tokens, all heads, width)
-    return torch.cat([part.flatten(1, 2).transpose(1, 2).flatten(0, 1) for part in (in_prompt, in_cells)])[None], None
+    return SharedPromptAttention.apply(query, key, value, row, scaling), None
 
 
 AttentionInterface.register(NAME, attend)
