@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cell2text.config import check_config
 from cell2text.contracts import CELLS, SPLITS, read_json
 from cell2text.corpus import sample_cells, split_donors
 from cell2text.counts import fetch_dataset
@@ -12,7 +13,6 @@ from cell2text.qc import filter_cells
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 PAPER = {"natural": 0.3, "cell_type": 0.25, "disease": 0.2, "donor": 0.15, "rare_tissue": 0.1}
-QC = {"min_genes": 200, "min_counts": 300, "max_mitochondrial_percent": 20}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,9 @@ def studies(request, tmp_path_factory):
     absent = [source for source in sheet["source"] if not (root / source).exists()]
     if absent:
         pytest.skip(f"{absent[0]} is not at hand")
+    schema = request.config.rootpath / "workflow/schemas/config.schema.yaml"
+    limits = check_config({"run": "studies"}, schema, "defaults")["qc"] | {"score_doublets": False}
     for row in sheet.to_dict("records"):
-        limits = {limit: float(row[limit] or default) for limit, default in QC.items()}
         fetch_dataset({"dataset": row["dataset"], "source": str(root / row["source"])}, folder / "raw.h5ad")
         rest = [folder / name for name in ("qc.parquet", "qc.json", "qc.svg")]
         filter_cells(folder / "raw.h5ad", folder / f"{row['dataset']}.h5ad", *rest, limits=limits)
