@@ -29,7 +29,7 @@ LONGEST = 4096  # tokens that Geneformer V2 keeps of a cell
 def rank_cell(count, genes, token, median):
     """Rank the genes of one cell."""
     count, tokens = count.astype(float), token[genes]
-    scaled = count * 1e4 / count.sum()
+    scaled = count / count.sum() * 1e4
     known = tokens >= 0
     scaled, tokens = scaled[known], tokens[known]
     order = np.lexsort((tokens, -(scaled / median[tokens])))[:LONGEST]

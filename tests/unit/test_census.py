@@ -16,7 +16,7 @@ from cell2text import census
 from cell2text.census import choose_cells, describe_cells, fetch_shard, find_faults, group_cells, kinds_of
 from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.contracts import CENSUS_CELLS
-from cell2text.corpus import read_cells
+from cell2text.corpus import read_labels
 from cell2text.counts import fetch_dataset
 from cell2text.errors import InputError
 from cell2text.qc import filter_cells
@@ -188,7 +188,7 @@ def test_a_shard_has_the_form_of_every_other_dataset(source, tmp_path):
     limits = {"min_genes": 1, "min_counts": 1, "max_mitochondrial_percent": 100}
     outputs = [tmp_path / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
     filter_cells(tmp_path / "0.h5ad", *outputs, limits=limits)
-    corpus = read_cells(tmp_path / "kept.h5ad")
+    corpus = read_labels(tmp_path / "kept.h5ad")
     assert set(corpus["donor"]) == {"study-1|d1", "study-1|d2", "study-1|study-1", "study-2|d1", "study-2|d3"}
     assert len(corpus) == 9  # all but the one without counts
 

@@ -217,7 +217,7 @@ def test_genes_go_by_ensembl_id_where_there_is_one(tmp_path, index, var, ids, sy
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
 def test_blocks_hold_the_wanted_cells_in_the_files_order(tmp_path, at_once):
     fetch_dataset(write_study(tmp_path / "in.h5ad"), tmp_path / "out.h5ad")
-    wanted = pd.Series(["study|cell2", "study|cell0", "elsewhere|cell1"])
+    wanted = np.arange(len(COUNTS)) % 3 != 1
     blocks = list(read_blocks(tmp_path / "out.h5ad", wanted, at_once))
     assert np.concatenate([ids for ids, _ in blocks]).tolist() == ["study|cell0", "study|cell2"]
     assert (sparse.vstack([block for _, block in blocks]).toarray() == COUNTS[[0, 2]]).all()

@@ -10,7 +10,6 @@ from scipy import sparse
 
 from cell2text import duplicates
 from cell2text.duplicates import find_pairs, hash_counts, join_cells, join_groups
-from cell2text.progress import Progress
 
 
 def write_cells(path, counts, genes=None):
@@ -24,7 +23,9 @@ def write_cells(path, counts, genes=None):
 def hashes(path, cells=None):
     names = ad.read_h5ad(path).obs_names
     rows = np.ones(len(names), dtype=bool) if cells is None else names.isin(cells)
-    return hash_counts(path, rows, Progress(int(rows.sum()), "cells")).set_axis(names[rows])
+    found = pd.concat(hash_counts(path, rows)).set_index("cell_id")
+    assert list(found.index) == list(names[rows])
+    return found
 
 
 def table(*cells):

@@ -42,7 +42,7 @@ def rank_by_loop(counts, token, median):
     """Rank one cell after another, gene after gene."""
     ranked = []
     for row in counts.toarray().astype(float):
-        scaled = {token[i]: row[i] * 1e4 / row.sum() for i in range(len(row)) if row[i] and token[i] >= 0}
+        scaled = {token[i]: row[i] / row.sum() * 1e4 for i in range(len(row)) if row[i] and token[i] >= 0}
         ranked.append(sorted(scaled, key=lambda gene: (-(scaled[gene] / median[gene]), gene)))
     return ranked
 
@@ -180,7 +180,7 @@ def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, 
     expected = rank_by_loop(sparse.csr_matrix(counts), token, genes["median"].to_numpy())
     assert [list(tokens) for tokens in ranked["tokens"]] == [expected[i] for i in in_file]
     train = [i for i in order[:50] if i % 3]
-    scaled = counts[train] * 1e4 / counts[train].sum(axis=1, keepdims=True)
+    scaled = counts[train] / counts[train].sum(axis=1, keepdims=True) * 1e4
     columns = dict(zip(logs.var_names, scaled.T, strict=True))
     medians = {gene: np.median(values[values > 0]) for gene, values in columns.items() if values.any()}
     assert genes["median"].to_dict() == pytest.approx(medians, rel=1e-6)

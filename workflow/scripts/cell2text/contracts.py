@@ -123,7 +123,9 @@ class TableContract:
                 if self.key:
                     # of ten million different keys two have the same 64 bits once in 400,000 tables
                     keys.append(pd.util.hash_array(rows[self.key].to_numpy(), categorize=False))
-            hashes = np.sort(np.concatenate(keys))
+            hashes = np.concatenate(keys)
+            keys.clear()
+            hashes.sort()
             if (hashes[1:] == hashes[:-1]).any():
                 raise ValueError(f"{path}: {self.key} repeats in {self.what}")
 

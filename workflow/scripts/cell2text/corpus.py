@@ -1,10 +1,9 @@
 """The cells of the corpus, and their split into training, validation and test."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -14,6 +13,7 @@ from cellxgene_ontology_guide.entities import CuratedOntologyTermList
 from pandas.api.types import union_categoricals
 
 from cell2text.audit import audit_split
+from cell2text.cell_files import hash_ids, id_parts, read_obs
 from cell2text.cell_labels import CELLXGENE
 from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, whole_file, write_json
 from cell2text.duplicates import find_pairs, hash_counts, join_cells
@@ -27,6 +27,7 @@ log = logging.getLogger("cell2text.corpus")
 
 # Columns of few values: held as categories, for a corpus may have millions of cells.
 CATEGORIES = ["dataset_id", "donor", "assay_id", *(f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", ""))]
+DRAWN_BY = ["dataset_id", "donor", "cell_type_id", "tissue_id", "disease_id"]
 
 
 def sample_cells(
@@ -45,7 +46,7 @@ def sample_cells(
     Parameters
     ----------
     cell_files
-        Filtered counts of each dataset; only ``obs`` and a block of rows are held.
+        Filtered counts of each dataset; a block of rows is held, and of each cell what the draw looks at.
     cells
         How many to draw; all of them where there are fewer.
     shares, caps
@@ -53,58 +54,65 @@ def sample_cells(
     seed
         Seed of the draw.
     path
-        Where to write the table (``contracts.SAMPLED_CELLS``), in the order of the cell ids.
+        Where to write the table (``contracts.SAMPLED_CELLS``), in the order of the files.
     diversity_file
         Where to write how diverse the cells are before and after, TSV (``sampling.measure_diversity``).
     """
+    cell_files = list(cell_files)
+    known = _stack([read_labels(file)[DRAWN_BY] for file in cell_files])
+    by_id = np.argsort(np.concatenate([hash_ids(ids) for file in cell_files for ids in id_parts(file)]))
+    known = known.iloc[by_id].reset_index(drop=True)
     rng = np.random.default_rng(seed)
-    known = _stack([read_cells(file) for file in cell_files])
-    known = known.iloc[pc.sort_indices(pa.array(known["cell_id"])).to_numpy()].reset_index(drop=True)
-    cells_of = known["file"].value_counts()
-    rows = draw_sample(known.assign(tissue_id=_organs(known["tissue_id"])), cells, shares, caps, rng)
-    diversity = measure_diversity(known, rows)
+    drawn = draw_sample(known.assign(tissue_id=_organs(known["tissue_id"])), cells, shares, caps, rng)
+    diversity = measure_diversity(known, drawn)
     for slot in diversity.itertuples():
         log.info(
             "%s: %d of %d values, diversity %.3f (before: %.3f)",
             slot.slot, slot.values_after, slot.values_before, slot.diversity_after, slot.diversity_before,
         )  # fmt: skip
-    known = known.iloc[rows].reset_index(drop=True)
-    log.info("%d cells of %d datasets", len(known), known["dataset_id"].nunique())
-    progress = Progress(len(known), "cells")
-    hashed = []
-    for file, rows in known.groupby("file", observed=True, sort=True)["row"]:
-        rows = rows.sort_values()
-        chosen = np.zeros(cells_of[file], dtype=bool)
-        chosen[rows] = True
-        hashed.append(hash_counts(file, chosen, progress).set_axis(rows.index))
-    known = known.join(pd.concat(hashed))
-    SAMPLED_CELLS.write(known[list(SAMPLED_CELLS.columns)], path)
+    log.info("%d cells of %d datasets", len(drawn), known["dataset_id"].iloc[drawn].nunique())
+    chosen = np.zeros(len(known), dtype=bool)
+    chosen[by_id[drawn]] = True
+    del known, by_id, drawn
+    SAMPLED_CELLS.write_parts(_describe_cells(cell_files, chosen), path)
     with whole_file(diversity_file) as unfinished:
         diversity.to_csv(unfinished, sep="\t", index=False, float_format="%.4f")
 
 
-def read_cells(path: str | Path) -> pd.DataFrame:
-    """Return what an h5ad says of its cells: ``contracts.SAMPLED_CELLS`` without the counts, ``file`` and ``row``.
+def _describe_cells(cell_files: Sequence[str | Path], chosen: np.ndarray) -> Iterator[pd.DataFrame]:
+    """Yield ``contracts.SAMPLED_CELLS`` of the chosen among all cells of the files."""
+    progress = Progress(int(chosen.sum()), "cells")
+    first = 0
+    for file in cell_files:
+        labels = read_labels(file)
+        rows = chosen[first : first + len(labels)]
+        first += len(labels)
+        labels, done = labels[rows], 0
+        for counts in hash_counts(file, rows):
+            known = labels.iloc[done : done + len(counts)].reset_index(drop=True)
+            done += len(counts)
+            progress.advance(len(counts))
+            yield known.join(counts)
+
+
+def read_labels(path: str | Path) -> pd.DataFrame:
+    """Return what an h5ad says of its cells: columns of ``contracts.SAMPLED_CELLS``, each a category.
 
     Donors are ``{dataset}|{donor}``, for a donor's name is unique only in its study. What is unknown is
-    missing. All columns but the cells' ids are categories.
+    missing.
     """
-    cells = ad.read_h5ad(path, backed="r")
-    obs = cells.obs
-    cells.file.close()
     sources = {"dataset_id": "dataset_id", "donor": "donor_id", "assay_id": "assay_ontology_term_id"}
     sources |= {f"{slot}_id": f"{column}_ontology_term_id" for slot, column in CELLXGENE.items()} | CELLXGENE
-    table = pd.DataFrame({"cell_id": pd.array(obs.index.astype(str), dtype="string[pyarrow]")})
+    obs = read_obs(path, sources.values())
+    table = {}
     for column, source in sources.items():
         values = pd.Categorical(obs[source])
         names = values.categories.astype(str)
         table[column] = values.rename_categories(names).set_categories(names.drop("unknown", errors="ignore"))
-    study, donor = table["dataset_id"].cat, table["donor"].cat
+    study, donor = table["dataset_id"], table["donor"]
     codes, pairs = pd.factorize(pd.MultiIndex.from_arrays([study.codes, donor.codes]))
     names = [f"{study.categories[i]}|{donor.categories[j]}" for i, j in pairs]
-    table["donor"] = pd.Categorical.from_codes(codes, names)
-    table["row"] = np.arange(len(table), dtype=np.int32)
-    return table.assign(file=pd.Categorical.from_codes(np.zeros(len(table), dtype=np.int8), [str(path)]))
+    return pd.DataFrame(table | {"donor": pd.Categorical.from_codes(codes, names)})
 
 
 def _stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -152,7 +160,7 @@ def split_donors(
     seed
         Seed of the draw.
     path, audit_file
-        Where to write the corpus (``contracts.CELLS``) and the audit (JSON).
+        Where to write the corpus (``contracts.CELLS``), in the order of the ids, and the audit (JSON).
     held_out
         Cell types, by id, whose cells all go to the test.
     diversity_file
@@ -164,6 +172,8 @@ def split_donors(
         If a split would be empty, a cell type has too few cells, or one to hold out has none.
     """
     cells = SAMPLED_CELLS.read(cells_file, categories=CATEGORIES)
+    # so that the split depends on the cells alone, and not on the order in which they came
+    cells = cells.iloc[pc.sort_indices(pa.array(cells["cell_id"])).to_numpy()].reset_index(drop=True)
     pairs = find_pairs(cells)
     held = _find_held_out(cells, held_out, pairs)
     codes = np.full(len(cells), TEST)

@@ -1,6 +1,7 @@
 """Cells that are in a corpus twice: with identical counts, or published by two studies."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from cell2text.cell_files import read_blocks, read_genes
-from cell2text.progress import Progress
 
 # The bases that a droplet or a well was given, wherever they stand in a cell's name: 12 in Drop-seq, 14 or
 # 16 in 10x.
@@ -21,8 +21,8 @@ BARCODE = "(?P<barcode>[ACGT]{12,})"
 ENOUGH = 2
 
 
-def hash_counts(path: str | Path, rows: np.ndarray, progress: Progress) -> pd.DataFrame:
-    """Return a hash of the genes and counts of each cell, equal where two cells have the same, and the total.
+def hash_counts(path: str | Path, rows: np.ndarray) -> Iterator[pd.DataFrame]:
+    """Yield a hash of the genes and counts of each cell, equal where two cells have the same, and the total.
 
     The hash is two sums, modulo 2**64, over the cell's expressed genes, of a number mixed from the gene's
     id and its count. So neither the order of the genes in a file nor genes without a count make a
@@ -34,28 +34,23 @@ def hash_counts(path: str | Path, rows: np.ndarray, progress: Progress) -> pd.Da
         Filtered counts; a block of them is held.
     rows
         Which cells of the file to hash, bool.
-    progress
-        Told of each block.
 
-    Returns
-    -------
+    Yields
+    ------
     DataFrame
-        ``counts_hash`` (32 hexadecimal digits) and ``n_counts``, in the file's order.
+        ``cell_id``, ``counts_hash`` (32 hexadecimal digits) and ``n_counts`` of a block's cells, in the file's order.
     """
     genes = [hashlib.blake2b(gene.encode(), digest_size=16).digest() for gene in read_genes(path).index]
     codes = np.frombuffer(b"".join(genes), dtype="<u8").reshape(-1, 2).T
-    hashes, totals = [], []
-    for cells, counts in read_blocks(path, rows):
+    for ids, counts in read_blocks(path, rows):
         counts.sum_duplicates()
         counts.eliminate_zeros()
         values = counts.data.astype("<f4").view("<u4").astype(np.uint64)
         sums = [_sum_rows(_mix(code[counts.indices] + _mix(values)), counts.indptr) for code in codes]
         digits = np.stack(sums, axis=1).astype(">u8").tobytes().hex().encode()
-        hashes.append(pa.array(np.frombuffer(digits, dtype="S32")).cast(pa.large_string()))
-        totals.append(np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel())
-        progress.advance(len(cells))
-    texts = pd.array(pa.chunked_array(hashes, pa.large_string()), dtype="string[pyarrow]")
-    return pd.DataFrame({"counts_hash": texts, "n_counts": np.concatenate([np.empty(0), *totals])})
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        hashes = np.frombuffer(digits, dtype="S32").astype(str)
+        yield pd.DataFrame({"cell_id": ids, "counts_hash": hashes, "n_counts": totals})
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from cell2text.cell_files import read_blocks, write_cells
+from cell2text.cell_files import id_parts, read_blocks, read_ids, read_obs, write_cells
 from cell2text.contracts import QC, whole_file, write_json
 from cell2text.errors import InputError
 from cell2text.genes import MITOCHONDRIAL
@@ -36,7 +36,6 @@ log = logging.getLogger("cell2text.qc")
 RIBOSOMAL = re.compile(r"RP[SL](\d+(A|L|X|AL|L1|Y[12])?|P[0-2]|A2?)", re.IGNORECASE)
 WHOLE_TRANSCRIPTOME = 15_000  # genes with a count: fewer make a panel
 CELLS_OF_A_SAMPLE = 50  # fewer say too little of what is usual in a sample
-ROWS_AT_ONCE = 1 << 14  # of the table of figures
 CELLS_A_RUN = 1_000  # of Scrublet, whose memory grows with them
 SD_PER_MAD = 1.4826  # of a normal distribution
 USUAL_MITOCHONDRIAL = 5.0  # percent: no cell is left out for less, however alike the others are
@@ -95,9 +94,9 @@ def filter_cells(
     """
     kept = _judge_file(Path(cells_file), table_file, summary_file, plot_file, limits, own_limits or {}, seed)
     with h5py.File(cells_file, "r") as file:
-        obs, var, uns = (ad.io.read_elem(file[part]) for part in ("obs", "var", "uns"))
-    counts = (block for _, block in read_blocks(cells_file, kept))
-    write_cells(kept_file, counts, _drop_unused_categories(obs[kept]), var, uns)
+        var, uns = (ad.io.read_elem(file[part]) for part in ("var", "uns"))
+    obs = _drop_unused_categories(read_obs(cells_file)[kept]).set_axis(read_ids(cells_file, kept))
+    write_cells(kept_file, (block for _, block in read_blocks(cells_file, kept)), obs, var, uns)
 
 
 def _judge_file(
@@ -112,9 +111,9 @@ def _judge_file(
     """Write the figures of a file's cells, the summary and the plot; return which cells are kept."""
     with h5py.File(cells_file, "r") as file:
         symbols = ad.io.read_elem(file["var"])["symbol"]
-        # not all of obs: the ids take more memory than the figures
-        study, donor, label = (pd.Categorical(ad.io.read_elem(file["obs"][column])) for column in COLUMNS)
         source = str(ad.io.read_elem(file["uns"]).get("source", ""))
+    obs = read_obs(cells_file, COLUMNS)
+    study, donor, label = (pd.Categorical(obs[column]) for column in COLUMNS)
     studies = study.remove_unused_categories().categories
     name = str(studies[0]) if len(studies) == 1 else Path(table_file).stem
     samples = name_samples(study, donor)
@@ -164,11 +163,11 @@ def _count_dropped(kinds: pd.Categorical, name: str) -> dict[str, int]:
 
 
 def _add_ids(cells_file: str | Path, table: dict[str, Any]) -> Iterator[pd.DataFrame]:
-    with h5py.File(cells_file, "r") as file:
-        ids = file["obs"][file["obs"].attrs["_index"]].asstr()
-        for start in range(0, len(ids), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            yield pd.DataFrame({"cell_id": ids[rows]} | {name: column[rows] for name, column in table.items()})
+    start = 0
+    for ids in id_parts(cells_file):
+        rows = slice(start, start + len(ids))
+        yield pd.DataFrame({"cell_id": ids} | {name: column[rows] for name, column in table.items()})
+        start += len(ids)
 
 
 def _drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:

@@ -77,7 +77,7 @@ def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
 def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
     """Return each stored count as counts per 10,000 of its cell (float64), in stored order."""
     total = np.asarray(counts.sum(axis=1, dtype=float)).ravel()
-    return counts.data * SCALE / np.repeat(total, np.diff(counts.indptr))
+    return counts.data / np.repeat(total, np.diff(counts.indptr)) * SCALE
 
 
 def median_of_each(read: Callable[[], Iterable[Values]], genes: int) -> np.ndarray:
@@ -216,33 +216,31 @@ def _rank_cells(first, last, data, genes, starts, total, token, typical, ends, t
         count, gene = data[starts[cell] : starts[cell + 1]], genes[starts[cell] : starts[cell + 1]]
         share, quotient, whole = np.empty(len(count), dtype=np.float32), np.empty(len(count)), total[cell]
         for i in range(len(count)):
-            scale = count[i] * SCALE / whole
+            scale = count[i] / whole * SCALE
             share[i] = scale
             quotient[i] = scale / typical[gene[i]]
         keys = _sort_descending(quotient)
-        # from here on in the order of the keys, without the noughts, which come last
         out_tokens, out_scaled = tokens[ends[cell] : ends[cell + 1]], scaled[ends[cell] : ends[cell + 1]]
-        ordered = np.empty(len(out_tokens))
-        for rank in range(len(ordered)):
+        last_quotient, last_token = np.inf, np.int32(-1)
+        for rank in range(len(out_tokens)):  # the noughts come last and are left out
             i = keys[rank] & _POSITION
-            out_tokens[rank], out_scaled[rank], ordered[rank] = token[gene[i]], share[i], quotient[i]
-        wrong = 0
-        for rank in range(1, len(ordered)):
-            tied = (ordered[rank - 1] == ordered[rank]) & (out_tokens[rank - 1] > out_tokens[rank])
-            wrong += (ordered[rank - 1] < ordered[rank]) | tied
-        if wrong:
-            _settle(ordered, out_tokens, out_scaled)
+            its_token, its_quotient = token[gene[i]], quotient[i]
+            out_tokens[rank], out_scaled[rank] = its_token, share[i]
+            # what the keys do not tell apart is seldom in the wrong order
+            if (last_quotient < its_quotient) | ((last_quotient == its_quotient) & (last_token > its_token)):
+                _insert(rank, keys, quotient, out_tokens, out_scaled)
+            else:
+                last_quotient, last_token = its_quotient, its_token
 
 
-# A sort key holds how far the bits of a quotient lie below the bits of the highest, in three digits of 9 bits,
-# and in the 20 bits behind that the quotient's position.
-_PLACE, _POSITION, _NOUGHT = np.uint64(20), np.uint64((1 << 20) - 1), np.uint64((1 << 27) - 1)
-_SECOND, _THIRD, _DIGIT = np.uint64(29), np.uint64(38), np.uint64((1 << 9) - 1)
+# A sort key holds how far the bits of a quotient lie below the bits of the highest, in two digits, and in the 20
+# bits behind that the quotient's position.
+_PLACE, _POSITION = np.uint64(20), np.uint64((1 << 20) - 1)
 
 
 @numba.njit(inline="always")
 def _sort_descending(values) -> np.ndarray:
-    """Return a key for each value (none negative), the highest first: radix sort by the 27 bits that tell most."""
+    """Return a key for each value (none negative), highest first: radix sort by the 14 to 22 bits that tell most."""
     bits = values.view(np.uint64)
     top = np.uint64(0)
     for i in range(len(bits)):
@@ -250,42 +248,46 @@ def _sort_descending(values) -> np.ndarray:
     low = top
     for i in range(len(bits)):
         low = min(low, bits[i] if bits[i] else top)  # noughts lie so far below that they would take all the room
+    width = np.uint64(7)  # of a digit: as many places as there are values, but not more than a near cache holds
+    while width < 11 and len(bits) >> width:
+        width += np.uint64(1)
+    digit = np.uint64((1 << width) - 1)
+    nought = np.uint64((1 << 2 * width) - 1)
     lost = np.uint64(0)
-    while (top - low) >> lost >= _NOUGHT:
+    while (top - low) >> lost >= nought:
         lost += np.uint64(1)
+    second = _PLACE + width
     keys, others = np.empty(len(bits), dtype=np.uint64), np.empty(len(bits), dtype=np.uint64)
-    places = np.zeros((3, 1 << 9), dtype=np.int64)
+    places = np.zeros((2, 1 << width), dtype=np.int32)
     for i in range(len(bits)):
-        key = min((top - bits[i]) >> lost, _NOUGHT) << _PLACE | np.uint64(i)
+        key = min((top - bits[i]) >> lost, nought) << _PLACE | np.uint64(i)
         keys[i] = key
-        places[0, key >> _PLACE & _DIGIT] += 1
-        places[1, key >> _SECOND & _DIGIT] += 1
-        places[2, key >> _THIRD] += 1
-    for digit in range(3):
+        places[0, key >> _PLACE & digit] += 1
+        places[1, key >> second] += 1
+    for half in range(2):
         place = 0
-        for i in range(1 << 9):
-            place, places[digit, i] = place + places[digit, i], place
+        for i in range(1 << width):
+            place, places[half, i] = place + places[half, i], place
     for i in range(len(keys)):
-        digit = keys[i] >> _PLACE & _DIGIT
-        others[places[0, digit]] = keys[i]
-        places[0, digit] += 1
+        here = keys[i] >> _PLACE & digit
+        others[places[0, here]] = keys[i]
+        places[0, here] += 1
     for i in range(len(keys)):
-        digit = others[i] >> _SECOND & _DIGIT
-        keys[places[1, digit]] = others[i]
-        places[1, digit] += 1
-    for i in range(len(keys)):
-        digit = keys[i] >> _THIRD
-        others[places[2, digit]] = keys[i]
-        places[2, digit] += 1
-    return others
+        here = others[i] >> second
+        keys[places[1, here]] = others[i]
+        places[1, here] += 1
+    return keys
 
 
-@numba.njit(inline="always")
-def _settle(ordered, tokens, scaled) -> None:
-    """Put nearly ordered quotients in order, equal ones by token, and the other two alike: insertion sort."""
-    for rank in range(1, len(ordered)):
-        quotient, token, share, free = ordered[rank], tokens[rank], scaled[rank], rank
-        while free and (ordered[free - 1] < quotient or (ordered[free - 1] == quotient and tokens[free - 1] > token)):
-            ordered[free], tokens[free], scaled[free] = ordered[free - 1], tokens[free - 1], scaled[free - 1]
-            free -= 1
-        ordered[free], tokens[free], scaled[free] = quotient, token, share
+@numba.njit
+def _insert(rank, keys, quotient, tokens, scaled) -> None:
+    """Move a gene up to its place among those that are in order: by quotient, equal ones by token."""
+    key, token, share = keys[rank], tokens[rank], scaled[rank]
+    mine = quotient[key & _POSITION]
+    while rank:
+        other = quotient[keys[rank - 1] & _POSITION]
+        if other > mine or (other == mine and tokens[rank - 1] < token):
+            break
+        keys[rank], tokens[rank], scaled[rank] = keys[rank - 1], tokens[rank - 1], scaled[rank - 1]
+        rank -= 1
+    keys[rank], tokens[rank], scaled[rank] = key, token, share
