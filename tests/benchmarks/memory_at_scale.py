@@ -59,7 +59,7 @@ STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, dict[str, Any]]]] =
         "output": {"scores": folder / "pathways.parquet"},
     },
     "measure_genes": lambda folder, config: {
-        "input": {"corpus": folder / "corpus.parquet", "cells": [folder / "cells.h5ad"]},
+        "input": {"corpus": folder / "corpus.parquet", "cells": [folder / "cells.h5ad"], "encoder": []},
         "params": {},
         "output": {"genes": folder / "genes.tsv"},
     },

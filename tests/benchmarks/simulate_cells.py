@@ -125,7 +125,8 @@ def main() -> None:
     )
     picks = rng.integers(len(types), size=given.cells)
     obs = describe(types[picks], given.donors, rng)
-    write_cells(given.path, vary_blocks(bank, picks, rng), obs, name_genes(given.genes), {"simulated": True})
+    blocks = vary_blocks(bank, picks, rng)
+    write_cells(given.path, blocks, [obs.index], obs, name_genes(given.genes), {"simulated": True})
     logging.info("%s: %d cells, %.2f GB", given.path, given.cells, given.path.stat().st_size / 1e9)
 
 

@@ -12,7 +12,8 @@ from scipy import sparse
 
 from cell2text import rank_tokens
 from cell2text.contracts import CELLS, GENES, TOKENS
-from cell2text.rank_tokens import measure_genes, median_of_each, rank_counts, rank_genes
+from cell2text.errors import InputError
+from cell2text.rank_tokens import join_genes, look_up_genes, measure_genes, median_of_each, rank_counts, rank_genes
 
 
 def write_cells(path, dataset, counts, genes):
@@ -35,7 +36,7 @@ def write_corpus(path, splits):
 
 
 def read_genes_table(path):
-    return pd.read_csv(path, sep="\t", keep_default_na=False)
+    return pd.read_csv(path, sep="\t", keep_default_na=False, float_precision="round_trip")
 
 
 def rank_by_loop(counts, token, median):
@@ -212,3 +213,39 @@ def test_a_gene_called_nan_keeps_its_name(tmp_path):
     measure_genes(corpus, [cells], tmp_path / "genes.tsv")
     rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
     assert [list(tokens) for tokens in TOKENS.read(tmp_path / "tokens.parquet")["tokens"]] == [[0, 1]]
+
+
+def write_dictionary(path, *rows):
+    pd.DataFrame(rows, columns=list(GENES)).to_csv(path, sep="\t", index=False)
+    return path
+
+
+def test_genes_of_one_token_are_summed_and_the_total_stays(tmp_path):
+    cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 4, 3, 2, 0], [0, 5, 0, 5, 9]], ["old", "B", "new", "C", "none"])
+    rows = [(7, "new", "N", 2.0), (7, "old", "N", 2.0), (4, "B", "B", 1.0), (5, "C", "C", 1.0), (6, "D", "D", 9.0)]
+    look_up_genes(write_dictionary(tmp_path / "d.tsv", *rows), [cells], tmp_path / "genes.tsv")
+    assert read_genes_table(tmp_path / "genes.tsv")["gene_id"].tolist() == ["B", "C", "new", "old"]
+    write_corpus(tmp_path / "corpus.parquet", {"a|0": "train", "a|1": "test"})
+    rank_genes(tmp_path / "corpus.parquet", cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
+    ranked = TOKENS.read(tmp_path / "tokens.parquet").set_index("cell_id")
+    # (1 + 3) / 2 ties with 2 / 1: the lower token first; the counts of "none" count in the total
+    assert ranked["tokens"]["a|0"].tolist() == [4, 5, 7] and ranked["tokens"]["a|1"].tolist() == [4, 5]
+    assert ranked["expression"]["a|0"] == pytest.approx(np.log1p([4e3, 2e3, 4e3]))
+    assert ranked["expression"]["a|1"][0] == pytest.approx(np.log1p(5e4 / 19))
+
+
+def test_genes_with_tokens_of_their_own_are_left_alone():
+    counts = sparse.random(20, 9, 0.5, "csr", random_state=0)
+    assert join_genes(counts, np.array([3, -1, 2, -1, 0, 7, 9, -1, 1])) is counts
+    joined = join_genes(counts, np.array([3, -1, 2, -1, 3, 7, 2, -1, 3]))
+    dense, whole = joined.toarray(), counts.toarray()
+    assert np.allclose(dense[:, 0], whole[:, [0, 4, 8]].sum(1)) and np.allclose(dense[:, 2], whole[:, [2, 6]].sum(1))
+    assert not dense[:, [4, 6, 8]].any() and np.array_equal(dense[:, [1, 3, 5, 7]], whole[:, [1, 3, 5, 7]])
+
+
+def test_a_dataset_that_the_encoder_does_not_know_is_told(tmp_path):
+    cells = write_cells(tmp_path / "a.h5ad", "a", [[1] * 12], [f"mouse{i}" for i in range(12)])
+    dictionary = write_dictionary(tmp_path / "d.tsv", (0, "mouse3", "mouse3", 1.0))
+    with pytest.raises(InputError, match=r"a.h5ad: var: the encoder knows 8.3% of the genes \(mouse0"):
+        look_up_genes(dictionary, [cells], tmp_path / "genes.tsv")
+    assert not (tmp_path / "genes.tsv").exists()

@@ -34,6 +34,12 @@ GENERATIONS = collect(
     "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
 )
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
+# The folder of an encoder that is fetched and not fitted; else no folder.
+FETCHED_ENCODER = [
+    "<resources>/models/{}".format(Path(config["encoder"]["source"]).name)
+    for kind in [config["encoder"]["kind"]]
+    if kind == "geneformer"
+]
 
 
 wildcard_constraints:

@@ -10,6 +10,7 @@ rule measure_genes:
     input:
         corpus="<results>/corpus/cells.parquet",
         cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
+        encoder=FETCHED_ENCODER,
     output:
         genes="<results>/genes.tsv",
     log:
@@ -60,6 +61,7 @@ rule fit_encoder:
         corpus="<results>/corpus/cells.parquet",
         genes="<results>/genes.tsv",
         tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
+        fetched=FETCHED_ENCODER,
     output:
         encoder=directory("<results>/encoder"),
     log:
@@ -71,7 +73,8 @@ rule fit_encoder:
     threads: 2
     resources:
         mem_mb=mem_from_input,
-        runtime=hours(1),
+        runtime=hours(12 if config["encoder"]["kind"] == "pretrain" else 1),
+        gpu=int(config["encoder"]["kind"] == "pretrain"),
     params:
         seed=lookup("seed", within=config),
         encoder=lookup("encoder", within=config),

@@ -28,3 +28,28 @@ rule fetch_language_model:
         "Fetching {wildcards.name}"
     script:
         "../scripts/fetch_language_model.py"
+
+
+rule fetch_encoder:
+    output:
+        directory("<resources>/models/{name}"),
+    log:
+        "<logs>/fetch_encoder/{name}.log",
+    benchmark:
+        "<benchmarks>/fetch_encoder/{name}.jsonl"
+    wildcard_constraints:
+        name="|".join(Path(encoder).name for encoder in FETCHED_ENCODER) or "none",
+    localrule: True
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=hours(1),
+    params:
+        source=lookup("encoder/source", within=config),
+        library=library_version("fetch_encoder.py"),
+    message:
+        "Fetching {wildcards.name}"
+    script:
+        "../scripts/fetch_encoder.py"

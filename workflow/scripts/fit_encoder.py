@@ -11,7 +11,7 @@ def main(snakemake):
         snakemake.input.genes,
         snakemake.input.tokens,
         snakemake.output.encoder,
-        settings=snakemake.params.encoder,
+        settings=snakemake.params.encoder | {"directory": next(iter(snakemake.input.fetched), None)},
         seed=snakemake.params.seed,
     )
 

@@ -1,12 +1,17 @@
-"""Give each gene a token and measure its typical expression in the training cells."""
+"""Give each gene a token and its typical expression: measured in the training cells, or as the encoder has it."""
+
+from pathlib import Path
 
 from cell2text.job import run_job
-from cell2text.rank_tokens import measure_genes
+from cell2text.rank_tokens import look_up_genes, measure_genes
 
 
 def main(snakemake):
     """Run the rule."""
-    measure_genes(snakemake.input.corpus, snakemake.input.cells, snakemake.output.genes)
+    if snakemake.input.encoder:
+        look_up_genes(Path(snakemake.input.encoder[0], "genes.tsv"), snakemake.input.cells, snakemake.output.genes)
+    else:
+        measure_genes(snakemake.input.corpus, snakemake.input.cells, snakemake.output.genes)
 
 
 if __name__ == "__main__":

@@ -190,10 +190,7 @@ def read_pooled(files: list[str], cell_ids: pd.Series) -> np.ndarray:
     InputError
         If a cell is in none of the files.
     """
-    parts = [EMBEDDINGS.read(path, ["pooled"]) for path in sorted(files)]
-    given = pd.Index([cell for _, cells in parts for cell in cells])
-    _refuse_missing(cell_ids, given, files)
-    return np.concatenate([tensors["pooled"] for tensors, _ in parts])[given.get_indexer(cell_ids)]
+    return EMBEDDINGS.read_cells(files, cell_ids, ["pooled"])["pooled"]
 
 
 def _refuse_missing(wanted: pd.Series, given: pd.Index, files: list[str]) -> None:

@@ -13,10 +13,9 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from scipy import sparse
 
-from cell2text.contracts import CELLS, whole_file
+from cell2text.contracts import CELLS, hash_ids, whole_file
 from cell2text.matrices import row_runs
 
 CELLS_AT_ONCE = 4096
@@ -39,7 +38,12 @@ give_memory_back()
 
 
 def write_cells(
-    path: str | Path, blocks: Iterable[sparse.csr_matrix], obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]
+    path: str | Path,
+    blocks: Iterable[sparse.csr_matrix],
+    ids: Iterable[np.ndarray],
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    uns: dict[str, Any],
 ) -> None:
     """Write an h5ad whole, its counts as they come.
 
@@ -49,14 +53,15 @@ def write_cells(
         Where to write.
     blocks
         Counts of the cells, in the order of ``obs``, over the genes of ``var``; float32. Only one is held.
+    ids
+        Ids of the cells, some at a time; the index of ``obs`` is not looked at.
     obs, var, uns
-        As in AnnData, ``obs`` best with an index as ``read_ids`` gives it. They are written after the blocks,
-        which may still add to ``uns``.
+        As in AnnData. They are written after the blocks, which may still add to ``uns``.
 
     Raises
     ------
     ValueError
-        If the blocks do not hold one row for each cell and one column for each gene.
+        If the blocks do not hold one row for each cell and one column for each gene, or the ids are not as many.
     """
     with whole_file(path) as unfinished, h5py.File(unfinished, "w") as file:
         for key, value in {"encoding-type": "anndata", "encoding-version": "0.1.0"}.items():
@@ -82,22 +87,24 @@ def write_cells(
         _check_space(path, obs.memory_usage(deep=True).sum())
         for name, part in {"obs": obs.reset_index(drop=True), "var": var, "uns": uns}.items():
             ad.io.write_elem(file, name, part)
-        _write_ids(file["obs"], obs.index)
+        _write_ids(file["obs"], ids, len(obs))
         for name in ("layers", "obsm", "obsp", "varm", "varp"):
             ad.io.write_elem(file, name, {})
 
 
-def _write_ids(obs: h5py.Group, ids: pd.Index) -> None:
+def _write_ids(obs: h5py.Group, ids: Iterable[np.ndarray], cells: int) -> None:
     """Put the cells' ids in the place of the row numbers that AnnData wrote."""
-    numbers = obs[obs.attrs["_index"]]
-    marks = dict(numbers.attrs) | {"encoding-type": "string-array"}
+    marks = dict(obs[obs.attrs["_index"]].attrs) | {"encoding-type": "string-array"}
     del obs[obs.attrs["_index"]]
-    obs.attrs["_index"] = ids.name or "_index"
-    # the heap of HDF5 keeps texts as they are, so nothing is lost by not compressing their addresses
-    written = obs.create_dataset(obs.attrs["_index"], (len(ids),), h5py.string_dtype())
+    obs.attrs["_index"] = "cell_id"
+    written = obs.create_dataset("cell_id", (cells,), h5py.string_dtype())
     written.attrs.update(marks)
-    for start in range(0, len(ids), IDS_AT_ONCE):
-        written[start : start + IDS_AT_ONCE] = ids[start : start + IDS_AT_ONCE].to_numpy(dtype=object)
+    start = 0
+    for some in ids:
+        written[start : start + len(some)] = np.asarray(some, dtype=object)
+        start += len(some)
+    if start != cells:
+        raise ValueError(f"{start} ids for {cells} cells")
 
 
 def _check_space(path: str | Path, needed: int) -> None:
@@ -158,11 +165,6 @@ def find_cells(path: str | Path, corpus_file: str | Path, split: str | None = No
     return np.concatenate(found)
 
 
-def hash_ids(ids: pd.Series | np.ndarray) -> np.ndarray:
-    """Return 64 bits of each id (uint64), the same on every machine."""
-    return pd.util.hash_array(np.asarray(ids, dtype=object), categorize=False)
-
-
 def id_parts(path: str | Path) -> Iterator[np.ndarray]:
     """Yield the ids of the cells of an h5ad, in order, some at a time: Python's strings take 90 bytes each."""
     with h5py.File(path, "r") as file:
@@ -171,15 +173,16 @@ def id_parts(path: str | Path) -> Iterator[np.ndarray]:
             yield names[start : start + IDS_AT_ONCE]
 
 
-def read_ids(path: str | Path, rows: np.ndarray | slice = slice(None)) -> pd.Index:
-    """Return the ids of some cells of an h5ad (rows as numpy takes them), held by Arrow at 30 bytes each."""
-    parts = pa.chunked_array([pa.array(ids, pa.large_string()) for ids in id_parts(path)], pa.large_string())
-    ids = pd.array(parts, dtype="string[pyarrow]")[rows]
-    return pd.Index(ids, name="cell_id")
+def kept_ids(path: str | Path, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the ids of some cells of an h5ad, in order, some at a time; ``rows`` is a bool for each of its cells."""
+    start = 0
+    for ids in id_parts(path):
+        yield ids[rows[start : start + len(ids)]]
+        start += len(ids)
 
 
 def read_obs(path: str | Path, columns: Iterable[str] | None = None) -> pd.DataFrame:
-    """Return columns of ``obs`` of an h5ad, all by default, without the cells' ids: see ``read_ids``."""
+    """Return columns of ``obs`` of an h5ad, all by default, without the cells' ids."""
     with h5py.File(path, "r") as file:
         obs = file["obs"]
         wanted = obs.attrs["column-order"] if columns is None else columns

@@ -257,7 +257,7 @@ def fetch_shard(cells_file: str | Path, source: str, shard: int, shards: int, pa
     with open_census(source) as human:
         genes = read_genes(human, source)
         blocks = read_counts(human, cells["soma_joinid"].to_numpy(), obs.index, genes, source)
-        write_cells(path, blocks, obs, genes.genes, {"source": source})
+        write_cells(path, blocks, [obs.index], obs, genes.genes, {"source": source})
     log.info("%s: shard %d, %d cells, %d genes", source, shard, len(obs), len(genes.genes))
 
 

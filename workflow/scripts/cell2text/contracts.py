@@ -122,7 +122,7 @@ class TableContract:
                 writer.write_table(rows)
                 if self.key:
                     # of ten million different keys two have the same 64 bits once in 400,000 tables
-                    keys.append(pd.util.hash_array(rows[self.key].to_numpy(), categorize=False))
+                    keys.append(hash_ids(rows[self.key].to_numpy()))
             hashes = np.concatenate(keys)
             keys.clear()
             hashes.sort()
@@ -169,10 +169,15 @@ class TableContract:
         InputError
             If the file is not the table that this contract describes.
         """
+        for part in self.read_arrow_parts(path, columns):
+            yield part.to_pandas()
+
+    def read_arrow_parts(self, path: str | Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the parts as Arrow has them; see :meth:`read_parts`."""
         self._check_file(path)
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=columns).to_pandas()
+                yield file.read_row_group(group, columns=columns)
 
     def _check_file(self, path: str | Path) -> None:
         schema = pq.read_schema(path)
@@ -189,6 +194,11 @@ class TableContract:
         surplus = [name for name in names if name not in self.columns]
         if missing or (surplus and self.rest is None):
             raise ValueError(f"{path}: not {self.what}: missing {missing}, surplus {surplus}")
+
+
+def hash_ids(ids: np.ndarray | pd.Series) -> np.ndarray:
+    """Return 64 bits of each id (uint64), the same on every machine."""
+    return pd.util.hash_array(np.asarray(ids), categorize=False)
 
 
 def _as_arrow(rows: pd.DataFrame | pa.Table, schema: pa.Schema) -> pa.Table:
@@ -209,10 +219,13 @@ class TensorContract:
         What the file holds, for messages.
     tensors
         Type and number of dimensions of each tensor.
+    further
+        Alike, of tensors that a file may hold or not.
     """
 
     what: str
     tensors: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
+    further: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
 
     def write(self, tensors: dict[str, np.ndarray], cell_ids: list[str], path: str | Path) -> None:
         """Check tensors and write them whole.
@@ -253,11 +266,33 @@ class TensorContract:
             raise InputError(path, str(error), "Delete the file and run the workflow again") from error
         return tensors, cell_ids
 
+    def read_cells(
+        self, paths: Iterable[str | Path], cell_ids: Iterable[str], names: Iterable[str]
+    ) -> dict[str, np.ndarray]:
+        """Return the named tensors for the given cells, in their order, from any number of files.
+
+        Raises
+        ------
+        InputError
+            If a cell is in none of the files.
+        """
+        paths, names, cell_ids = sorted(map(str, paths)), list(names), pd.Index(cell_ids)
+        parts = [self.read(path, names) for path in paths]
+        row = pd.Index([cell for _, cells in parts for cell in cells]).get_indexer(cell_ids)
+        if (row < 0).any():
+            raise InputError(
+                ", ".join(paths),
+                f"{(row < 0).sum()} described cells are missing, such as {cell_ids[row < 0][0]}",
+                "Delete the files and run the workflow again",
+            )
+        return {name: np.concatenate([tensors[name] for tensors, _ in parts])[row] for name in names}
+
     def _check(self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, some: bool = False) -> None:
-        if not some and set(tensors) != set(self.tensors):
+        known = self.tensors | self.further
+        if not set(tensors) <= set(known) or not (some or set(self.tensors) <= set(tensors)):
             raise ValueError(f"{path}: not {self.what}: has {sorted(tensors)}, not {sorted(self.tensors)}")
         for name, tensor in tensors.items():
-            dtype, dimensions = self.tensors[name]
+            dtype, dimensions = known[name]
             if tensor.dtype != dtype or tensor.ndim != dimensions or len(tensor) != cells:
                 raise ValueError(
                     f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, not {dtype} with {dimensions} "
@@ -338,6 +373,7 @@ EMBEDDINGS = TensorContract(
         "lengths": (np.dtype("int32"), 1),
         "pooled": (np.dtype("float32"), 2),
     },
+    further={"cls": (np.dtype("float32"), 2)},
 )
 # What a method says of a cell. Generations and baselines share it, so one evaluation scores them all.
 PREDICTIONS = TableContract(

@@ -13,9 +13,9 @@ from cellxgene_ontology_guide.entities import CuratedOntologyTermList
 from pandas.api.types import union_categoricals
 
 from cell2text.audit import audit_split
-from cell2text.cell_files import hash_ids, id_parts, read_obs
+from cell2text.cell_files import id_parts, read_obs
 from cell2text.cell_labels import CELLXGENE
-from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, whole_file, write_json
+from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, hash_ids, whole_file, write_json
 from cell2text.duplicates import find_pairs, hash_counts, join_cells
 from cell2text.errors import InputError
 from cell2text.ontology import live_terms

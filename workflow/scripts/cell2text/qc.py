@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from cell2text.cell_files import id_parts, read_blocks, read_ids, read_obs, write_cells
+from cell2text.cell_files import id_parts, kept_ids, read_blocks, read_obs, write_cells
 from cell2text.contracts import QC, whole_file, write_json
 from cell2text.errors import InputError
 from cell2text.genes import MITOCHONDRIAL
@@ -95,8 +95,10 @@ def filter_cells(
     kept = _judge_file(Path(cells_file), table_file, summary_file, plot_file, limits, own_limits or {}, seed)
     with h5py.File(cells_file, "r") as file:
         var, uns = (ad.io.read_elem(file[part]) for part in ("var", "uns"))
-    obs = _drop_unused_categories(read_obs(cells_file)[kept]).set_axis(read_ids(cells_file, kept))
-    write_cells(kept_file, (block for _, block in read_blocks(cells_file, kept)), obs, var, uns)
+    obs = _drop_unused_categories(read_obs(cells_file)[kept])
+    write_cells(
+        kept_file, (block for _, block in read_blocks(cells_file, kept)), kept_ids(cells_file, kept), obs, var, uns
+    )
 
 
 def _judge_file(

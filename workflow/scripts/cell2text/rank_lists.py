@@ -1,15 +1,105 @@
-"""Lists of ranked genes as arrays, without a loop over cells."""
+"""Cells as lists of ranked genes, in flat arrays: read a part at a time, without a loop over cells."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import scipy.sparse
+
+from cell2text.contracts import CELLS, TOKENS, hash_ids
 
 
-def flatten(lists: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of all lists one after another, and where each list starts, as CSR matrices have it."""
-    lengths = lists.str.len().to_numpy(dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    values = np.concatenate(lists.to_list()) if len(lists) else np.empty(0)
-    return values, offsets
+@dataclass(frozen=True)
+class RankedCells:
+    """Some cells, the ranked genes of one after those of another.
+
+    Parameters
+    ----------
+    cell_ids
+        str (cells,).
+    tokens, expression
+        Ranked genes of all cells, int32, and log1p of their counts per 10,000, float32; (genes of all cells,).
+    offsets
+        Where each cell starts in them and the last one ends, int64 (cells + 1,).
+    """
+
+    cell_ids: np.ndarray
+    tokens: np.ndarray
+    expression: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "RankedCells":
+        """Return the rows of a table of ``contracts.TOKENS``."""
+        ids = table["cell_id"].to_numpy()
+        tokens, expression = (table[name].combine_chunks() for name in ("tokens", "expression"))
+        offsets = np.asarray(tokens.offsets, dtype=np.int64)
+        return cls(ids, np.asarray(tokens.flatten()), np.asarray(expression.flatten()), offsets - offsets[0])
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Ranked genes of each cell, int64 (cells,)."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: np.ndarray) -> "RankedCells":
+        """Return the cells that a bool (cells,) marks."""
+        of_gene = np.repeat(rows, self.lengths)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
+        return RankedCells(self.cell_ids[rows], self.tokens[of_gene], self.expression[of_gene], offsets)
+
+    def matrix(self, genes: int) -> scipy.sparse.csr_matrix:
+        """Return the expression as float32 (cells, genes), columns by token."""
+        return scipy.sparse.csr_matrix((self.expression, self.tokens, self.offsets), shape=(len(self), genes))
+
+
+@dataclass(frozen=True)
+class RankedSplit:
+    """The cells of one split, read from files a part at a time, as often as they are asked for.
+
+    Parameters
+    ----------
+    files
+        Of ``contracts.TOKENS``.
+    corpus
+        File of ``contracts.CELLS``.
+    split
+        Which cells to yield.
+    genes
+        Tokens count from 0 to one less than this.
+    """
+
+    files: list[str | Path]
+    corpus: str | Path
+    split: str
+    genes: int
+
+    def __iter__(self) -> Iterator[RankedCells]:
+        wanted = np.sort(hash_ids(self._corpus()["cell_id"].to_numpy()))
+        for path in self.files:
+            for table in TOKENS.read_arrow_parts(path):
+                cells = RankedCells.of(table)
+                hashed = hash_ids(cells.cell_ids)
+                place = np.minimum(np.searchsorted(wanted, hashed), max(len(wanted) - 1, 0))
+                rows = wanted[place] == hashed if len(wanted) else np.zeros(len(cells), dtype=bool)
+                if rows.any():
+                    yield cells if rows.all() else cells.take(rows)
+
+    def __len__(self) -> int:
+        return len(self._corpus())
+
+    def cell_types(self) -> dict[str, str]:
+        """Return the Cell Ontology id of each cell that has one, by cell id."""
+        known = self._corpus(["cell_type_id"]).to_pandas().dropna()
+        return dict(zip(known["cell_id"], known["cell_type_id"], strict=True))
+
+    def _corpus(self, columns: list[str] | None = None) -> pa.Table:
+        table = CELLS.read_arrow(self.corpus, ["cell_id", "split", *(columns or [])])
+        return table.filter(pa.compute.equal(table["split"], self.split)).drop_columns("split")
 
 
 def pad(values: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -18,7 +108,7 @@ def pad(values: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray
     Parameters
     ----------
     values, offsets
-        As :func:`flatten` gives them.
+        All lists one after another, and where each starts, as in :class:`RankedCells`.
     width
         Values to keep a list.
 

@@ -17,11 +17,13 @@ from scipy import sparse
 
 from cell2text.cell_files import find_cells, read_blocks, read_genes
 from cell2text.contracts import GENES, TOKENS, whole_file
+from cell2text.errors import InputError
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.rank_tokens")
 
 SCALE = 1e4
+FEWEST_KNOWN = 0.1  # of a dataset's genes, that an encoder must know
 CELLS_A_RUN = 256  # that one thread ranks at a time: milliseconds
 Values = tuple[np.ndarray, np.ndarray]  # genes by position, and a positive float32 of each
 
@@ -59,6 +61,46 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
     log.info("%d of %d genes are seen in training", len(seen), len(genes))
     with whole_file(path) as unfinished:
         seen.assign(token=np.arange(len(seen)))[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+
+
+def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
+    """Write the tokens and medians that an encoder's dictionary gives the genes of some files.
+
+    Parameters
+    ----------
+    dictionary
+        The encoder's gene table (``contracts.GENES``), with a row for each name of a gene.
+    cell_files
+        Filtered counts of each dataset.
+    path
+        Where to write the rows of the genes that any of them measures, under the names that it uses.
+
+    Raises
+    ------
+    InputError
+        If the encoder knows less than a tenth of a dataset's genes.
+    """
+    known = read_gene_tokens(dictionary)
+    cell_files = list(cell_files)
+    for file in cell_files:
+        genes = read_genes(file).index
+        share = genes.isin(known.index).mean()
+        log.info("%s: the encoder knows %.1f%% of %d genes", Path(file).stem, 100 * share, len(genes))
+        if share < FEWEST_KNOWN:
+            raise InputError(
+                f"{file}: var",
+                f"the encoder knows {share:.1%} of the genes ({genes[0]}, ...)",
+                "Give Ensembl ids, or a gene table under `genes` in the config",
+            )
+    measured = name_genes(cell_files)
+    with whole_file(path) as unfinished:
+        seen = known[known.index.isin(measured.index)].reset_index().sort_values(["token", "gene_id"])
+        seen[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+
+
+def read_gene_tokens(path: str | Path) -> pd.DataFrame:
+    """Return a gene table (``contracts.GENES``) indexed by ``gene_id``."""
+    return pd.read_csv(path, sep="\t", keep_default_na=False, float_precision="round_trip").set_index("gene_id")
 
 
 def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
@@ -138,14 +180,15 @@ def rank_genes(
     threads
         How many to rank with; they change nothing in the result.
     """
-    genes = pd.read_csv(genes_file, sep="\t", keep_default_na=False).set_index("gene_id")
+    genes = read_gene_tokens(genes_file)
     token = genes["token"].reindex(read_genes(cells_file).index).fillna(-1).to_numpy(dtype=np.int32)
-    median = genes["median"].to_numpy()
+    median = np.full(genes["token"].max() + 1, np.nan)
+    median[genes["token"]] = genes["median"]
 
     def rank() -> Iterator[pa.Table]:
         cells = ranked = 0
         for ids, counts in read_blocks(cells_file, find_cells(cells_file, corpus_file)):
-            tokens, expression, ends = rank_counts(counts, token, median, threads)
+            tokens, expression, ends = rank_counts(join_genes(counts, token), token, median, threads)
             starts = pa.array(np.concatenate([[0], ends]), pa.int32())
             lists = [pa.ListArray.from_arrays(starts, values) for values in (tokens, expression)]
             yield pa.table([pa.array(ids, pa.string()), *lists], names=list(TOKENS.columns))
@@ -155,13 +198,35 @@ def rank_genes(
     TOKENS.write_parts(rank(), path)
 
 
+def join_genes(counts: sparse.csr_matrix, token: np.ndarray) -> sparse.csr_matrix:
+    """Return counts in which the first of the genes of one token has the sum of all of them, and the others none.
+
+    Old and new ids, or several symbols, may stand for one gene of an encoder's dictionary.
+
+    Parameters
+    ----------
+    counts
+        Cells by genes of the file.
+    token
+        Token of each gene of the file; -1 for one that has none.
+    """
+    _, first, own = np.unique(token, return_index=True, return_inverse=True)
+    gene = np.where(token >= 0, first[own], np.arange(len(token))).astype(counts.indices.dtype)
+    if (gene == np.arange(len(gene))).all():
+        return counts
+    joined = sparse.csr_matrix((counts.data, gene[counts.indices], counts.indptr), shape=counts.shape, copy=True)
+    joined.sum_duplicates()
+    return joined
+
+
 def rank_counts(
     counts: sparse.csr_matrix, token: np.ndarray, median: np.ndarray, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the genes of each cell, the highest count per 10,000 over the gene's median first.
 
-    Quotients are compared as float64, and of two genes with equal ones, that with the lower token stands
-    first.
+    This is the order of Geneformer's tokenizer: count / total * 10,000 / median in float64, in this order of
+    operations. Of two genes with equal quotients, whose order that tokenizer leaves to chance, the one with the lower
+    token stands first.
 
     Parameters
     ----------

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS, read_json, whole_file
-from cell2text.embedding import read_embeddings
+from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS, read_json, whole_file
+from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.model.alignment import LabelTargets
-from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, pick_device, read_vectors, save
+from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, read_vectors, save
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.progress import Progress
 from cell2text.provenance import hash_config, hash_file
@@ -372,7 +372,7 @@ def finetune(
     texts = DESCRIPTIONS.read(descriptions)
     training_rows = texts[texts["split"] == "train"]
     ids = training_rows["cell_id"].to_list()
-    dimensions = read_embeddings(embeddings, ids[:1], ["pooled"])["pooled"].shape[1]
+    dimensions = EMBEDDINGS.read_cells(embeddings, ids[:1], ["pooled"])["pooled"].shape[1]
     lora = {"r": settings["lora_rank"], "lora_alpha": settings["lora_alpha"]}
     model = build(language_model, projector, dimensions, lora, device)
     classes = sorted(training_rows["cell_type_id"].dropna().unique())

@@ -1,27 +1,40 @@
-"""Encoders by name: each turns a cell's ranked genes into one vector a gene and a pooled vector.
+"""Encoders by name: each turns a cell's ranked genes into one vector a gene and vectors of the whole cell.
 
 A new encoder is one module with a class like :class:`Encoder`, and one line in ``ENCODERS``.
 """
 
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
-import scipy.sparse
 
 from cell2text.contracts import read_json
-from cell2text.encoders.coexpression import Coexpression
+from cell2text.rank_lists import RankedCells, RankedSplit
 
 
 class Encoder(Protocol):
     """What every encoder can do."""
 
-    dimensions: int
+    dimensions: int  # of a gene's vector
 
     @classmethod
-    def fit(cls, cells: scipy.sparse.csr_matrix, settings: dict, seed: int) -> "Encoder":
-        """Learn from training cells, (cells, genes) of log1p of counts per 10,000."""
+    def fit(
+        cls, train: RankedSplit, validation: RankedSplit, settings: dict[str, Any], seed: int, checkpoints: Path
+    ) -> "Encoder":
+        """Learn from training cells.
+
+        Parameters
+        ----------
+        train, validation
+            Cells to learn from, and to choose by.
+        settings
+            The config's ``encoder`` section.
+        seed
+            Of anything random.
+        checkpoints
+            Folder for what a killed run goes on from; it need not exist.
+        """
 
     def save(self, directory: Path) -> None:
         """Write what was learnt into an existing directory."""
@@ -30,14 +43,31 @@ class Encoder(Protocol):
     def load(cls, directory: Path) -> "Encoder":
         """Read what :meth:`save` wrote."""
 
-    def embed(self, ranked: pd.DataFrame, top_k: int) -> dict[str, np.ndarray]:
-        """Return the tensors of ``contracts.EMBEDDINGS`` for rows of ``contracts.TOKENS``."""
+    def embed(self, cells: RankedCells, top_k: int) -> dict[str, np.ndarray]:
+        """Return the tensors of ``contracts.EMBEDDINGS`` for some cells.
+
+        Parameters
+        ----------
+        cells
+            Their ranked genes.
+        top_k
+            Gene vectors to keep of a cell, those of its highest ranked genes.
+        """
 
 
-ENCODERS: dict[str, type[Encoder]] = {"coexpression": Coexpression}
+ENCODERS = {
+    "coexpression": "coexpression.Coexpression",
+    "geneformer": "geneformer.Geneformer",
+    "pretrain": "pretrain.Pretrained",
+}
+
+
+def encoder_class(kind: str) -> type[Encoder]:
+    """Return the class of an encoder; only its own module is imported."""
+    module, name = ENCODERS[kind].split(".")
+    return getattr(import_module(f"cell2text.encoders.{module}"), name)
 
 
 def load_encoder(directory: str | Path) -> Encoder:
     """Return the encoder that a directory holds."""
-    kind = read_json(Path(directory) / "encoder.json")["kind"]
-    return ENCODERS[kind].load(Path(directory))
+    return encoder_class(read_json(Path(directory) / "encoder.json")["kind"]).load(Path(directory))

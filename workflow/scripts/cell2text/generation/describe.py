@@ -9,9 +9,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cell2text.contracts import CELLS, PREDICTIONS, TERM_SLOTS, TERMS, write_jsonl
+from cell2text.contracts import CELLS, EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS, write_jsonl
 from cell2text.descriptions import Terms, parse
-from cell2text.embedding import shard_cells
 from cell2text.generation.greedy import Written, write_texts
 from cell2text.model.cell2text import Cell2Text, load, read_vectors
 from cell2text.progress import Progress
@@ -142,5 +141,5 @@ def describe_shuffled(
 def cells_in(embeddings: list[str], corpus: str, split: str) -> pd.DataFrame:
     """Return the cells of a split that the given shards of embeddings hold, in corpus order."""
     cells = CELLS.read(corpus, ["cell_id", "split"])
-    here = {cell for path in embeddings for cell in shard_cells(path)}
+    here = {cell for path in embeddings for cell in EMBEDDINGS.read(path, [])[1]}
     return cells[(cells["split"] == split) & cells["cell_id"].isin(here)]

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cell2text.contracts import read_json, write_json
-from cell2text.embedding import read_embeddings
+from cell2text.contracts import EMBEDDINGS, read_json, write_json
+from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.model.fused import FusedLora, fuse_norms, join_siblings
 from cell2text.model.loss import TextLoss
@@ -175,11 +175,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def pick_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def load_language_model(
     directory: str | Path, device: torch.device, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -302,5 +297,5 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
 
 def read_vectors(embeddings: list[str], cell_ids: list[str], model: Cell2Text) -> tuple[Tensor, Tensor]:
     """Return what the model's projector reads of each cell: float32 vectors and int64 lengths."""
-    tensors = read_embeddings(embeddings, cell_ids, [model.projector.reads, "lengths"])
+    tensors = EMBEDDINGS.read_cells(embeddings, cell_ids, [model.projector.reads, "lengths"])
     return torch.from_numpy(tensors[model.projector.reads]).float(), torch.from_numpy(tensors["lengths"]).long()

@@ -1,0 +1,284 @@
+"""Axes found part by part are the exact principal axes; how they are kept is chosen on validation cells."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
+from sklearn.decomposition import PCA
+
+from cell2text.contracts import CELLS, TOKENS, read_json
+from cell2text.encoders import coexpression, load_encoder
+from cell2text.encoders.coexpression import Coexpression, choose_candidate, find_axes
+from cell2text.errors import InputError
+from cell2text.rank_lists import RankedCells, RankedSplit
+
+
+def rank(expression, start=0):
+    """Return rows of ``contracts.TOKENS``: of each cell the genes above 0, the highest first."""
+    tokens = [np.argsort(-row, kind="stable")[: np.count_nonzero(row)].astype(np.int32) for row in expression]
+    return pd.DataFrame(
+        {
+            "cell_id": [f"a|{start + i}" for i in range(len(expression))],
+            "tokens": tokens,
+            "expression": [row[order] for row, order in zip(expression, tokens, strict=True)],
+        }
+    )
+
+
+def write_cells(directory, expression, types=None, splits="train", ends=()):
+    """Write cells, cut into parts at ``ends``, and return their training and validation split."""
+    expression = np.asarray(expression, dtype=np.float32)
+    edges = [0, *ends, len(expression)]
+    parts = (rank(expression[first:last], first) for first, last in zip(edges[:-1], edges[1:], strict=True))
+    TOKENS.write_parts(parts, directory / "tokens.parquet")
+    table = pd.DataFrame({"cell_id": [f"a|{i}" for i in range(len(expression))], "split": splits})
+    table["cell_type_id"] = types
+    for column in CELLS.columns:
+        table[column] = table.get(column)
+    CELLS.write(table[list(CELLS.columns)], directory / "corpus.parquet")
+    return [
+        RankedSplit([directory / "tokens.parquet"], directory / "corpus.parquet", split, expression.shape[1])
+        for split in ("train", "validation")
+    ]
+
+
+def simulate(cells, genes, programmes, seed=0):
+    """Return expression of ``programmes`` gene programmes of falling strength, and noise; a third is 0."""
+    rng = np.random.default_rng(seed)
+    strength = 3 * 0.8 ** np.arange(programmes)
+    values = rng.normal(size=(cells, programmes)) * strength @ rng.normal(size=(programmes, genes)) / np.sqrt(genes)
+    values += 2 + rng.normal(scale=0.1, size=values.shape)
+    return np.where(rng.random(values.shape) < 1 / 3, 0, np.maximum(values, 0)).astype(np.float32)
+
+
+def fit(splits, dimensions, seed=0):
+    return Coexpression.fit(*splits, {"dimensions": dimensions}, seed, None)
+
+
+def of_types(informative, loud, seed=0, cells=240):
+    """Return cells of two types: their genes differ in gene 0, and ``loud`` genes vary whatever the type."""
+    rng = np.random.default_rng(seed)
+    types = np.arange(cells) % 2
+    expression = 5 + rng.normal(size=(cells, 1 + len(loud))) * [0.3, *loud]
+    expression[:, 0] += informative * types
+    splits = np.where(np.arange(cells) % 3 == 2, "validation", "train")
+    return expression, np.array(["CL:0", "CL:1"])[types], splits
+
+
+@pytest.mark.parametrize(
+    ("cells", "genes", "dimensions"),
+    [(120, 300, 12), (300, 120, 12), (40, 20, 19), (9, 200, 8), (200, 700, 30)],
+)
+def test_axes_are_those_of_the_exact_solution(tmp_path, cells, genes, dimensions):
+    expression = simulate(cells, genes, dimensions)
+    splits = write_cells(tmp_path, expression, ends=[cells // 3, cells // 2])
+    axes, mean, deviations = find_axes(splits[0], dimensions, 0)
+    exact = PCA(dimensions, svd_solver="full").fit(expression.astype(float))
+    np.testing.assert_allclose(mean, exact.mean_, atol=1e-6)
+    np.testing.assert_allclose(deviations * np.sqrt(cells - 1), exact.singular_values_, rtol=1e-4)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(dimensions), atol=1e-10)
+    for leading in (1, dimensions // 2, dimensions):
+        angles = subspace_angles(axes[:, :leading], exact.components_[:leading].T)
+        assert np.cos(angles).min() > 0.999
+    places = expression @ axes
+    np.testing.assert_allclose(places.std(axis=0, ddof=1), deviations, rtol=1e-6)
+
+
+def test_axes_by_hand(tmp_path):
+    # gene 0 is 1 or 3, gene 1 is 1 or 2, each independent of the other; gene 2 does not vary
+    expression = [[1, 1, 4], [1, 2, 4], [3, 1, 4], [3, 2, 4]]
+    axes, mean, deviations = find_axes(write_cells(tmp_path, expression)[0], 5, 0)
+    np.testing.assert_allclose(axes, [[1, 0], [0, 1], [0, 0]], atol=1e-12)
+    np.testing.assert_allclose(mean, [2, 1.5, 4])
+    np.testing.assert_allclose(deviations, [np.sqrt(4 / 3), np.sqrt(1 / 3)])
+
+
+@settings(deadline=None, max_examples=10)
+@given(ends=st.lists(st.integers(1, 59), unique=True, max_size=8).map(sorted))
+def test_parts_change_nothing(tmp_path_factory, ends):
+    expression = simulate(60, 90, 8)
+    whole = find_axes(write_cells(tmp_path_factory.mktemp("whole"), expression)[0], 8, 3)
+    cut = find_axes(write_cells(tmp_path_factory.mktemp("cut"), expression, ends=ends)[0], 8, 3)
+    for one, other in zip(whole, cut, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_largest_entries_are_positive_whatever_the_seed(tmp_path):
+    train, _ = write_cells(tmp_path, simulate(80, 150, 6))
+    axes = [find_axes(train, 6, seed)[0] for seed in range(4)]
+    for found in axes:
+        assert (found[np.abs(found).argmax(axis=0), np.arange(6)] > 0).all()
+        np.testing.assert_allclose(found, axes[0], atol=1e-3)
+    assert (find_axes(train, 6, 1)[0] == axes[1]).all()
+
+
+def test_few_genes_need_few_passes(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for genes, passes in ((14, 1), (15, 2), (28, 2), (300, coexpression.PASSES)):
+        find_axes(write_cells(tmp_path / str(genes), simulate(40, genes, 4))[0], 4, 0)
+        assert f" of {40 * passes} cells read" in caplog.messages[-1]
+
+
+def test_there_are_fewer_axes_than_cells_and_than_genes(tmp_path):
+    for cells, genes in ((5, 30), (30, 5)):
+        directory = tmp_path / str(cells)
+        assert fit(write_cells(directory, simulate(cells, genes, 4)), 64).axes.shape == (genes, 4)
+
+
+def test_axes_along_which_no_cell_varies_are_dropped(tmp_path):
+    expression = np.repeat(simulate(4, 30, 3), 5, axis=0)
+    assert fit(write_cells(tmp_path, expression), 10).dimensions == 3
+
+
+def test_cells_that_are_all_alike_are_refused(tmp_path):
+    for count in (1, 6):
+        with pytest.raises(InputError, match="do not differ"):
+            fit(write_cells(tmp_path / str(count), np.repeat(simulate(1, 30, 3), count, axis=0)), 4)
+
+
+def test_only_training_cells_are_learnt_from(tmp_path):
+    expression, types, splits = of_types(1, [1] * 12)
+    train = expression[splits == "train"]
+    found = find_axes(write_cells(tmp_path, expression, types, splits, ends=[7, 100])[0], 4, 0)
+    exact = PCA(4, svd_solver="full").fit(train.astype(np.float32).astype(float))
+    np.testing.assert_allclose(found[1], train.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found[2] ** 2, exact.explained_variance_, rtol=1e-6)
+
+
+def test_gene_vectors_less_the_centre_are_the_pooled_vector(tmp_path, monkeypatch):
+    monkeypatch.setattr(coexpression, "choose_candidate", lambda candidates: candidates[1])
+    expression, types, splits = of_types(1, [1, 0.5] * 10)
+    train, validation = write_cells(tmp_path, expression, types, splits)
+    encoder = fit((train, validation), 16)
+    assert encoder.whitened
+    (cells,) = train
+    vectors = encoder.embed(cells, 21)
+    np.testing.assert_allclose(
+        vectors["gene_vectors"].astype(float).sum(axis=1) - encoder.centre, vectors["pooled"], atol=0.05
+    )
+    assert vectors["pooled"].dtype == np.float32
+    # whitened: no axis of the training cells is larger than another, and none tells of another
+    np.testing.assert_allclose(vectors["pooled"].mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(vectors["pooled"].T), np.eye(16), atol=1e-3)
+
+
+def test_what_was_saved_is_read_again(tmp_path):
+    expression, types, splits = of_types(1, [1] * 40)
+    encoder = fit(write_cells(tmp_path, expression, types, splits), 20)
+    encoder.save(tmp_path)
+    about = read_json(tmp_path / "encoder.json")
+    assert about["kind"] == "coexpression"
+    assert about["dimensions"] == encoder.dimensions and about["whitened"] == encoder.whitened
+    assert [(one["dimensions"], one["whitened"]) for one in about["candidates"]] == [
+        (20, False), (20, True), (10, False), (10, True),
+    ]  # fmt: skip
+    again = load_encoder(tmp_path)
+    assert (again.axes == encoder.axes).all() and (again.centre == encoder.centre).all()
+    again.save(tmp_path / "..")
+    assert read_json(tmp_path / ".." / "encoder.json") == about
+
+
+def test_axes_that_mislead_are_cut_off(tmp_path):
+    # one label in five is wrong, and with 60 training cells the axes behind the first explain the wrong ones
+    expression, types, _ = of_types(20, [2] * 60, cells=600)
+    types = np.where(np.random.default_rng(1).random(600) < 0.2, types[::-1], types)
+    splits = np.where(np.arange(600) < 60, "train", "validation")
+    encoder = fit(write_cells(tmp_path, expression + 20, types, splits), 40)
+    scores = {(one["dimensions"], one["whitened"]): one["log_likelihood"] for one in encoder.candidates}
+    assert encoder.dimensions == 10 and not encoder.whitened
+    assert scores[10, False] > scores[20, False] > scores[40, False] > scores[40, True]
+
+
+def test_whitening_is_chosen_where_a_small_axis_tells_the_types(tmp_path):
+    # beside genes of a spread 50 times as large, the one that tells the types is all but shrunk away
+    for loud, whitened in ((40, True), (0.3, False)):
+        expression, types, splits = of_types(1.2, [loud] * 7 + [0.01], cells=600)
+        encoder = fit(write_cells(tmp_path / str(loud), expression + 200, types, splits), 8)
+        assert encoder.dimensions == 8 and encoder.whitened == whitened
+
+
+def test_scores_are_paired_and_near_ones_tie():
+    def candidate(behind, error):
+        return {"behind": behind, "standard_error": error}
+
+    candidates = [candidate(0.3, 0.2), candidate(0.2, 0.2), candidate(0.1, 0.2), candidate(0.0, 0.0)]
+    assert choose_candidate(candidates) is candidates[1]
+    assert choose_candidate([candidate(0.3, 0.2), candidate(0.0, 0.0)])["behind"] == 0
+
+
+def test_differences_are_those_of_the_scores(tmp_path):
+    expression, types, splits = of_types(1, [1] * 40)
+    candidates = fit(write_cells(tmp_path, expression, types, splits), 20).candidates
+    best = max(one["log_likelihood"] for one in candidates)
+    for one in candidates:
+        assert one["behind"] == pytest.approx(best - one["log_likelihood"])
+        assert (one["standard_error"] > 0) == (one["behind"] > 0)
+
+
+@pytest.mark.parametrize("case", ["none known", "one type", "another type", "no validation cells"])
+def test_without_labels_every_axis_is_kept(tmp_path, case, caplog):
+    caplog.set_level(logging.INFO)
+    expression, types, splits = of_types(1, [1] * 40)
+    validation = splits == "validation"
+    if case == "none known":
+        types = np.where(validation, None, types)
+    elif case == "one type":
+        types = np.full(len(types), "CL:0")
+    elif case == "another type":
+        types = np.where(validation, "CL:9", types)
+    else:
+        splits = np.full(len(splits), "train")
+    encoder = fit(write_cells(tmp_path, expression, types, splits), 20)
+    assert encoder.dimensions == 20 and not encoder.whitened and encoder.candidates == []
+    assert "no choice of dimensions" in caplog.text and "kept 20 of 20 dimensions, not whitened" in caplog.text
+
+
+def test_cells_of_types_that_training_lacks_are_not_scored(tmp_path):
+    expression, types, splits = of_types(1, [1] * 40)
+    known = fit(write_cells(tmp_path, expression, types, splits), 20)
+    # as many again of a type that training lacks, and some without any
+    more = np.concatenate([expression, expression[splits == "validation"] * 3])
+    types = [*types, *np.resize(["CL:9", None], len(more) - len(types))]
+    splits = [*splits, *["validation"] * (len(more) - len(splits))]
+    found = fit(write_cells(tmp_path / "more", more, types, splits), 20)
+    assert found.candidates == known.candidates
+
+
+def test_the_choice_is_from_a_drawn_share_of_the_cells(tmp_path, monkeypatch):
+    scored = []
+    monkeypatch.setattr(coexpression, "CELLS_TO_CHOOSE_BY", 30)
+    monkeypatch.setattr(coexpression, "_score", lambda splits: scored.append(splits) or np.arange(30.0))
+    expression, types, splits = of_types(1, [1] * 40)
+    encoder = fit(write_cells(tmp_path, expression, types, splits, ends=[100]), 20)
+    assert len(encoder.candidates) == len(scored) == 4
+    for candidate, both in zip(encoder.candidates, scored, strict=True):
+        for places, of_cells in both:
+            assert places.shape == (30, candidate["dimensions"]) and set(of_cells) == {"CL:0", "CL:1"}
+
+
+def test_places_are_those_of_the_cells_they_are_said_to_be_of(tmp_path):
+    expression, types, splits = of_types(1, [1] * 40)
+    (train, _), axes = write_cells(tmp_path, expression, types, splits, ends=[33, 100]), np.eye(41)
+    chosen = pd.Series({"a|100": "CL:7", "a|3": "CL:8", "a|34": "CL:9"})
+    places, found = coexpression._place(train, chosen, axes, np.ones(41))
+    assert found.tolist() == ["CL:8", "CL:9", "CL:7"]
+    np.testing.assert_allclose(places, expression[[3, 34, 100]] - 1, rtol=1e-5)
+
+
+def test_embed_keeps_the_highest_ranked_genes():
+    axes = np.arange(8, dtype=np.float32).reshape(4, 2)
+    cells = RankedCells(
+        np.array(["a|0", "a|1"], dtype=object),
+        np.array([3, 0, 2, 1], dtype=np.int32),
+        np.array([2, 1, 1, 4], dtype=np.float32),
+        np.array([0, 3, 4]),
+    )
+    vectors = Coexpression(axes, np.array([1, 2], dtype=np.float32)).embed(cells, 2)
+    assert vectors["gene_vectors"].tolist() == [[[12, 14], [0, 1]], [[8, 12], [0, 0]]]
+    assert vectors["lengths"].tolist() == [2, 1]
+    # every expressed gene counts: 2 * (6, 7) + (0, 1) + (4, 5) - (1, 2)
+    assert vectors["pooled"].tolist() == [[15, 18], [7, 10]]

@@ -1,0 +1,337 @@
+"""Pretraining: what is hidden and guessed, that it learns, goes on after a kill, and is saved whole."""
+
+import math
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from cell2text.contracts import CELLS, TOKENS
+from cell2text.embedding import fit_encoder
+from cell2text.encoders import load_encoder, pretrain
+from cell2text.encoders.pretrain import Batch, Cells, MaskedGenes, Pretrained, batches, draw_losses, shape, ticks
+from cell2text.encoders.ranked_bert import Special
+from cell2text.errors import InputError
+from cell2text.rank_lists import RankedCells, RankedSplit
+
+GENES = 40
+SPECIAL = Special(pad=GENES, mask=GENES + 1, cls=GENES + 2, eos=GENES + 3)
+SETTINGS = {"kind": "pretrain", "size": "tiny", "epochs": 2, "batch_cells": 8, "learning_rate": 0.003, "layer": -2}
+
+
+def write_corpus(folder, cells=64):
+    """Write cells of two kinds: one has genes 0 to 19 alone, the other 20 to 39, each 8 to 14 of them."""
+    random = np.random.default_rng(0)
+    ids = [f"c{i}" for i in range(cells)]
+    lists = [(random.permutation(20) + 20 * (i % 2))[: random.integers(8, 15)].astype(np.int32) for i in range(cells)]
+    expression = [np.ones(len(genes), dtype=np.float32) for genes in lists]
+    TOKENS.write(pd.DataFrame({"cell_id": ids, "tokens": lists, "expression": expression}), folder / "tokens.parquet")
+    corpus = pd.DataFrame({"cell_id": ids, "split": ["validation" if i % 4 < 2 else "train" for i in range(cells)]})
+    CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), folder / "cells.parquet")
+    pd.DataFrame({"token": range(GENES)}).to_csv(folder / "genes.tsv", sep="\t")
+    return [RankedSplit([folder / "tokens.parquet"], folder / "cells.parquet", name, GENES) for name in SPLITS]
+
+
+SPLITS = ("train", "validation")
+
+
+def fit(folder, seed=0, cells=64, **changes):
+    return Pretrained.fit(*write_corpus(folder, cells), SETTINGS | changes, seed, folder / "checkpoints")
+
+
+def weights_of(encoder):
+    return {name: value.clone() for name, value in encoder.bert.state_dict().items()}
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def cells_of(lengths):
+    lists = [np.random.default_rng(i).permutation(GENES)[:length] for i, length in enumerate(lengths)]
+    return Cells(np.concatenate(lists).astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return BertForMaskedLM(shape("tiny", SPECIAL)).eval()
+
+
+def make_batch(cells, rows, seed=0):
+    return Batch.of(cells, np.array(rows), SPECIAL, np.random.default_rng(seed))
+
+
+def losses_of(model, batch):
+    return float(MaskedGenes(model)(*batch.inputs(torch.device("cpu"))).detach())
+
+
+def test_the_longest_inputs_fill_the_model_and_empty_cells_are_left_out(tmp_path):
+    lists = [[5, 3, 1, 0], [], [2, 4], [7, 6, 5]]
+    table = {"cell_id": list("abcd"), "tokens": lists, "expression": [np.ones(len(genes)) for genes in lists]}
+    TOKENS.write(pd.DataFrame(table), tmp_path / "tokens.parquet")
+    corpus = pd.DataFrame({"cell_id": list("abcd"), "split": ["train", "train", "test", "train"]})
+    CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), tmp_path / "cells.parquet")
+    cells = Cells.read(RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", "train", 8), room=3)
+    assert cells.tokens.tolist() == [5, 3, 1, 7, 6, 5]
+    assert cells.tokens.dtype == np.int32
+    assert cells.offsets.tolist() == [0, 3, 6]
+
+
+def test_hidden_genes_are_a_share_of_each_cell_and_the_rest_is_untouched():
+    lengths = [1, 3, 10, 20, 40, 33]
+    cells = cells_of(lengths)
+    batch = make_batch(cells, [4, 0, 5, 1, 2, 3])
+    # 15 % rounded, one at least
+    assert batch.chosen.sum(1).tolist() == [6, 1, 5, 1, 2, 3]
+    for row, cell in enumerate([4, 0, 5, 1, 2, 3]):
+        genes = cells.tokens[cells.offsets[cell] : cells.offsets[cell + 1]].tolist()
+        padding = [SPECIAL.pad] * (40 - len(genes))
+        assert batch.genes[row].tolist() == [SPECIAL.cls, *genes, SPECIAL.eos, *padding]
+        assert batch.attended[row].tolist() == [True] * (len(genes) + 2) + [False] * len(padding)
+    assert (batch.ids[~batch.chosen] == batch.genes[~batch.chosen]).all()
+    assert (batch.genes[batch.chosen] < GENES).all()
+
+
+def test_eight_of_ten_hidden_genes_become_the_mask_and_one_another_gene():
+    batch = make_batch(cells_of([40] * 3000), range(3000))
+    ids, genes = batch.ids[batch.chosen], batch.genes[batch.chosen]
+    assert len(ids) == 18000
+    replaced = (ids != genes) & (ids != SPECIAL.mask)
+    # four standard deviations of 18,000 draws; one in forty random genes is the gene itself
+    assert (ids == SPECIAL.mask).mean() == pytest.approx(0.8, abs=0.012)
+    assert replaced.mean() == pytest.approx(0.1 * 39 / 40, abs=0.009)
+    assert set(ids[replaced]) == set(range(GENES))
+    # every rank is as likely to be chosen
+    assert batch.chosen[:, 1:-1].mean(0) == pytest.approx(0.15, abs=0.03)
+
+
+def test_the_same_step_hides_the_same_genes_and_another_step_others():
+    cells = cells_of([30, 20, 25])
+    one, same, other = (make_batch(cells, [0, 1, 2], seed) for seed in ([0, 5, 1], [0, 5, 1], [0, 6, 1]))
+    assert (one.ids == same.ids).all()
+    assert (one.chosen != other.chosen).any()
+
+
+def test_the_loss_is_that_of_full_logits_at_hidden_genes_alone():
+    model, batch = make_model(), make_batch(cells_of([30, 12, 25]), [0, 1, 2])
+    labels = torch.from_numpy(np.where(batch.chosen, batch.genes, -100))
+    plain = model(
+        input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.attended).long(), labels=labels
+    ).loss
+    chosen = batch.chosen.sum()
+    assert losses_of(model, batch) / chosen == pytest.approx(float(plain.detach()), rel=1e-5)
+    # what was not chosen is not asked for
+    other = Batch(batch.ids, batch.attended, batch.chosen, np.where(batch.chosen, batch.genes, 0))
+    assert losses_of(model, other) == losses_of(model, batch)
+
+
+def test_padding_changes_nothing():
+    model, batch = make_model(), make_batch(cells_of([9, 30]), [0, 1])
+    alone = Batch(*(values[:1, :11] for values in (batch.ids, batch.attended, batch.chosen, batch.genes)))
+    assert alone.attended.all()
+    assert alone.inputs(torch.device("cpu"))[1] is None
+    assert batch.inputs(torch.device("cpu"))[1] is not None
+    assert losses_of(model, batch.share(0, 2)) == pytest.approx(losses_of(model, alone), rel=1e-5)
+
+
+def test_shares_of_processes_make_up_the_batch():
+    model, batch = make_model(), make_batch(cells_of([9, 30, 12, 20, 31]), range(5))
+    shares = [batch.share(process, 2) for process in range(2)]
+    assert [len(share.ids) for share in shares] == [3, 2]
+    assert sum(losses_of(model, share) for share in shares) == pytest.approx(losses_of(model, batch), rel=1e-5)
+
+
+def test_batches_hold_every_cell_once_and_like_lengths():
+    lengths = np.random.default_rng(0).integers(10, 1000, size=1003)
+    found = batches(lengths, 8, seed=0, epoch=0)
+    assert sorted(np.concatenate(found).tolist()) == list(range(1003))
+    assert {len(rows) for rows in found} == {7, 8}
+    spread = np.mean([np.ptp(lengths[rows]) for rows in found])
+    by_chance = np.mean([np.ptp(lengths[i : i + 8]) for i in range(0, 1000, 8)])
+    assert spread < by_chance / 5
+    assert [rows.tolist() for rows in batches(lengths, 8, 0, 0)] == [rows.tolist() for rows in found]
+    assert [rows.tolist() for rows in batches(lengths, 8, 0, 1)] != [rows.tolist() for rows in found]
+
+
+def test_it_learns_which_genes_go_together(tmp_path):
+    encoder = fit(tmp_path, cells=1600, epochs=4, learning_rate=0.001)
+    history = pd.DataFrame(encoder.history)
+    # who sees the kind of a cell guesses among 20 genes, not 40: 0.69 nats less
+    assert history["loss"][0] > math.log(GENES) - 0.1
+    assert history["loss"][-20:].mean() < math.log(GENES) - 0.5
+    assert history["validation_loss"].iloc[-1] < math.log(GENES) - 0.5
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    seen, validate = [], pretrain.Training.validate
+
+    def watch(training):
+        seen.append(
+            {name: value.detach().clone() for name, value in training.masked_genes.model.bert.named_parameters()}
+        )
+        validate(training)
+        return [3.0, 1.0, 2.0][len(seen) - 1]
+
+    monkeypatch.setattr(pretrain.Training, "validate", watch)
+    encoder = fit(tmp_path, epochs=3, layer=-1)
+    assert_same_weights(dict(encoder.bert.named_parameters()), seen[1])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+    found = []
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        found.append(weights_of(fit(tmp_path / name, seed, epochs=1)))
+    assert_same_weights(found[0], found[1])
+    name = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(found[0][name], found[2][name])
+
+
+class Killed(Exception):
+    """Raised in the middle of a training."""
+
+
+@pytest.mark.parametrize("after", [3, 5, 8, 11])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, after):
+    monkeypatch.setattr(pretrain, "CHECKPOINT_STEPS", 3)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, step, taken = fit(tmp_path / "whole", epochs=3), pretrain.Training._step, []
+
+    def counted(training, rows):
+        if len(taken) == after:
+            raise Killed
+        taken.append(training.state.step)
+        step(training, rows)
+
+    monkeypatch.setattr(pretrain.Training, "_step", counted)
+    with pytest.raises(Killed):
+        fit(tmp_path / "killed", epochs=3)
+    before, taken[:] = len(taken), [None] * -100
+    assert before == after
+    monkeypatch.setattr(pretrain.Training, "_step", lambda *call: (taken.append(call[0].state.step), step(*call)))
+    encoder = fit(tmp_path / "killed", epochs=3)
+    # four steps an epoch, so checkpoints after 3, 4, 6, 8, 9 and 12
+    assert taken == list(range({3: 3, 5: 4, 8: 8, 11: 9}[after], 12))
+    assert_same_weights(weights_of(encoder), weights_of(whole))
+    assert [row["loss"] for row in encoder.history] == [row["loss"] for row in whole.history]
+    assert [row["step"] for row in encoder.history] == list(range(1, 13))
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
+    plain = weights_of(fit(tmp_path))
+    assert (tmp_path / "checkpoints/last.safetensors").is_file()
+    other = fit(tmp_path, learning_rate=0.001)
+    assert len(other.history) == 8
+    assert other.history[3]["learning_rate"] < 0.001
+    assert not torch.equal(
+        plain["embeddings.word_embeddings.weight"], weights_of(other)["embeddings.word_embeddings.weight"]
+    )
+
+
+def test_it_embeds_alike_before_and_after_it_is_saved(tmp_path):
+    encoder = fit(tmp_path, epochs=1)
+    cells = next(iter(RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", "validation", GENES)))
+    before = encoder.embed(cells, 6)
+    encoder.save(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    after = Pretrained.load(tmp_path, torch.float32).embed(cells, 6)
+    assert before.keys() == after.keys() == {"gene_vectors", "lengths", "pooled", "cls"}
+    assert before["gene_vectors"].shape == (32, 6, 64)
+    assert all((before[name] == after[name]).all() for name in before)
+    assert np.isfinite(before["pooled"]).all()
+    assert before["pooled"].std(0).min() > 0
+
+
+def test_cells_longer_than_the_model_reads_are_cut(tmp_path):
+    genes = 300
+    TOKENS.write(
+        pd.DataFrame(
+            {
+                "cell_id": list("ab"),
+                "tokens": [np.arange(genes, dtype=np.int32)] * 2,
+                "expression": [np.ones(genes, dtype=np.float32)] * 2,
+            }
+        ),
+        tmp_path / "tokens.parquet",
+    )
+    corpus = pd.DataFrame({"cell_id": list("ab"), "split": SPLITS})
+    CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), tmp_path / "cells.parquet")
+    splits = [RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", name, genes) for name in SPLITS]
+    encoder = Pretrained.fit(*splits, SETTINGS | {"epochs": 1}, 0, tmp_path / "checkpoints")
+    assert encoder.bert.config.vocab_size == 304
+    cells = RankedCells(np.array(["a"]), np.arange(genes, dtype=np.int32), np.ones(genes), np.array([0, genes]))
+    assert encoder.embed(cells, 260)["lengths"].tolist() == [254]
+
+
+def test_the_stage_writes_the_model_and_the_course_of_its_training(tmp_path):
+    write_corpus(tmp_path)
+    paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.tsv", "tokens.parquet", "encoder")]
+    fit_encoder(paths[0], paths[1], [paths[2]], paths[3], SETTINGS, seed=0)
+    history = pd.read_csv(tmp_path / "encoder/history.tsv", sep="\t")
+    assert list(history) == ["step", "epoch", "loss", "validation_loss", "learning_rate", "seconds"]
+    assert history["step"].tolist() == list(range(1, 9))
+    assert history["epoch"].tolist() == [1] * 4 + [2] * 4
+    assert history["validation_loss"].notna().tolist() == [False, False, False, True] * 2
+    assert history["seconds"].is_monotonic_increasing
+    assert not (tmp_path / "encoder.checkpoints").exists()
+    drawn = ElementTree.parse(tmp_path / "encoder/loss.svg")
+    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Pretraining on masked genes", "Step", "training", "validation"} <= set(texts)
+    encoder = load_encoder(tmp_path / "encoder")
+    assert isinstance(encoder, Pretrained)
+    assert (encoder.layer, encoder.special, len(encoder.bert.encoder.layer)) == (-1, SPECIAL, 1)
+
+
+def test_a_loss_that_is_not_finite_names_the_setting(tmp_path):
+    with pytest.raises(InputError, match="encoder.learning_rate: the loss is not finite.*Lower the learning rate"):
+        fit(tmp_path, learning_rate=1e38)
+
+
+def test_a_layer_that_the_model_lacks_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "Training", None)
+    with pytest.raises(InputError, match="encoder.layer: -3 of 2 layers"):
+        fit(tmp_path, layer=-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("tiny", (2, 64, 2, 256, 256)), ("v1-10m", (6, 256, 4, 512, 2048))], ids=["tiny", "V1"]
+)
+def test_sizes_are_those_of_geneformer(size, expected):
+    config = shape(size, SPECIAL)
+    assert expected == (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        config.max_position_embeddings,
+    )
+    assert (config.hidden_act, config.layer_norm_eps, config.pad_token_id) == ("relu", 1e-12, GENES)
+
+
+def test_the_chart_places_each_loss_where_its_axis_says():
+    history = pd.DataFrame({"step": [0, 50, 100], "loss": [4.0, 3.0, 2.0], "validation_loss": [np.nan, np.nan, 3.0]})
+    lines = list(ElementTree.fromstring(draw_losses(history)).iter("{http://www.w3.org/2000/svg}polyline"))
+    # the axes go from 0 to 100 over 540 and from 2 to 4 over 270
+    assert lines[0].get("points") == "70.0,40.0 340.0,175.0 610.0,310.0"
+    assert lines[1].get("points") == "610.0,175.0"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 80, [0, 20, 40, 60, 80]), (2.5, 3.7, [2.4, 2.8, 3.2, 3.6, 4.0]), (0.3, 1.0, [0.2, 0.4, 0.6, 0.8, 1.0])],
+)
+def test_ticks_are_round_and_hold_every_value(low, high, expected):
+    found = ticks(low, high)
+    assert found[0] <= low
+    assert found[-1] >= high - 1e-9
+    if (low, high) != (2.5, 3.7):
+        assert found == pytest.approx(expected)
+
+
+def test_ticks_of_one_value_are_still_an_axis():
+    assert ticks(3.0, 3.0)[0] < ticks(3.0, 3.0)[-1]
