@@ -29,10 +29,10 @@ V2 = {"pad": 0, "mask": 1, "cls": 2, "eos": 3}
 GENES = 40
 
 
-def tiny_bert(special, positions=20, seed=0):
+def tiny_bert(special, positions=20, seed=0, genes=GENES):
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=GENES + sum(token is not None for token in special.values()),
+        vocab_size=genes + sum(token is not None for token in special.values()),
         hidden_size=16,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -48,8 +48,12 @@ def tiny_bert(special, positions=20, seed=0):
     return model.eval()
 
 
-def write_checkpoint(folder, special, as_bin=False, **options):
-    """Lay down a folder as the official repository has it; return the folder and the model."""
+def write_checkpoint(folder, special, as_bin=False, symbols=(), **options):
+    """Lay down a folder as the official repository has it; return the folder and the model.
+
+    There is a gene for each of the symbols, or else there are forty, the fourth of them CD3E.
+    """
+    options |= {"genes": len(symbols)} if symbols else {}
     model = tiny_bert(special, **options)
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
@@ -58,10 +62,11 @@ def write_checkpoint(folder, special, as_bin=False, **options):
     else:
         model.save_pretrained(folder)
     own = [f"<{name}>" for name, token in special.items() if token is not None]
-    genes = [f"ENSG{i:011d}" for i in range(GENES)]
+    genes = [f"ENSG{i:011d}" for i in range(len(symbols) or GENES)]
+    names = dict(zip(symbols, genes, strict=True)) if symbols else {"CD3E": genes[3]}
     tokens = {name: np.int16(token) for token, name in enumerate(own + genes)}
     medians = {gene: np.float64(i + 1) for i, gene in enumerate(genes)}
     series = "_gc104M" if special is V2 else "_gc30M"
-    write_series(folder.parent / "geneformer", tokens, medians, names={"CD3E": genes[3]}, series=series)
+    write_series(folder.parent / "geneformer", tokens, medians, names=names, series=series)
     (folder.parent / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     return folder, model

@@ -158,7 +158,7 @@ def main():
     print(
         f"{len(cells)} cells of {read.mean():.0f} genes, {options.shape}, {device}, {torch.get_num_threads()} threads"
     )
-    few = cells.take(np.arange(len(cells)) < 2 * BATCH)
+    few = cells.take(np.arange(min(len(cells), 2 * BATCH)))
     encoder.embed(few, 64), embed_by_loop(plain, few, positions)
     times = []
     for _ in range(options.rounds):

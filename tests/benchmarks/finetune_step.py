@@ -26,6 +26,7 @@ from cell2text.contracts import DESCRIPTIONS
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.cell2text import build
 from cell2text.training import Finetuning, batches, read_cells
+from cell2text.vectors import Embeddings
 
 CPU = torch.device("cpu")
 LORA = {"r": 16, "lora_alpha": 32}
@@ -120,8 +121,8 @@ def main() -> None:
     texts = DESCRIPTIONS.read(arguments.results / "corpus/descriptions.parquet")
     classes = sorted(texts["cell_type_id"].dropna().unique())
     projector = {"kind": "pooled", "soft_tokens": 8, "hidden": 1024}
-    embeddings = sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors")))
-    model = build(arguments.language_model, projector, 64, LORA, CPU)
+    embeddings = Embeddings(sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors"))))
+    model = build(arguments.language_model, projector, embeddings.dimensions(), LORA, CPU)
     cells = read_cells(texts, "train", embeddings, classes, model)
     weight = model.language_model.get_input_embeddings().weight
     targets = LabelTargets.of(classes, model.tokenizer, weight)

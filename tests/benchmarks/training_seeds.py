@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 from cell2text.contracts import DESCRIPTIONS, PREDICTIONS, read_json, read_jsonl
 from cell2text.generation.describe import generate_descriptions
 from cell2text.training import finetune
+from cell2text.vectors import Embeddings
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     results = arguments.results
     corpus = results / "corpus"
     descriptions, terms = str(corpus / "descriptions.parquet"), str(corpus / "terms.parquet")
-    embeddings = sorted(map(str, results.glob("embeddings/*/*.safetensors")))
+    embeddings = Embeddings(sorted(map(str, results.glob("embeddings/*/*.safetensors"))))
     about = read_json(results / "model/cell2text.json")
     truth = DESCRIPTIONS.read(descriptions).set_index("cell_id")["cell_type_id"]
 

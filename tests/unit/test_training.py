@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from cell2text import training
-from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS, write_json
+from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS, TOKENS, write_json
 from cell2text.descriptions import Slots, Terms, describe, render
+from cell2text.embedding import embed_shard
+from cell2text.encoders.coexpression import Coexpression
 from cell2text.errors import InputError
 from cell2text.model.cell2text import load
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
+from cell2text.vectors import Embeddings
 from tests_terms import small_table
 
 TYPES = ["CL:0000236", "CL:0000623", "CL:0001054"]
@@ -69,14 +72,14 @@ def files(tmp_path, tiny_model):
     return tmp_path
 
 
-def finetune(files, tiny_model, name, **changes):
+def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, **changes):
     training.finetune(
         str(tiny_model),
         str(files / "descriptions.parquet"),
         str(files / "terms.parquet"),
-        [str(files / "embeddings.safetensors")],
+        embeddings or Embeddings([str(files / "embeddings.safetensors")]),
         str(files / name),
-        projector=PROJECTOR,
+        projector=projector,
         settings={**SETTINGS, **changes},
         seed=3,
         library="test",
@@ -200,3 +203,37 @@ def test_schedule_rises_then_falls():
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(a > b for a, b in zip(values[5:], values[6:], strict=False))
     assert 0 < values[-1] < 0.02
+
+
+def write_tokens(path, random):
+    """Write ranked genes of thirty cells, in two parts."""
+    tokens = [random.permutation(9)[: 3 + i % 5].astype(np.int32) for i in range(30)]
+    table = pd.DataFrame({"cell_id": [f"study|{i}" for i in range(30)], "tokens": tokens})
+    table["expression"] = [random.random(len(cell)).astype(np.float32) for cell in tokens]
+    TOKENS.write_parts([table[:11], table[11:]], path)
+
+
+def test_gene_vectors_made_on_the_fly_are_those_that_are_stored(files, tiny_model):
+    random = np.random.default_rng(1)
+    write_tokens(files / "tokens.parquet", random)
+    (files / "encoder").mkdir()
+    Coexpression(random.normal(size=(9, 6)).astype(np.float32), np.zeros(6, np.float32)).save(files / "encoder")
+    for name, top_k in (("stored", 4), ("fresh", 0)):
+        for shard in range(2):
+            path = files / f"{name}{shard}.safetensors"
+            embed_shard(files / "encoder", files / "tokens.parquet", path, shard, 2, top_k)
+    stored = Embeddings([str(files / f"stored{shard}.safetensors") for shard in range(2)])
+    fresh = [str(files / f"fresh{shard}.safetensors") for shard in range(2)]
+    fresh = Embeddings(fresh, str(files / "encoder"), [str(files / "tokens.parquet")], top_k=4)
+    ids, rows = [f"study|{i}" for i in (29, 3, 14, 0, 15)], np.array([4, 0, 2, 2])
+    for reads in ("pooled", "gene_vectors"):
+        held, made = (some.vectors(ids, reads) for some in (stored, fresh))
+        assert len(held) == len(made) == 5 and all(map(torch.equal, held[rows], made[rows])) == (reads != "pooled")
+        assert torch.equal(held[rows][0], made[rows][0])
+    assert held[rows][0].shape == (4, 4, 6) and held[rows][1].tolist() == [3, 4, 4, 4]
+    with pytest.raises(InputError, match="1 cells are missing, such as x"):
+        fresh.vectors(["study|1", "x"], "gene_vectors")
+    mlp = PROJECTOR | {"kind": "mlp"}
+    first = finetune(files, tiny_model, "first", stored, mlp, epochs=2)
+    second = finetune(files, tiny_model, "second", fresh, mlp, epochs=2)
+    assert losses(first).equals(losses(second)) and weights(first) == weights(second)

@@ -1,14 +1,20 @@
 """The whole workflow on a few cells: it runs, rests, reruns what it must, and refuses mistakes."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from cell2text.contracts import EMBEDDINGS
+from tiny_geneformer import V2, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +91,63 @@ def test_an_evaluation_key_reruns_evaluation_only(finished, tmp_path):
     changed.write_text((finished / "tiny.yaml").read_text().replace("bootstrap: 50", "bootstrap: 60"))
     rules, _ = planned(finished, config=changed)
     assert rules == {"all", "evaluate", "compare", "render_report"}
+
+
+@pytest.fixture(scope="module")
+def with_geneformer(finished, tmp_path_factory):
+    """A folder as the finished one, with a tiny Geneformer that knows its genes, and gene vectors made on the fly."""
+    folder = tmp_path_factory.mktemp("geneformer") / "work"
+    shutil.copytree(finished, folder, symlinks=True)
+    shutil.rmtree(folder / "results/tiny/genes.tsv", ignore_errors=True)
+    symbols = pd.read_csv(finished / "results/tiny/genes.tsv", sep="\t", keep_default_na=False)["symbol"]
+    write_checkpoint(folder / "repository/Geneformer-tiny", V2, symbols=tuple(symbols), positions=64)
+    encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
+    settings(folder, "kind: coexpression", encoder)
+    settings(folder, "shards: 2", "shards: 3")
+    return folder
+
+
+def test_a_geneformer_describes_cells_and_its_vectors_need_no_cache(with_geneformer):
+    folder = with_geneformer
+    code, output = snakemake(folder, "--cores", "2", "--configfile", folder / "tiny.yaml")
+    assert code == 0, output
+    results = folder / "results/tiny"
+    assert sorted(path.name for path in (folder / "resources/models").iterdir()) == ["Geneformer-tiny", "tiny"]
+    assert (results / "encoder/model.safetensors").is_symlink()
+    tensors, ids = EMBEDDINGS.read(results / "embeddings/pbmc68k/0.safetensors", [*EMBEDDINGS.tensors, "cls"])
+    assert tensors["gene_vectors"].shape == (len(ids), 0, 16) and tensors["cls"].any(axis=1).all()
+    genes = pd.read_csv(results / "genes.tsv", sep="\t", keep_default_na=False)
+    assert genes["token"].min() == 4 and genes["gene_id"].isin(genes["symbol"]).all()
+    rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
+    cells = pd.read_parquet(results / "corpus/cells.parquet")
+    assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
+    assert planned(folder)[0] == set()
+
+
+def test_finished_shards_outlive_a_kill_and_the_rest_come_out_the_same(with_geneformer):
+    folder = with_geneformer
+    shards = folder / "results/tiny/embeddings/pbmc68k"
+    unbroken = {path.name: path.read_bytes() for path in shards.iterdir()}
+    assert len(unbroken) == 3
+    shutil.rmtree(shards)
+    arguments = ["embeddings", "--cores", "1", "--configfile", folder / "tiny.yaml"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, *arguments]
+    run = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 120
+    while not list(shards.glob("[0-9].safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    done = {path: path.stat().st_mtime_ns for path in shards.glob("[0-9].safetensors")}
+    assert 1 <= len(done) < 3
+    assert snakemake(folder, "--configfile", folder / "tiny.yaml", "--unlock")[0] == 0
+    code, output = snakemake(folder, *arguments, "--rerun-incomplete")
+    assert code == 0, output
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == unbroken
+    kept = [path for path, time_ in done.items() if path.stat().st_mtime_ns == time_]
+    assert len(kept) >= len(done) - 1  # one may have been written while its job was still running
 
 
 def test_slurm_profile_plans_the_same_jobs(fresh):

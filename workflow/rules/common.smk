@@ -40,12 +40,26 @@ FETCHED_ENCODER = [
     for kind in [config["encoder"]["kind"]]
     if kind == "geneformer"
 ]
+# Ranked genes, where the language model's rules make gene vectors of them on the fly; else no file.
+TOKENS_ON_THE_FLY = (
+    []
+    if config["encoder"]["cache"]
+    else collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS)
+)
 
 
 wildcard_constraints:
     dataset="|".join(DATASETS),
     shard=r"\d+",
     split="|".join(SPLITS),
+
+
+def on_the_fly(wildcards, input):
+    """What it takes to make gene vectors that are not stored."""
+    if config["encoder"]["cache"]:
+        return {}
+    top_k = config["encoder"]["top_k"]
+    return {"encoder": input.encoder, "tokens": list(input.tokens), "top_k": top_k}
 
 
 def mem_from_input(wildcards, input, attempt):

@@ -105,7 +105,7 @@ rule embed_genes:
     params:
         shard=lambda wildcards: int(wildcards.shard),
         shards=lookup("shards", within=config),
-        top_k=lookup("encoder/top_k", within=config),
+        top_k=config["encoder"]["top_k"] if config["encoder"]["cache"] else 0,
         library=library_version("embed_genes.py"),
     message:
         "Embedding the genes of {wildcards.dataset}, shard {wildcards.shard}"

@@ -112,6 +112,8 @@ rule baseline_shuffled:
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
         embeddings=EMBEDDINGS,
+        encoder="<results>/encoder",
+        tokens=TOKENS_ON_THE_FLY,
     output:
         predictions="<results>/baselines/shuffled.parquet",
     log:
@@ -128,6 +130,7 @@ rule baseline_shuffled:
     params:
         seed=lookup("seed", within=config),
         generate=lookup("generate", within=config),
+        on_the_fly=on_the_fly,
         library=library_version("baseline_shuffled.py"),
     message:
         "Baseline: the fine-tuned model with each cell given another cell's embedding"

@@ -13,6 +13,7 @@ rule finetune:
         terms="<results>/corpus/terms.parquet",
         encoder="<results>/encoder",
         embeddings=EMBEDDINGS,
+        tokens=TOKENS_ON_THE_FLY,
     output:
         model=directory("<results>/model"),
     log:
@@ -30,6 +31,7 @@ rule finetune:
         seed=lookup("seed", within=config),
         projector=lookup("projector", within=config),
         finetune=lookup("finetune", within=config),
+        on_the_fly=on_the_fly,
         library=library_version("finetune.py"),
     message:
         "Fine-tuning {input.language_model}"

@@ -14,6 +14,8 @@ rule generate_descriptions:
         embeddings=collect(
             "<results>/embeddings/{dataset}/{{shard}}.safetensors", dataset=DATASETS
         ),
+        encoder="<results>/encoder",
+        tokens=TOKENS_ON_THE_FLY,
     output:
         generations=ensure(
             "<results>/generations/{split}/{shard}.jsonl", non_empty=True
@@ -32,6 +34,7 @@ rule generate_descriptions:
     params:
         seed=lookup("seed", within=config),
         generate=lookup("generate", within=config),
+        on_the_fly=on_the_fly,
         library=library_version("generate_descriptions.py"),
     message:
         "Describing the {wildcards.split} cells, shard {wildcards.shard}"

@@ -3,6 +3,7 @@
 from cell2text.contracts import SPLITS
 from cell2text.generation.describe import describe_shuffled
 from cell2text.job import run_job
+from cell2text.vectors import Embeddings
 
 
 def main(snakemake):
@@ -12,7 +13,7 @@ def main(snakemake):
         snakemake.input.language_model,
         snakemake.input.corpus,
         snakemake.input.terms,
-        snakemake.input.embeddings,
+        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
         snakemake.output.predictions,
         splits=SPLITS[1:],
         settings=snakemake.params.generate,

@@ -2,6 +2,7 @@
 
 from cell2text.job import run_job
 from cell2text.training import finetune
+from cell2text.vectors import Embeddings
 
 
 def main(snakemake):
@@ -10,7 +11,7 @@ def main(snakemake):
         snakemake.input.language_model,
         snakemake.input.descriptions,
         snakemake.input.terms,
-        snakemake.input.embeddings,
+        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
         snakemake.output.model,
         projector=snakemake.params.projector,
         settings=snakemake.params.finetune,

@@ -2,6 +2,7 @@
 
 from cell2text.generation.describe import generate_descriptions
 from cell2text.job import run_job
+from cell2text.vectors import Embeddings
 
 
 def main(snakemake):
@@ -11,7 +12,7 @@ def main(snakemake):
         snakemake.input.language_model,
         snakemake.input.corpus,
         snakemake.input.terms,
-        snakemake.input.embeddings,
+        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
         snakemake.output.generations,
         split=snakemake.wildcards.split,
         settings=snakemake.params.generate,

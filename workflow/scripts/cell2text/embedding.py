@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from cell2text.contracts import EMBEDDINGS, TOKENS
 from cell2text.encoders import encoder_class, load_encoder
+from cell2text.progress import Progress
 from cell2text.rank_lists import RankedCells, RankedSplit
 
 log = logging.getLogger("cell2text.embedding")
@@ -52,17 +53,18 @@ def embed_shard(encoder: str, tokens: str, embeddings: str, shard: int, shards: 
     shard, shards
         Which run of cells, from 0, of how many.
     top_k
-        Gene vectors to keep of a cell.
+        Gene vectors to keep of a cell; none where they are made on the fly.
     """
     loaded = load_encoder(encoder)
     cells = pq.read_metadata(tokens).num_rows
     first, last = (cells * edge // shards for edge in (shard, shard + 1))
     a_cell = 2 * top_k * loaded.dimensions + 4 * loaded.dimensions
     log.info("%d of %d cells, %.1f MB on disk", last - first, cells, (last - first) * a_cell / 1e6)
+    progress = Progress(last - first, "cells")
     ids, parts = [], []
     for part in read_rows(tokens, first, last):
         ids += part.cell_ids.tolist()
-        parts.append(loaded.embed(part, top_k))
+        parts.append(loaded.embed(part, top_k, progress))
     EMBEDDINGS.write(
         {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}, ids, embeddings
     )

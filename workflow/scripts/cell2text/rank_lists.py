@@ -1,6 +1,6 @@
 """Cells as lists of ranked genes, in flat arrays: read a part at a time, without a loop over cells."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +47,21 @@ class RankedCells:
         return np.diff(self.offsets)
 
     def take(self, rows: np.ndarray) -> "RankedCells":
-        """Return the cells that a bool (cells,) marks."""
-        of_gene = np.repeat(rows, self.lengths)
+        """Return the cells of some rows, int64, in their order."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        return RankedCells(self.cell_ids[rows], self.tokens[of_gene], self.expression[of_gene], offsets)
+        place = np.repeat(self.offsets[rows] - offsets[:-1], np.diff(offsets)) + np.arange(offsets[-1])
+        return RankedCells(self.cell_ids[rows], self.tokens[place], self.expression[place], offsets)
 
     def matrix(self, genes: int) -> scipy.sparse.csr_matrix:
         """Return the expression as float32 (cells, genes), columns by token."""
         return scipy.sparse.csr_matrix((self.expression, self.tokens, self.offsets), shape=(len(self), genes))
+
+
+def join_cells(parts: Sequence[RankedCells]) -> RankedCells:
+    """Return cells one part after another; there must be one."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    flat = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cell_ids", "tokens", "expression")]
+    return RankedCells(*flat, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class RankedSplit:
                 place = np.minimum(np.searchsorted(wanted, hashed), max(len(wanted) - 1, 0))
                 rows = wanted[place] == hashed if len(wanted) else np.zeros(len(cells), dtype=bool)
                 if rows.any():
-                    yield cells if rows.all() else cells.take(rows)
+                    yield cells if rows.all() else cells.take(np.flatnonzero(rows))
 
     def __len__(self) -> int:
         return len(self._corpus())

@@ -19,20 +19,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS, read_json, whole_file
+from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS, read_json, whole_file
 from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.model.alignment import LabelTargets
-from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, read_vectors, save
+from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, save
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.progress import Progress
 from cell2text.provenance import hash_config, hash_file
+from cell2text.vectors import Embeddings, Vectors
 
 log = logging.getLogger("cell2text.training")
 
 ALIGN_CELLS = 256  # cells a step of alignment
 ALIGN_RATE = 1e-3
 INPUT_NOISE = 0.3  # of the spread of the training cells' vectors, while aligning
+CELLS_TO_SCALE_BY = 4096  # whose vectors give the projector its centre and spread
 BUCKET = 16  # batches among which cells are sorted by the length of their text
 
 
@@ -42,16 +44,15 @@ class Cells:
 
     Parameters
     ----------
-    vectors, lengths
-        What the projector reads: float32 (cells, ...) and int64 (cells,).
+    vectors
+        What the projector reads.
     texts
         Token ids of each description with the end token, int64.
     labels
         Class number of each cell type, -1 where it is not known, int64 (cells,).
     """
 
-    vectors: Tensor
-    lengths: Tensor
+    vectors: Vectors
     texts: list[Tensor]
     labels: Tensor
 
@@ -60,7 +61,7 @@ class Cells:
         texts = [self.texts[row] for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         there = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        parts = (self.vectors[rows], self.lengths[rows], padded, there, self.labels[rows])
+        parts = (*self.vectors[rows], padded, there, self.labels[rows])
         return tuple(part.to(device) for part in parts)
 
 
@@ -99,16 +100,13 @@ def align(
     projector = model.projector
     adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01)
     schedule = warm_up_then_decay(steps)
-    vectors, lengths, labels = (part.to(device) for part in (cells.vectors, cells.lengths, cells.labels))
     history, start = [], time.monotonic()
     progress = Progress(steps, "alignment steps")
     for step in range(steps):
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(labels), (min(ALIGN_CELLS, len(labels)),), generator=random).to(device)
-        loss = targets.loss(
-            *projector(add_noise(vectors[rows], lengths[rows], projector, random), lengths[rows]),
-            labels[rows],
-        )
+        rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
+        vectors, lengths, labels = (part.to(device) for part in (*cells.vectors[rows], cells.labels[rows]))
+        loss = targets.loss(*projector(add_noise(vectors, lengths, projector, random), lengths), labels)
         adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
         adam.zero_grad()
         loss.backward()
@@ -309,7 +307,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_cells(
-    descriptions: pd.DataFrame, split: str, embeddings: list[str], classes: list[str], model: Cell2Text
+    descriptions: pd.DataFrame, split: str, embeddings: Embeddings, classes: list[str], model: Cell2Text
 ) -> Cells:
     """Return the cells of one split, their texts as tokens.
 
@@ -320,20 +318,18 @@ def read_cells(
     split
         Which split to take.
     embeddings
-        Files of ``contracts.EMBEDDINGS``.
+        Of the cells.
     classes
         Ids of the cell types, in the order of their class numbers.
     model
         Its projector says which vectors to read, its tokenizer makes the tokens.
     """
     rows = descriptions[descriptions["split"] == split]
-    vectors, lengths = read_vectors(embeddings, rows["cell_id"].to_list(), model)
     ids = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)["input_ids"]
     end = model.tokenizer.eos_token_id
     number = {label: i for i, label in enumerate(classes)}
     return Cells(
-        vectors,
-        lengths,
+        embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
         [torch.tensor([*text, end]) for text in ids],
         torch.tensor([number.get(label, -1) for label in rows["cell_type_id"]]),
     )
@@ -343,7 +339,7 @@ def finetune(
     language_model: str,
     descriptions: str,
     terms: str,
-    embeddings: list[str],
+    embeddings: Embeddings,
     directory: str,
     projector: dict,
     settings: dict,
@@ -356,8 +352,10 @@ def finetune(
     ----------
     language_model
         A Hugging Face directory.
-    descriptions, terms, embeddings
-        Files of ``contracts.DESCRIPTIONS``, ``contracts.TERMS`` and ``contracts.EMBEDDINGS``.
+    descriptions, terms
+        Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
+    embeddings
+        Of the cells.
     directory
         Where the model goes. Checkpoints lie beside it, in ``{directory}.checkpoints``, until it is there.
     projector, settings
@@ -371,15 +369,14 @@ def finetune(
     device = pick_device()
     texts = DESCRIPTIONS.read(descriptions)
     training_rows = texts[texts["split"] == "train"]
-    ids = training_rows["cell_id"].to_list()
-    dimensions = EMBEDDINGS.read_cells(embeddings, ids[:1], ["pooled"])["pooled"].shape[1]
     lora = {"r": settings["lora_rank"], "lora_alpha": settings["lora_alpha"]}
-    model = build(language_model, projector, dimensions, lora, device)
+    model = build(language_model, projector, embeddings.dimensions(), lora, device)
     classes = sorted(training_rows["cell_type_id"].dropna().unique())
     train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
-    vectors = train.vectors
+    some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
+    vectors, lengths = train.vectors[np.sort(some)]
     if model.projector.reads == "gene_vectors":
-        vectors = vectors[torch.arange(vectors.shape[1]) < train.lengths[:, None]]
+        vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
     table = TERMS.read(terms)
     names = table[table["slot"] == "cell_type"].set_index("id")["name"]
@@ -396,7 +393,8 @@ def finetune(
             "seed": seed,
             "library": library,
             "language_model": source,
-            "files": [hash_file(path) for path in (descriptions, *embeddings)],
+            "top_k": embeddings.top_k,
+            "files": [hash_file(path) for path in (descriptions, *embeddings.files)],
         }
     )
     checkpoints = Path(f"{directory}.checkpoints")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cell2text.contracts import read_json
+from cell2text.progress import Progress
 from cell2text.rank_lists import RankedCells, RankedSplit
 
 
@@ -43,7 +44,7 @@ class Encoder(Protocol):
     def load(cls, directory: Path) -> "Encoder":
         """Read what :meth:`save` wrote."""
 
-    def embed(self, cells: RankedCells, top_k: int) -> dict[str, np.ndarray]:
+    def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Return the tensors of ``contracts.EMBEDDINGS`` for some cells.
 
         Parameters
@@ -52,6 +53,8 @@ class Encoder(Protocol):
             Their ranked genes.
         top_k
             Gene vectors to keep of a cell, those of its highest ranked genes.
+        progress
+            Told of the cells that are done.
         """
 
 

@@ -96,7 +96,7 @@ class Coexpression:
         tensors, about = load_file(directory / "coexpression.safetensors"), read_json(directory / "encoder.json")
         return cls(tensors["axes"], tensors["centre"], about.get("whitened", False), about.get("candidates", ()))
 
-    def embed(self, cells: RankedCells, top_k: int) -> dict[str, np.ndarray]:
+    def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Return gene vectors of the ``top_k`` highest ranked genes and each cell's PCA coordinates.
 
         Parameters
@@ -105,6 +105,8 @@ class Coexpression:
             Their ranked genes.
         top_k
             Gene vectors to keep of a cell; shorter lists are padded with zeros behind.
+        progress
+            Told when all is done.
 
         Returns
         -------
@@ -114,6 +116,8 @@ class Coexpression:
         """
         top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
         top_expression, _ = pad(cells.expression, cells.offsets, top_k)
+        if progress:
+            progress.advance(len(cells))
         return {
             "gene_vectors": (self.axes[top_tokens] * top_expression[:, :, None]).astype(np.float16),
             "lengths": lengths,
@@ -256,7 +260,7 @@ def _place(split: RankedSplit, types: pd.Series, axes: np.ndarray, mean: np.ndar
     places, found = [], []
     for part in split:
         row = types.index.get_indexer(part.cell_ids)
-        places.append(part.take(row >= 0).matrix(split.genes) @ axes - mean @ axes)
+        places.append(part.take(np.flatnonzero(row >= 0)).matrix(split.genes) @ axes - mean @ axes)
         found.append(types.to_numpy()[row[row >= 0]])
     return np.concatenate(places), np.concatenate(found)
 

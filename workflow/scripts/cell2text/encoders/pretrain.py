@@ -433,7 +433,6 @@ class Pretrained(RankedBert):
         checkpoints: Path | None = None,
     ):
         super().__init__(bert, special, layer)
-        bert.config.num_hidden_layers = len(bert.encoder.layer)  # so that what is saved can be read
         self.history, self.checkpoints = history, checkpoints
 
     @classmethod

@@ -71,11 +71,12 @@ class RankedBert:
         if not -len(layers) <= layer <= -1:
             raise InputError("config: encoder.layer", f"{layer} of {len(layers)} layers", "Count from -1, the last one")
         bert.encoder.layer = layers[: len(layers) + layer + 1]
+        bert.config.num_hidden_layers = len(bert.encoder.layer)
         self.bert = bert.eval().requires_grad_(requires_grad=False)
         self.device = bert.device
         self.budget = _find_budget(bert)
 
-    def embed(self, cells: RankedCells, top_k: int) -> dict[str, np.ndarray]:
+    def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Return gene vectors of the ``top_k`` highest ranked genes and the mean over all genes that were read.
 
         Cells are read in batches of like lengths, so that little is padded. What a cell holds beyond the model's
@@ -95,13 +96,13 @@ class RankedBert:
         }
         if self.special.cls is not None:
             tensors["cls"] = np.zeros_like(tensors["pooled"])
-        progress = Progress(len(cells), "cells")
         for rows, vectors in self._read(cells, np.argsort(-known, kind="stable"), known, top_k):
             kept = vectors["gene_vectors"]
             tensors["gene_vectors"][rows, : kept.shape[1]] = kept.half().cpu().numpy()
             for name in tensors.keys() & {"pooled", "cls"}:
                 tensors[name][rows] = vectors[name].cpu().numpy()
-            progress.advance(len(rows), f"{kept.dtype}, batches of {self.budget} tokens")
+            if progress:
+                progress.advance(len(rows), f"{self.bert.dtype}, {self.budget} tokens a batch")
         return tensors
 
     def _read(

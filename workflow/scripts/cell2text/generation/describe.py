@@ -2,32 +2,30 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from cell2text.contracts import CELLS, EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS, write_jsonl
 from cell2text.descriptions import Terms, parse
 from cell2text.generation.greedy import Written, write_texts
-from cell2text.model.cell2text import Cell2Text, load, read_vectors
+from cell2text.model.cell2text import Cell2Text, load
 from cell2text.progress import Progress
+from cell2text.vectors import Embeddings, Vectors
 
 log = logging.getLogger("cell2text.generation")
 
 
-def describe_cells(
-    model: Cell2Text, vectors: torch.Tensor, lengths: torch.Tensor, terms: Terms, settings: dict
-) -> Iterator[dict]:
+def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: dict) -> Iterator[dict]:
     """Yield what the model says of each cell: text, parse status, an id and a confidence a slot.
 
     Parameters
     ----------
     model
         In evaluation mode.
-    vectors, lengths
+    vectors
         What its projector reads.
     terms
         The names that a text may use.
@@ -36,8 +34,8 @@ def describe_cells(
     """
     progress = Progress(len(vectors), "cells")
     for start in range(0, len(vectors), settings["batch_cells"]):
-        rows = slice(start, start + settings["batch_cells"])
-        batch = vectors[rows].to(model.device), lengths[rows].to(model.device)
+        rows = np.arange(start, min(start + settings["batch_cells"], len(vectors)))
+        batch = [part.to(model.device) for part in vectors[rows]]
         for written in write_texts(model, *batch, settings["max_new_tokens"]):
             yield read_text(written, terms, model.tokenizer)
         progress.advance(len(batch[0]))
@@ -78,7 +76,7 @@ def generate_descriptions(
     language_model: str,
     corpus: str,
     terms: str,
-    embeddings: list[str],
+    embeddings: Embeddings,
     generations: str,
     split: str,
     settings: dict,
@@ -89,8 +87,10 @@ def generate_descriptions(
     ----------
     model, language_model
         Directories of the fine-tuned and the original model.
-    corpus, terms, embeddings
-        Files of ``contracts.CELLS``, ``contracts.TERMS`` and ``contracts.EMBEDDINGS``.
+    corpus, terms
+        Files of ``contracts.CELLS`` and ``contracts.TERMS``.
+    embeddings
+        Of the cells.
     generations
         Where the JSONL goes; one object a cell, with the fields of ``contracts.PREDICTIONS``.
     split
@@ -99,9 +99,9 @@ def generate_descriptions(
         The config's ``generate`` section.
     """
     loaded = load(model, language_model).ready_to_write()
-    cells = cells_in(embeddings, corpus, split)
-    vectors, lengths = read_vectors(embeddings, cells["cell_id"].to_list(), loaded)
-    said = describe_cells(loaded, vectors, lengths, Terms(TERMS.read(terms)), settings)
+    cells = cells_in(embeddings.files, corpus, split)
+    vectors = embeddings.vectors(cells["cell_id"].to_list(), loaded.projector.reads)
+    said = describe_cells(loaded, vectors, Terms(TERMS.read(terms)), settings)
     rows = [{"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], said, strict=True)]
     counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index().to_dict()
     log.info("%d cells of %s: %s", len(rows), split, counts)
@@ -113,7 +113,7 @@ def describe_shuffled(
     language_model: str,
     corpus: str,
     terms: str,
-    embeddings: list[str],
+    embeddings: Embeddings,
     predictions: str,
     splits: list[str],
     settings: dict,
@@ -127,18 +127,18 @@ def describe_shuffled(
     loaded, known = load(model, language_model).ready_to_write(), Terms(TERMS.read(terms))
     tables = []
     for split in splits:
-        cells = cells_in(embeddings, corpus, split)["cell_id"].to_numpy()
+        cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()
         # Moved on by one along a random order, no cell keeps its own embedding.
         order = np.random.default_rng(seed).permutation(len(cells))
         others = np.empty_like(cells)
         others[order] = cells[np.roll(order, 1)]
-        vectors, lengths = read_vectors(embeddings, others.tolist(), loaded)
-        said = pd.DataFrame(describe_cells(loaded, vectors, lengths, known, settings))
+        vectors = embeddings.vectors(others.tolist(), loaded.projector.reads)
+        said = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
         tables.append(said.assign(cell_id=cells, split=split))
     PREDICTIONS.write(pd.concat(tables, ignore_index=True)[list(PREDICTIONS.columns)], predictions)
 
 
-def cells_in(embeddings: list[str], corpus: str, split: str) -> pd.DataFrame:
+def cells_in(embeddings: Sequence[str], corpus: str, split: str) -> pd.DataFrame:
     """Return the cells of a split that the given shards of embeddings hold, in corpus order."""
     cells = CELLS.read(corpus, ["cell_id", "split"])
     here = {cell for path in embeddings for cell in EMBEDDINGS.read(path, [])[1]}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cell2text.contracts import EMBEDDINGS, read_json, write_json
+from cell2text.contracts import read_json, write_json
 from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.model.fused import FusedLora, fuse_norms, join_siblings
@@ -293,9 +293,3 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
             "Fine-tune again with this language model",
         )
     return Cell2Text(adapted, tokenizer, projector.to(device), about).eval()
-
-
-def read_vectors(embeddings: list[str], cell_ids: list[str], model: Cell2Text) -> tuple[Tensor, Tensor]:
-    """Return what the model's projector reads of each cell: float32 vectors and int64 lengths."""
-    tensors = EMBEDDINGS.read_cells(embeddings, cell_ids, [model.projector.reads, "lengths"])
-    return torch.from_numpy(tensors[model.projector.reads]).float(), torch.from_numpy(tensors["lengths"]).long()
