@@ -48,6 +48,7 @@ rule all:
 rule models:
     input:
         LANGUAGE_MODEL,
+        FETCHED_ENCODER,
 
 
 rule census:

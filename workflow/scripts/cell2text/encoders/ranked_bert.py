@@ -19,7 +19,7 @@ from cell2text.rank_lists import RankedCells
 
 log = logging.getLogger("cell2text.encoders")
 
-CPU_TOKENS = 4096  # of a batch: more would not stay in the caches, fewer leave the cores waiting
+CPU_TOKENS = 2048  # of a batch: more do not stay in the caches
 GPU_TOKENS = 1 << 18  # of a batch at most: a GPU is no faster with more
 
 
@@ -147,10 +147,10 @@ class RankedBert:
         mask = None if bool(attended.all()) else attended.long()
         states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
         genes = ((places >= before) & (places < known[:, None] + before))[..., None]
-        total = torch.where(genes, states, 0).sum(1, dtype=torch.float32)
+        total = (states * genes).sum(1, dtype=torch.float32)
         kept = slice(before, before + top_k)
         vectors = {
-            "gene_vectors": torch.where(genes[:, kept], states[:, kept], 0),
+            "gene_vectors": states[:, kept] * genes[:, kept],
             "pooled": total / known.clamp(min=1)[:, None],
         }
         return vectors | ({"cls": states[:, 0].float()} if before else {})

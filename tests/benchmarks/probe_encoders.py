@@ -1,0 +1,139 @@
+"""How well a linear probe tells cell types from the vectors of each encoder, on the same held-out donors.
+
+    python tests/benchmarks/probe_encoders.py results/studies [--size small] [--epochs 6] [--geneformer DIRECTORY]
+
+The run's corpus and ranked genes are used as they are; encoders are fitted anew on its training cells. A probe is a
+multinomial logistic regression on pooled vectors, centred and scaled by one common spread, its strength of
+regularisation chosen on the validation cells. Beside the encoders stand the 50 principal components of the
+log-normalised counts. Intervals are 95%, by resampling donors.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "workflow/scripts"))
+from cell2text.contracts import CELLS  # noqa: E402
+from cell2text.embedding import fit_encoder  # noqa: E402
+from cell2text.encoders import load_encoder  # noqa: E402
+from cell2text.evaluation import figures  # noqa: E402
+from cell2text.evaluation.bootstrap import Bootstrap  # noqa: E402
+from cell2text.rank_lists import RankedSplit  # noqa: E402
+
+STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C of scikit-learn
+SPLITS = ("train", "validation", "test")
+
+
+def probe(vectors, cells):
+    """Return what a probe says of the test cells, and the strength that was chosen."""
+    known, chosen_by, asked = ((cells["split"] == split).to_numpy() for split in SPLITS)
+    types = cells["cell_type_id"].to_numpy()
+    vectors = vectors - vectors[known].mean(0)
+    vectors /= vectors[known].std()
+    chosen_by &= np.isin(types, types[known])
+    fitted = [LogisticRegression(C=strength, max_iter=3000).fit(vectors[known], types[known]) for strength in STRENGTHS]
+    likelihood = []
+    for model in fitted:
+        column = np.searchsorted(model.classes_, types[chosen_by])
+        chances = model.predict_proba(vectors[chosen_by])[np.arange(chosen_by.sum()), column]
+        likelihood.append(np.log(np.maximum(chances, 1e-12)).mean())
+    best = int(np.argmax(likelihood))
+    return fitted[best].predict(vectors[asked]), STRENGTHS[best]
+
+
+def read_splits(results):
+    """Return the three splits of a run as ranked cells."""
+    tokens = sorted(results.glob("tokens/*.parquet"))
+    genes = int(pd.read_csv(results / "genes.tsv", sep="\t", usecols=["token"])["token"].max()) + 1
+    return [RankedSplit(tokens, results / "corpus/cells.parquet", split, genes) for split in SPLITS]
+
+
+def embed(results, settings, seed):
+    """Fit an encoder and return the pooled vectors of all cells by id, and the seconds of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        files = [str(path) for path in sorted(results.glob("tokens/*.parquet"))]
+        corpus, genes = str(results / "corpus/cells.parquet"), str(results / "genes.tsv")
+        fit_encoder(corpus, genes, files, f"{folder}/encoder", settings, seed)
+        fitted = time.perf_counter()
+        encoder = load_encoder(f"{folder}/encoder")
+        parts = [
+            pd.DataFrame(encoder.embed(part, 0)["pooled"], index=part.cell_ids)
+            for split in read_splits(results)
+            for part in split
+        ]
+        return pd.concat(parts), (fitted - start, time.perf_counter() - fitted)
+
+
+def principal_components(results):
+    """Return the 50 principal components of all cells, fitted on the training cells."""
+    start = time.perf_counter()
+    train, *others = read_splits(results)
+    parts = [(part.cell_ids, part.matrix(split.genes)) for split in (train, *others) for part in split]
+    training = scipy.sparse.vstack([part.matrix(train.genes) for part in train])
+    fitted = PCA(50, svd_solver="arpack", random_state=0).fit(training)
+    vectors = [pd.DataFrame(fitted.transform(matrix), index=ids) for ids, matrix in parts]
+    return pd.concat(vectors), (time.perf_counter() - start, 0.0)
+
+
+def main():
+    """Print a line for each encoder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=0.001)
+    parser.add_argument("--geneformer", help="a checkpoint that `fetch_encoder` laid down")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    cells = CELLS.read(options.results / "corpus/cells.parquet")
+    cells = cells[cells["cell_type_id"].notna()]
+    pretrain = {"kind": "pretrain", "size": options.size, "epochs": options.epochs, "batch_cells": 16}
+    ways = {
+        "PCA (50)": lambda: principal_components(options.results),
+        "coexpression": lambda: embed(options.results, {"kind": "coexpression", "dimensions": 64}, options.seed),
+        f"pretrain ({options.size}, {options.epochs} epochs)": lambda: embed(
+            options.results, pretrain | {"learning_rate": options.learning_rate, "layer": -2}, options.seed
+        ),
+    }
+    if options.geneformer:
+        settings = {"kind": "geneformer", "directory": options.geneformer, "layer": -2}
+        ways["geneformer"] = lambda: embed(options.results, settings, options.seed)
+    test = cells[cells["split"] == "test"]
+    resampled = Bootstrap(test["donor"], 1000, 0)
+    print(
+        f"{(cells['split'] == 'train').sum()} training cells, {len(test)} test cells of {test['donor'].nunique()} "
+        f"donors and {test['cell_type_id'].nunique()} types"
+    )
+    classes = pd.Index(np.unique(test["cell_type_id"].astype(str)))
+    truth = test["cell_type_id"].reset_index(drop=True)
+    for name, way in ways.items():
+        vectors, seconds = way()
+        said, strength = probe(vectors.loc[cells["cell_id"]].to_numpy(dtype=float), cells)
+        said = pd.Series(said, dtype=object)
+        right = figures.mean_statistics((said == truth).to_numpy())
+        scores = {
+            "accuracy": resampled.estimate(right, figures.ratio),
+            "macro-F1": resampled.estimate(figures.class_statistics(truth, said, classes), figures.macro_f1),
+        }
+        told = ", ".join(f"{what} {value:.3f} [{low:.3f}, {high:.3f}]" for what, (value, low, high) in scores.items())
+        print(
+            f"{name:28s} {vectors.shape[1]:4d} dimensions: {told}; C {strength:g}; "
+            f"fitted in {seconds[0]:.0f} s, embedded in {seconds[1]:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
