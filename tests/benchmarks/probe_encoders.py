@@ -31,6 +31,7 @@ from cell2text.evaluation.bootstrap import Bootstrap  # noqa: E402
 from cell2text.rank_lists import RankedSplit  # noqa: E402
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C of scikit-learn
+STORED = {"top_k": 64, "cache": False}
 SPLITS = ("train", "validation", "test")
 
 
@@ -64,7 +65,7 @@ def embed(results, settings, seed):
         start = time.perf_counter()
         files = [str(path) for path in sorted(results.glob("tokens/*.parquet"))]
         corpus, genes = str(results / "corpus/cells.parquet"), str(results / "genes.tsv")
-        fit_encoder(corpus, genes, files, f"{folder}/encoder", settings, seed)
+        fit_encoder(corpus, genes, files, f"{folder}/encoder", settings | STORED, seed)
         fitted = time.perf_counter()
         encoder = load_encoder(f"{folder}/encoder")
         parts = [

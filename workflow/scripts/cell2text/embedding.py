@@ -36,7 +36,15 @@ def fit_encoder(corpus: str, genes: str, tokens: list[str], directory: str, sett
     encoder = kind.fit(train, validation, settings, seed, Path(f"{directory}.checkpoints"))
     Path(directory).mkdir(parents=True, exist_ok=True)
     encoder.save(Path(directory))
+    cells = sum(pq.read_metadata(path).num_rows for path in tokens)
+    stored = cells * bytes_a_cell(encoder.dimensions, settings["top_k"] if settings["cache"] else 0)
     log.info("%s encoder of %d dimensions", settings["kind"], encoder.dimensions)
+    log.info("the vectors of %d cells will take %.3g GB on disk", cells, stored / 1e9)
+
+
+def bytes_a_cell(dimensions: int, top_k: int) -> int:
+    """Return what the vectors of a cell take on disk: fp16 for its genes, float32 for itself."""
+    return (2 * top_k + 4) * dimensions
 
 
 def embed_shard(encoder: str, tokens: str, embeddings: str, shard: int, shards: int, top_k: int) -> None:
@@ -58,8 +66,8 @@ def embed_shard(encoder: str, tokens: str, embeddings: str, shard: int, shards: 
     loaded = load_encoder(encoder)
     cells = pq.read_metadata(tokens).num_rows
     first, last = (cells * edge // shards for edge in (shard, shard + 1))
-    a_cell = 2 * top_k * loaded.dimensions + 4 * loaded.dimensions
-    log.info("%d of %d cells, %.1f MB on disk", last - first, cells, (last - first) * a_cell / 1e6)
+    stored = (last - first) * bytes_a_cell(loaded.dimensions, top_k)
+    log.info("%d of %d cells, %.1f MB on disk", last - first, cells, stored / 1e6)
     progress = Progress(last - first, "cells")
     ids, parts = [], []
     for part in read_rows(tokens, first, last):
