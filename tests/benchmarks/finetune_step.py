@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 from cell2text.contracts import DESCRIPTIONS
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.cell2text import build
+from cell2text.processes import Team
 from cell2text.training import Finetuning, batches, read_cells
 from cell2text.vectors import Embeddings
 
@@ -37,6 +38,8 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "projector_learning_rate": 5e-4,
     "checkpoint_steps": 10**9,
+    "accumulate": 1,
+    "balance": False,
 }
 
 
@@ -123,11 +126,11 @@ def main() -> None:
     projector = {"kind": "pooled", "soft_tokens": 8, "hidden": 1024}
     embeddings = Embeddings(sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors"))))
     model = build(arguments.language_model, projector, embeddings.dimensions(), LORA, CPU)
-    cells = read_cells(texts, "train", embeddings, classes, model)
+    cells = read_cells(texts, "train", embeddings, {"cell_type": classes}, model)
     weight = model.language_model.get_input_embeddings().weight
-    targets = LabelTargets.of(classes, model.tokenizer, weight)
+    targets = LabelTargets.of([classes], model.tokenizer, weight)
     settings = SETTINGS | {"batch_cells": arguments.batch_cells}
-    work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "")
+    work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())
     rows = batches(work.text_lengths, arguments.batch_cells, 0, 0)[: arguments.steps + 2]
     made = stock_batches(work, rows)
     tokens = [batch["input_ids"].numel() for batch in made][2:]

@@ -13,7 +13,7 @@ from cell2text.errors import InputError
 from cell2text.generation.describe import decode, read_text
 from cell2text.generation.greedy import Written, write_texts
 from cell2text.model import cell2text as m
-from cell2text.model.alignment import LabelTargets
+from cell2text.model.alignment import LabelTargets, number_labels
 from cell2text.model.fused import FusedLora, FusedNorm, fuse_norms
 from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
@@ -24,7 +24,7 @@ LORA = {"r": 4, "lora_alpha": 8}
 
 @pytest.fixture
 def build(tiny_model, monkeypatch):
-    monkeypatch.setattr(m, "compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
 
     def make(kind="pooled", seed=0):
         torch.manual_seed(seed)
@@ -200,12 +200,19 @@ def test_load_refuses_missing_weights(build, tiny_model, tmp_path):
 
 
 def test_alignment_scores_are_cosines_over_the_temperature():
-    targets = LabelTargets(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    targets = LabelTargets([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, -1.0]])])
     soft = torch.tensor([[[3.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
     there = torch.tensor([[True, False], [True, True]])
     half = 2**-0.5
-    assert torch.allclose(targets.scores(soft, there), torch.tensor([[1.0, 0.0], [half, half]]) / 0.05)
-    assert float(targets.loss(soft, there, torch.tensor([-1, -1]))) == 0
+    first, second = targets.scores(soft, there)
+    assert torch.allclose(first, torch.tensor([[1.0, 0.0], [half, half]]) / 0.05)
+    assert torch.allclose(second, torch.tensor([[0.0], [-half]]) / 0.05)
+    assert float(targets.loss(soft, there, torch.tensor([[-1, -1], [-1, -1]]))) == 0
+    # the second cell is as near to both labels of the first slot; a slot with one label costs nothing
+    assert float(targets.loss(soft, there, torch.tensor([[-1, 0], [1, -1]]))) == pytest.approx(np.log(2))
+    labels = {"cell_type": ["b", None, "a"], "sex": ["x", "x", "y"]}
+    numbers = number_labels(labels, {"cell_type": ["a", "b"], "sex": ["x"]})
+    assert numbers.tolist() == [[1, 0], [-1, 0], [0, -1]]
 
 
 def test_confidence_is_the_product_over_the_names_tokens(build):

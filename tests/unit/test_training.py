@@ -1,16 +1,23 @@
 """Fine-tuning on a tiny real model: it learns, resumes to the same bytes, and says when it cannot."""
 
+import os
+import signal
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from cell2text import training
-from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS, TOKENS, write_json
+from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, PREDICTIONS, TERMS, TOKENS, write_json
 from cell2text.descriptions import Slots, Terms, describe, render
 from cell2text.embedding import embed_shard
 from cell2text.encoders.coexpression import Coexpression
 from cell2text.errors import InputError
+from cell2text.generation.describe import describe_aligned
 from cell2text.model.cell2text import load
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.vectors import Embeddings
@@ -28,6 +35,8 @@ SETTINGS = {
     "lora_rank": 4,
     "lora_alpha": 8,
     "checkpoint_steps": 2,
+    "accumulate": 1,
+    "balance": False,
 }
 PROJECTOR = {"kind": "pooled", "soft_tokens": 2, "hidden": 16}
 
@@ -72,7 +81,7 @@ def files(tmp_path, tiny_model):
     return tmp_path
 
 
-def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, **changes):
+def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, processes=1, **changes):
     training.finetune(
         str(tiny_model),
         str(files / "descriptions.parquet"),
@@ -83,6 +92,7 @@ def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, **ch
         settings={**SETTINGS, **changes},
         seed=3,
         library="test",
+        processes=processes,
     )
     return files / name
 
@@ -99,10 +109,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch):
     whole = finetune(files, tiny_model, "whole")
     step = training.Finetuning._step
 
-    def die(self, rows):
+    def die(self, rows, stop):
         if self.state.step == 9:  # in the middle of the second epoch, after the checkpoint at step 8
             raise KeyboardInterrupt
-        return step(self, rows)
+        return step(self, rows, stop)
 
     monkeypatch.setattr(training.Finetuning, "_step", die)
     with pytest.raises(KeyboardInterrupt):
@@ -111,7 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch):
     assert (files / "broken.checkpoints/last.safetensors").is_file()
     steps = []
     monkeypatch.setattr(
-        training.Finetuning, "_step", lambda self, rows: steps.append(self.state.step) or step(self, rows)
+        training.Finetuning, "_step", lambda self, *given: steps.append(self.state.step) or step(self, *given)
     )
     resumed = finetune(files, tiny_model, "broken")
     assert steps[0] == 8
@@ -123,10 +133,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch):
 def test_a_checkpoint_of_other_settings_is_not_taken_up(files, tiny_model, monkeypatch):
     step = training.Finetuning._step
 
-    def die(self, rows):
+    def die(self, rows, stop):
         if self.state.step == 5:
             raise KeyboardInterrupt
-        return step(self, rows)
+        return step(self, rows, stop)
 
     monkeypatch.setattr(training.Finetuning, "_step", die)
     with pytest.raises(KeyboardInterrupt):
@@ -171,7 +181,7 @@ def test_a_loss_that_is_not_finite_is_told(files, tiny_model, monkeypatch):
         return total * float("nan"), tokens
 
     monkeypatch.setattr(training.Cell2Text, "text_loss", broken)
-    with pytest.raises(InputError, match="not finite at step 1"):
+    with pytest.raises(InputError, match=r"not finite at step 1, with cells study\|\d+, study\|\d+, "):
         finetune(files, tiny_model, "model")
 
 
@@ -193,6 +203,7 @@ def test_masters_add_up_updates_that_bfloat16_would_lose():
     optimiser = MasterAdamW([(1e-4, {"weight": weight})])
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
+        optimiser.take_gradients()
         optimiser.step(1.0, 1.0)
     assert weight.tolist() == pytest.approx([0.99] * 4, abs=0.004)
 
@@ -237,3 +248,86 @@ def test_gene_vectors_made_on_the_fly_are_those_that_are_stored(files, tiny_mode
     first = finetune(files, tiny_model, "first", stored, mlp, epochs=2)
     second = finetune(files, tiny_model, "second", fresh, mlp, epochs=2)
     assert losses(first).equals(losses(second)) and weights(first) == weights(second)
+
+
+def begin(files, tiny_model, name, **changes):
+    """Start fine-tuning in a process of its own and return it when a checkpoint is there."""
+    process = get_context("spawn").Process(target=finetune, args=(files, tiny_model, name), kwargs=changes)
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (files / f"{name}.checkpoints/last.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("told", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["kill", "term"])
+def test_a_run_that_is_ended_from_outside_goes_on_as_if_it_had_not_been(files, tiny_model, told, code, processes):
+    if processes == 2 and told == signal.SIGKILL:
+        pytest.skip("the processes of a killed one are the cluster's to end")
+    long = {"epochs": 30, "patience": 30, "processes": processes}
+    whole = finetune(files, tiny_model, "whole", **long)
+    process = begin(files, tiny_model, "broken", **long)
+    for child in multiprocessing_children(process.pid) if processes == 2 else [process.pid]:
+        os.kill(child, told)
+    process.join(60)
+    assert process.exitcode == code and not (files / "broken").exists()
+    resumed = finetune(files, tiny_model, "broken", **long)
+    pd.testing.assert_frame_equal(losses(resumed), losses(whole), rtol=0, atol=1e-6)
+    assert weights(resumed) == weights(whole)
+
+
+def multiprocessing_children(parent):
+    """Return the processes that a process has spawned to train, without the one that tracks resources."""
+    told = [path for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [
+        int(path.name)
+        for path in told
+        if path.exists()
+        and f"PPid:\t{parent}\n" in (path / "status").read_text()
+        and "spawn_main" in (path / "cmdline").read_text()
+    ]
+
+
+def test_two_processes_learn_as_one_that_accumulates(files, tiny_model):
+    one = finetune(files, tiny_model, "one", accumulate=2)
+    two = finetune(files, tiny_model, "two", processes=2)
+    columns = ["loss", "align_loss", "validation_loss"]
+    first, second = losses(one), losses(two)
+    assert len(first) == len(second) and first["tokens"].tolist() == second["tokens"].tolist()
+    np.testing.assert_allclose(first[columns], second[columns], atol=1e-4)
+
+
+def test_a_step_is_the_mean_over_the_tokens_of_all_its_batches(files, tiny_model, monkeypatch):
+    monkeypatch.setattr(training, "INPUT_NOISE", 0.0)  # each batch of a step has a noise of its own
+    whole = losses(finetune(files, tiny_model, "whole", batch_cells=4, align_weight=0.0))
+    parts = losses(finetune(files, tiny_model, "parts", batch_cells=2, accumulate=2, align_weight=0.0))
+    assert (parts["tokens"] <= whole["tokens"]).all() and (parts["tokens"] < whole["tokens"]).any()
+    np.testing.assert_allclose(whole["loss"], parts["loss"], atol=0.02)
+
+
+def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    weights_ = training.balance(labels)
+    drawn = np.concatenate(training.batches(np.full(1000, 50), 16, 0, 0, weights_))
+    assert len(drawn) == 1000
+    assert np.all(np.abs(np.bincount(labels[drawn]) - 333) < 60)
+    again = training.batches(np.full(1000, 50), 16, 0, 0, weights_)
+    assert np.array_equal(drawn, np.concatenate(again))
+
+
+def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model):
+    model = finetune(files, tiny_model, "model", align_steps=60)
+    texts = DESCRIPTIONS.read(files / "descriptions.parquet")
+    corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
+    CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
+    embeddings = Embeddings([str(files / "embeddings.safetensors")])
+    inputs = [str(path) for path in (model, tiny_model, files / "cells.parquet", files / "terms.parquet")]
+    describe_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
+    told = PREDICTIONS.read(files / "aligned.parquet")
+    truth = texts[texts["split"] == "validation"]
+    assert told["cell_id"].tolist() == truth["cell_id"].tolist()
+    assert (told["cell_type_id"].to_numpy() == truth["cell_type_id"].to_numpy()).mean() > 0.8
+    assert set(told["tissue_id"]) == {"UBERON:0000178"} and (told["tissue_confidence"] == 1).all()
+    assert told["sex_id"].isna().all() and told["cell_type_confidence"].between(1 / 3, 1).all()
+    assert told["text"].str.startswith("This is a").all()

@@ -58,7 +58,9 @@ def planned(folder, *arguments, config="tiny.yaml"):
 def test_tiny_run_leaves_what_the_design_names(finished):
     results = finished / "results/tiny"
     metrics = pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")
-    assert {"cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"} == set(metrics["method"])
+    assert {"cell2text", "majority", "pca_logistic", "knn", "nearest_text", "aligned", "shuffled"} == set(
+        metrics["method"]
+    )
     assert metrics["value"].dropna().between(0, 1).all()
     rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
     cells = pd.read_parquet(results / "corpus/cells.parquet")

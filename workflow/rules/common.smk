@@ -29,7 +29,7 @@ EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS
 )
 SPLITS = ["validation", "test"]
-BASELINES = ["majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
+BASELINES = ["majority", "pca_logistic", "knn", "nearest_text", "aligned", "shuffled"]
 GENERATIONS = collect(
     "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
 )

@@ -138,6 +138,36 @@ rule baseline_shuffled:
         "../scripts/baseline_shuffled.py"
 
 
+rule baseline_aligned:
+    input:
+        model="<results>/model",
+        language_model=LANGUAGE_MODEL,
+        corpus="<results>/corpus/cells.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+        encoder="<results>/encoder",
+        tokens=TOKENS_ON_THE_FLY,
+    output:
+        predictions="<results>/baselines/aligned.parquet",
+    log:
+        "<logs>/baseline_aligned.log",
+    benchmark:
+        "<benchmarks>/baseline_aligned.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=hours(1),
+    params:
+        on_the_fly=on_the_fly,
+        library=library_version("baseline_aligned.py"),
+    message:
+        "Baseline: the label whose name a cell's soft tokens are nearest to"
+    script:
+        "../scripts/baseline_aligned.py"
+
+
 rule evaluate:
     input:
         descriptions="<results>/corpus/descriptions.parquet",

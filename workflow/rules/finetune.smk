@@ -23,10 +23,11 @@ rule finetune:
     conda:
         "../../envs/llm.yaml"
     threads: 8
+    retries: 2
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=hours(12),
-        gpu=1,
+        gpu=config["finetune"]["gpus"],
     params:
         seed=lookup("seed", within=config),
         projector=lookup("projector", within=config),

@@ -1,5 +1,7 @@
 """Fine-tune the language model to describe cells."""
 
+import torch
+
 from cell2text.job import run_job
 from cell2text.training import finetune
 from cell2text.vectors import Embeddings
@@ -17,6 +19,7 @@ def main(snakemake):
         settings=snakemake.params.finetune,
         seed=snakemake.params.seed,
         library=snakemake.params.library,
+        processes=snakemake.resources.gpu if torch.cuda.is_available() else 1,
     )
 
 

@@ -8,9 +8,14 @@ import json
 import logging
 import math
 import shutil
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pandas as pd
@@ -19,12 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS, read_json, whole_file
+from cell2text.contracts import DESCRIPTIONS, HISTORY, TERM_SLOTS, TERMS, read_json, whole_file
 from cell2text.device import pick_device
 from cell2text.errors import InputError
-from cell2text.model.alignment import LabelTargets
+from cell2text.model.alignment import LabelTargets, number_labels
 from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, save
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
+from cell2text.processes import Team, run_in_processes
 from cell2text.progress import Progress
 from cell2text.provenance import hash_config, hash_file
 from cell2text.vectors import Embeddings, Vectors
@@ -35,6 +41,17 @@ ALIGN_CELLS = 256  # cells a step of alignment
 ALIGN_RATE = 1e-3
 INPUT_NOISE = 0.3  # of the spread of the training cells' vectors, while aligning
 CELLS_TO_SCALE_BY = 4096  # whose vectors give the projector its centre and spread
+# What `model.build` calls the keys of the config's `finetune` section that say what of the language model learns.
+TUNING_KEYS = {
+    "mode": "mode",
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "targets": "lora_targets",
+    "lora_dropout": "lora_dropout",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+}
+TOLD_TO_END = 128 + signal.SIGTERM  # the exit code of a run that was told to end and can go on
 BUCKET = 16  # batches among which cells are sorted by the length of their text
 
 
@@ -49,12 +66,15 @@ class Cells:
     texts
         Token ids of each description with the end token, int64.
     labels
-        Class number of each cell type, -1 where it is not known, int64 (cells,).
+        Class numbers, see ``alignment.number_labels``; int64 (cells, slots).
+    ids
+        Of the cells.
     """
 
     vectors: Vectors
     texts: list[Tensor]
     labels: Tensor
+    ids: list[str]
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return vectors, lengths, texts padded on the right, which tokens are there, and labels."""
@@ -65,7 +85,9 @@ class Cells:
         return tuple(part.to(device) for part in parts)
 
 
-def batches(text_lengths: np.ndarray, batch_cells: int, seed: int, epoch: int) -> list[np.ndarray]:
+def batches(
+    text_lengths: np.ndarray, batch_cells: int, seed: int, epoch: int, weights: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Return the rows of each batch of an epoch: shuffled, but texts of like length together.
 
     Parameters
@@ -76,9 +98,14 @@ def batches(text_lengths: np.ndarray, batch_cells: int, seed: int, epoch: int) -
         Cells of a batch.
     seed, epoch
         The same pair gives the same batches.
+    weights
+        How likely each cell is drawn, (cells,), for an epoch of as many cells drawn with replacement; None for each
+        cell once.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(text_lengths))
+    if weights is not None:
+        order = random.choice(len(text_lengths), len(text_lengths), p=weights / weights.sum())
     found = []
     for start in range(0, len(order), BUCKET * batch_cells):
         bucket = order[start : start + BUCKET * batch_cells]
@@ -115,6 +142,7 @@ def align(
         if step % 10 == 0 or step == steps - 1:
             value = float(loss.detach())
             history.append(_row("align", step, 0, value, value, adam.param_groups[0]["lr"], 0, start))
+    adam.zero_grad()  # else the first step of fine-tuning would take the last gradient for its own
     return history
 
 
@@ -161,6 +189,29 @@ class State:
     history: list[dict] = field(default_factory=list)
 
 
+def balance(labels: np.ndarray) -> np.ndarray:
+    """Return weights with which all labels are drawn as often; -1, for none, counts as a label.
+
+    Examples
+    --------
+    >>> balance(np.array([0, 0, 1])).tolist()
+    [0.5, 0.5, 1.0]
+    """
+    _, number, cells = np.unique(labels, return_inverse=True, return_counts=True)
+    return 1 / cells[number]
+
+
+@contextmanager
+def listen_for_stop() -> Iterator[Event]:
+    """Give an event that is set when the process is told to end, as SLURM does before the time is up."""
+    stop = Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Finetuning:
     """Projector and adapter trained together on the texts of the training cells.
 
@@ -180,6 +231,8 @@ class Finetuning:
         Folder for checkpoints.
     fingerprint
         Of everything that the result depends on; a checkpoint with another one is not taken up.
+    team
+        The processes that train together; each learns from some of the batches of a step.
     """
 
     def __init__(
@@ -192,12 +245,17 @@ class Finetuning:
         seed: int,
         checkpoints: Path,
         fingerprint: str,
+        team: Team,
     ):
+        self.team = team
         self.model, self.targets, self.train, self.validation = model, targets, train, validation
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
         self.text_lengths = np.array([len(text) for text in train.texts])
-        self.steps_an_epoch = math.ceil(len(train.texts) / settings["batch_cells"])
+        # cells of a step: one batch after another adds to the gradient, so memory is that of one
+        self.step_cells = settings["batch_cells"] * settings["accumulate"] * team.size
+        self.weights = balance(train.labels[:, 0].numpy()) if settings["balance"] else None
+        self.steps_an_epoch = math.ceil(len(train.texts) / self.step_cells)
         self.schedule = warm_up_then_decay(self.steps_an_epoch * settings["epochs"])
         trainable = model.trainable()
         projector = {name: value for name, value in trainable.items() if name.startswith("projector.")}
@@ -211,11 +269,12 @@ class Finetuning:
     def run(self) -> State:
         """Train until the epochs are done or the validation loss has stopped falling; keep the best epoch."""
         total = len(self.train.texts) * self.settings["epochs"]
-        done = min(self.state.step * self.settings["batch_cells"], total)
+        done = min(self.state.step * self.step_cells, total)
         self.progress = Progress(total, "cells", done=done)
         self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
-        while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
-            self._run_epoch()
+        with listen_for_stop() as stop:
+            while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
+                self._run_epoch(stop)
         log.info("best epoch %d, validation loss %.4f", self.state.best_epoch + 1, self.state.best_loss)
         self.optimiser.write_back(self.best)
         return self.state
@@ -223,16 +282,19 @@ class Finetuning:
     def _stopped_improving(self) -> bool:
         return self.state.epoch - 1 - self.state.best_epoch >= self.settings["patience"]
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self, stop: Event) -> None:
         state = self.state
-        rows = batches(self.text_lengths, self.settings["batch_cells"], self.seed, state.epoch)
+        rows = batches(self.text_lengths, self.step_cells, self.seed, state.epoch, self.weights)
         self.model.train()
         for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
-            state.history.append(self._step(batch))
+            state.history.append(self._step(batch, stop))
             state.step += 1
             self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}")
-            if state.step % self.settings["checkpoint_steps"] == 0 and batch is not rows[-1]:
+            if stop.is_set() or (state.step % self.settings["checkpoint_steps"] == 0 and batch is not rows[-1]):
                 self.write_checkpoint()
+            if stop.is_set():
+                log.info("told to end after step %d: the next try goes on from here", state.step)
+                sys.exit(TOLD_TO_END)
         loss = self.validate()
         state.history[-1]["validation_loss"] = loss
         log.info("epoch %d: validation loss %.4f nats a token", state.epoch + 1, loss)
@@ -242,27 +304,53 @@ class Finetuning:
         state.epoch += 1
         self.write_checkpoint()
 
-    def _step(self, rows: np.ndarray) -> dict:
-        model, state = self.model, self.state
-        vectors, lengths, text, there, labels = self.train.batch(rows, model.device)
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + state.step)
-        soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
-        loss, tokens = model.text_loss(soft, soft_there, text, there)
-        align_loss = self.targets.loss(soft, soft_there, labels)
-        (loss + self.settings["align_weight"] * align_loss * tokens).backward()
-        value = float(loss.detach()) / int(tokens)
-        if not math.isfinite(value):
+    def _step(self, rows: np.ndarray, stop: Event) -> dict:
+        """Learn from some cells, a batch of them at a time: the loss is the mean over the tokens of all."""
+        state = self.state
+        sums = torch.zeros(5, dtype=torch.float64, device=self.model.device)  # see _learn; whether to end
+        starts = range(0, len(rows), self.settings["batch_cells"])
+        for number in range(self.team.rank, len(starts), self.team.size):
+            batch = rows[starts[number] : starts[number] + self.settings["batch_cells"]]
+            sums[:4] += self._learn(batch, number)
+        sums[4] = stop.is_set()
+        self.team.add_gradients(self.optimiser.masters.values())
+        loss, tokens, align_loss, size, ending = self.team.add_up(sums).tolist()
+        if ending:  # one process may have been told a step before the others
+            stop.set()
+        if not math.isfinite(loss):
+            told = ", ".join(self.train.ids[row] for row in rows)
             raise InputError(
                 "config: finetune.learning_rate",
-                f"the loss is not finite at step {state.step + 1}",
-                "Lower the learning rate and run again",
+                f"the loss is not finite at step {state.step + 1}, with cells {told}",
+                "Lower the learning rate, or leave these cells out, and run again",
             )
         rate = self.schedule(state.step)
-        self.optimiser.step(1 / int(tokens), rate)
-        prompt = len(model.prompt.before) + soft.shape[1] + len(model.prompt.after)
-        size = len(rows) * prompt + there.numel()
+        self.optimiser.step(1 / tokens, rate)
         rate *= self.settings["learning_rate"]
-        return _row("finetune", state.step, state.epoch, value, float(align_loss.detach()), rate, size, self.start)
+        return _row(
+            "finetune", state.step, state.epoch, loss / tokens, align_loss / tokens, rate, int(size), self.start
+        )
+
+    def _learn(self, rows: np.ndarray, number: int) -> Tensor:
+        """Add a batch, the so-manieth of its step, to the gradient.
+
+        Returns
+        -------
+        Tensor
+            float64 (4,): sum of the loss, tokens it is the sum of, alignment loss times these, tokens that are read.
+        """
+        model = self.model
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
+        vectors, lengths, text, there, labels = self.train.batch(rows, model.device)
+        soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
+        torch.manual_seed(random.initial_seed())  # of dropout, where there is any
+        loss, tokens = model.text_loss(soft, soft_there, text, there)
+        align_loss = self.targets.loss(soft, soft_there, labels) * tokens
+        (loss + self.settings["align_weight"] * align_loss).backward()
+        self.optimiser.take_gradients()
+        prompt = len(model.prompt.before) + soft.shape[1] + len(model.prompt.after)
+        size = torch.tensor(len(rows) * prompt + there.numel(), device=model.device)
+        return torch.stack([value.detach().double() for value in (loss, tokens, align_loss, size)])
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -270,20 +358,22 @@ class Finetuning:
         self.model.eval()
         order = np.argsort([len(text) for text in self.validation.texts], kind="stable")
         size = self.settings["batch_cells"]
-        total, count = 0.0, 0
-        for start in range(0, len(order), size):
+        sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        for start in range(self.team.rank * size, len(order), self.team.size * size):
             vectors, lengths, text, there, _ = self.validation.batch(order[start : start + size], self.model.device)
-            loss, tokens = self.model.text_loss(*self.model.projector(vectors, lengths), text, there)
-            total, count = total + float(loss), count + int(tokens)
-        return total / count
+            sums += torch.stack(self.model.text_loss(*self.model.projector(vectors, lengths), text, there))
+        total, tokens = self.team.add_up(sums).tolist()
+        return total / tokens
 
     def write_checkpoint(self) -> None:
         """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
         tensors = {f"optimiser.{name}": value.contiguous() for name, value in self.optimiser.state().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         metadata = {"fingerprint": self.fingerprint, "state": json.dumps(asdict(self.state))}
-        with whole_file(self.checkpoint_file) as unfinished:
-            save_file(tensors, unfinished, metadata=metadata)
+        if self.team.leads:
+            with whole_file(self.checkpoint_file) as unfinished:
+                save_file(tensors, unfinished, metadata=metadata)
+        self.team.wait()
 
     def take_up_checkpoint(self) -> bool:
         """Go back to the last checkpoint; return whether there was one for this very run."""
@@ -307,7 +397,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_cells(
-    descriptions: pd.DataFrame, split: str, embeddings: Embeddings, classes: list[str], model: Cell2Text
+    descriptions: pd.DataFrame, split: str, embeddings: Embeddings, classes: dict[str, list[str]], model: Cell2Text
 ) -> Cells:
     """Return the cells of one split, their texts as tokens.
 
@@ -320,19 +410,31 @@ def read_cells(
     embeddings
         Of the cells.
     classes
-        Ids of the cell types, in the order of their class numbers.
+        As :func:`find_classes` gives them.
     model
         Its projector says which vectors to read, its tokenizer makes the tokens.
     """
     rows = descriptions[descriptions["split"] == split]
     ids = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)["input_ids"]
     end = model.tokenizer.eos_token_id
-    number = {label: i for i, label in enumerate(classes)}
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
         [torch.tensor([*text, end]) for text in ids],
-        torch.tensor([number.get(label, -1) for label in rows["cell_type_id"]]),
+        number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes),
+        rows["cell_id"].to_list(),
     )
+
+
+def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the sorted ids that each slot of training cells takes; slots without any are left out.
+
+    Parameters
+    ----------
+    training
+        Rows of ``contracts.DESCRIPTIONS``.
+    """
+    ids = {slot: sorted(training[f"{slot}_id"].dropna().unique()) for slot in TERM_SLOTS}
+    return {slot: found for slot, found in ids.items() if found}
 
 
 def finetune(
@@ -345,6 +447,7 @@ def finetune(
     settings: dict,
     seed: int,
     library: str,
+    processes: int = 1,
 ) -> None:
     """Fine-tune a language model to describe cells, and save adapter, projector and history.
 
@@ -364,14 +467,37 @@ def finetune(
         Of weights, batches and noise.
     library
         Version of the code, part of the checkpoint's fingerprint.
+    processes
+        How many train together, each on a GPU of its own.
+
+    Raises
+    ------
+    InputError
+        If the loss is not finite.
     """
+    arguments = (language_model, descriptions, terms, embeddings, directory, projector, settings, seed, library)
+    run_in_processes(_finetune, processes, *arguments)
+
+
+def _finetune(
+    team: Team,
+    language_model: str,
+    descriptions: str,
+    terms: str,
+    embeddings: Embeddings,
+    directory: str,
+    projector: dict,
+    settings: dict,
+    seed: int,
+    library: str,
+) -> None:
     torch.manual_seed(seed)
     device = pick_device()
     texts = DESCRIPTIONS.read(descriptions)
     training_rows = texts[texts["split"] == "train"]
-    lora = {"r": settings["lora_rank"], "lora_alpha": settings["lora_alpha"]}
-    model = build(language_model, projector, embeddings.dimensions(), lora, device)
-    classes = sorted(training_rows["cell_type_id"].dropna().unique())
+    tuning = {name: settings[key] for name, key in TUNING_KEYS.items() if key in settings}
+    model = build(language_model, projector, embeddings.dimensions(), tuning, device)
+    classes = find_classes(training_rows)
     train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
     some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
     vectors, lengths = train.vectors[np.sort(some)]
@@ -379,11 +505,11 @@ def finetune(
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
     table = TERMS.read(terms)
-    names = table[table["slot"] == "cell_type"].set_index("id")["name"]
+    names = table.set_index(["slot", "id"])["name"]
     targets = LabelTargets.of(
-        [names[label] for label in classes],
+        [[names[slot, label] for label in ids] for slot, ids in classes.items()],
         model.tokenizer,
-        model.language_model.get_input_embeddings().weight,
+        model.language_model.get_input_embeddings().weight.detach(),
     )
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
@@ -394,16 +520,17 @@ def finetune(
             "library": library,
             "language_model": source,
             "top_k": embeddings.top_k,
+            "processes": team.size,
             "files": [hash_file(path) for path in (descriptions, *embeddings.files)],
         }
     )
     checkpoints = Path(f"{directory}.checkpoints")
-    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint)
+    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team)
     log.info(
         "%d training and %d validation cells, %d cell types, %.1f million weights to train, on %s",
         len(train.texts),
         len(validation.texts),
-        len(classes),
+        len(classes["cell_type"]),
         sum(value.numel() for value in work.optimiser.masters.values()) / 1e6,
         device,
     )
@@ -411,17 +538,20 @@ def finetune(
         work.state.history = align(model, targets, train, settings["align_steps"], seed, device)
         work.optimiser.take_weights()
     state = work.run()
-    _save(work, state, Path(directory), source, classes, seed)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if team.leads:
+        _save(work, state, Path(directory), source, classes, seed)
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _save(work: Finetuning, state: State, directory: Path, source: dict, classes: list[str], seed: int) -> None:
+def _save(
+    work: Finetuning, state: State, directory: Path, source: dict, classes: dict[str, list[str]], seed: int
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
     about = {
         "language_model": source,
         "finetune": work.settings,
-        "cell_types": classes,
+        "labels": classes,
         "training_cells": len(work.train.texts),
         "trainable_parameters": sum(value.numel() for value in work.optimiser.masters.values()),
         "best_epoch": state.best_epoch + 1,

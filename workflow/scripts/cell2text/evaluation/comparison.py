@@ -14,6 +14,7 @@ NAMES = {
     "pca_logistic": "PCA + logistic regression",
     "knn": "Nearest neighbours' vote",
     "nearest_text": "Nearest cell's text",
+    "aligned": "Projector's nearest label",
     "majority": "Most frequent label",
     "shuffled": "Shuffled embeddings",
 }

@@ -6,16 +6,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from cell2text.contracts import CELLS, EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS, write_jsonl
-from cell2text.descriptions import Terms, parse
+from cell2text.descriptions import Slots, Terms, describe, parse, render
 from cell2text.generation.greedy import Written, write_texts
+from cell2text.model.alignment import LabelTargets
 from cell2text.model.cell2text import Cell2Text, load
 from cell2text.progress import Progress
 from cell2text.vectors import Embeddings, Vectors
 
 log = logging.getLogger("cell2text.generation")
+
+CELLS_AT_ONCE = 4096
 
 
 def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: dict) -> Iterator[dict]:
@@ -136,6 +140,50 @@ def describe_shuffled(
         said = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
         tables.append(said.assign(cell_id=cells, split=split))
     PREDICTIONS.write(pd.concat(tables, ignore_index=True)[list(PREDICTIONS.columns)], predictions)
+
+
+@torch.no_grad()
+def describe_aligned(
+    model: str,
+    language_model: str,
+    corpus: str,
+    terms: str,
+    embeddings: Embeddings,
+    predictions: str,
+    splits: list[str],
+) -> None:
+    """Say of each cell the labels whose names its soft tokens are nearest to: what the projector alone knows.
+
+    The confidence is the softmax over a slot's labels. Of gene sets nothing is said. Parameters are those of
+    :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
+    """
+    loaded, table = load(model, language_model), TERMS.read(terms)
+    labels, known = loaded.settings["labels"], Terms(table)
+    names = table.set_index(["slot", "id"])["name"]
+    targets = LabelTargets.of(
+        [[names[slot, label] for label in ids] for slot, ids in labels.items()],
+        loaded.tokenizer,
+        loaded.language_model.get_input_embeddings().weight,
+    )
+    tables = []
+    for split in splits:
+        cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()
+        vectors = embeddings.vectors(cells.tolist(), loaded.projector.reads)
+        for rows in np.array_split(np.arange(len(cells)), math.ceil(len(cells) / CELLS_AT_ONCE)):
+            batch = [part.to(loaded.device) for part in vectors[rows]]
+            said = {"cell_id": cells[rows], "split": split, "status": "parsed", "pathway_ids": [[]] * len(rows)}
+            for (slot, ids), scores in zip(labels.items(), targets.scores(*loaded.projector(*batch)), strict=True):
+                confidence, best = scores.softmax(-1).cpu().max(-1)
+                said[f"{slot}_id"] = np.array(ids, dtype=object)[best.numpy()]
+                said[f"{slot}_confidence"] = confidence.numpy()
+            tables.append(pd.DataFrame(said).reindex(columns=list(PREDICTIONS.columns)))
+    told = pd.concat(tables, ignore_index=True)
+    slots = told[[f"{slot}_id" for slot in TERM_SLOTS]].astype(object).where(told.notna(), None)
+    told["text"] = [
+        render(describe(Slots(**dict(zip(TERM_SLOTS, row, strict=True))), known), known)
+        for row in slots.itertuples(index=False, name=None)
+    ]
+    PREDICTIONS.write(told, predictions)
 
 
 def cells_in(embeddings: Sequence[str], corpus: str, split: str) -> pd.DataFrame:

@@ -4,6 +4,8 @@ Done before fine-tuning, with the projector alone and without a forward pass of 
 seconds and puts each cell where the language model already knows the words for it.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,34 +15,42 @@ TEMPERATURE = 0.05
 
 
 class LabelTargets:
-    """The names of a slot's labels as one direction each in the space of token embeddings.
+    """The names of each slot's labels as one direction each in the space of token embeddings.
+
+    A cell has one direction, the mean of its soft tokens, and it is compared with the labels of one slot at a time:
+    so it can be near the name of its cell type and near that of its tissue at once.
 
     Parameters
     ----------
     directions
-        Unit vectors, float32 (labels, width).
+        Unit vectors of the labels of each slot, float32 (labels, width).
     """
 
-    def __init__(self, directions: Tensor):
-        self.directions = directions
+    def __init__(self, directions: Sequence[Tensor]):
+        self.directions = list(directions)
 
     @classmethod
-    def of(cls, names: list[str], tokenizer: PreTrainedTokenizerBase, embeddings: Tensor) -> "LabelTargets":
+    def of(
+        cls, names: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, embeddings: Tensor
+    ) -> "LabelTargets":
         """Average the token embeddings of each name.
 
         Parameters
         ----------
         names
-            Of the labels, in the order of their class numbers.
+            Of the labels of each slot, in the order of their class numbers.
         tokenizer, embeddings
             Of the language model; embeddings (vocabulary, width).
         """
-        # With the space before it that a name has within a sentence.
-        ids = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
-        means = torch.stack([embeddings[torch.tensor(i, device=embeddings.device)].float().mean(0) for i in ids])
-        return cls(functional.normalize(means, dim=-1))
 
-    def scores(self, soft: Tensor, there: Tensor) -> Tensor:
+        def direction(name: str) -> Tensor:
+            # with the space before it that a name has within a sentence
+            ids = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
+            return functional.normalize(embeddings[torch.tensor(ids, device=embeddings.device)].float().mean(0), dim=-1)
+
+        return cls([torch.stack([direction(name) for name in of_slot]) for of_slot in names])
+
+    def scores(self, soft: Tensor, there: Tensor) -> list[Tensor]:
         """Return the cosine of each cell's mean soft token with each label, over the temperature.
 
         Parameters
@@ -50,22 +60,42 @@ class LabelTargets:
 
         Returns
         -------
-        Tensor
-            float32 (cells, labels).
+        list of Tensor
+            For each slot, float32 (cells, labels).
         """
-        mean = soft.sum(1) / there.sum(1, keepdim=True)
-        return functional.normalize(mean, dim=-1) @ self.directions.T / TEMPERATURE
+        mean = functional.normalize(soft.sum(1) / there.sum(1, keepdim=True).clamp(min=1), dim=-1)
+        return [mean @ directions.T / TEMPERATURE for directions in self.directions]
 
     def loss(self, soft: Tensor, there: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the labels; cells with label -1 do not count.
+        """Return the cross-entropy of the labels, the mean over the cells that have one, summed over the slots.
 
         Parameters
         ----------
         soft, there
             As a projector gives them.
         labels
-            Class numbers, int64 (cells,).
+            Class numbers, -1 where a cell has none, int64 (cells, slots).
         """
-        if not bool((labels >= 0).any()):
-            return soft.sum() * 0
-        return functional.cross_entropy(self.scores(soft, there), labels, ignore_index=-1)
+        losses = [
+            functional.cross_entropy(scores, of_slot, ignore_index=-1, reduction="sum")
+            / (of_slot >= 0).sum().clamp(min=1)
+            for scores, of_slot in zip(self.scores(soft, there), labels.T, strict=True)
+        ]
+        return torch.stack(losses).sum() if losses else soft.sum() * 0
+
+
+def number_labels(labels: Mapping[str, Sequence[str | None]], classes: Mapping[str, Sequence[str]]) -> Tensor:
+    """Return the class number of each cell's label in each slot, -1 for none; int64 (cells, slots).
+
+    Parameters
+    ----------
+    labels
+        Id of each cell's label, for each slot of ``classes``.
+    classes
+        Ids of each slot, in the order of their class numbers.
+    """
+    numbers = []
+    for slot, ids in classes.items():
+        number = {label: i for i, label in enumerate(ids)}
+        numbers.append([number.get(label, -1) for label in labels[slot]])
+    return torch.tensor(numbers, dtype=torch.long).T.contiguous()

@@ -1,4 +1,4 @@
-"""Layers of a frozen language model with an adapter, with fewer passes over memory than their general forms.
+"""Layers of a language model that is fine-tuned, with fewer passes over memory than their general forms.
 
 A step spends most of its time in many small operations on tensors as large as the activations. What is written
 here does the same in fewer of them; the weights stay where transformers and PEFT keep them.
@@ -149,7 +149,7 @@ def join_siblings(model: nn.Module) -> None:
 
 
 class RootMeanSquareNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + epsilon) * weight with a frozen weight (arXiv 1910.07467); only sums are float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight (arXiv 1910.07467); only sums are float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -161,13 +161,14 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_normal: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of x."""
+    def backward(ctx, of_normal: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Return the gradients of x and, where it trains, of the weight."""
         x, weight, inverse = ctx.saved_tensors
-        of_normal = of_normal * weight
         normal = x * inverse
+        of_weight = (of_normal * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        of_normal = of_normal * weight
         along = (of_normal * normal) @ x.new_full((x.shape[-1], 1), 1 / x.shape[-1])
-        return of_normal.addcmul_(normal, along, value=-1).mul_(inverse), None, None
+        return of_normal.addcmul_(normal, along, value=-1).mul_(inverse), of_weight, None
 
 
 class FusedNorm(nn.Module):
@@ -176,7 +177,7 @@ class FusedNorm(nn.Module):
     Parameters
     ----------
     weight
-        Frozen, (width,).
+        Frozen or not, (width,).
     epsilon
         Added to the mean square.
     """

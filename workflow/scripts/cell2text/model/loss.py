@@ -10,8 +10,8 @@ TOKENS_AT_ONCE = 128  # the logits of these stay in a CPU's cache, and are few b
 class TextLoss(torch.autograd.Function):
     """Summed negative log likelihood of tokens, given the hidden states before them.
 
-    The gradient is computed while the logits are at hand, so that they are neither kept nor computed again: the
-    method of the Liger kernels (arXiv 2410.10989), in plain torch. The head stays as it is.
+    The gradients are computed while the logits are at hand, so that they are neither kept nor computed again: the
+    method of the Liger kernels (arXiv 2410.10989), in plain torch. That of the head is computed only where it trains.
     """
 
     @staticmethod
@@ -27,7 +27,11 @@ class TextLoss(torch.autograd.Function):
         targets
             Token ids, int64 (tokens,).
         """
-        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        gradients = [
+            torch.zeros_like(part) if needed else None
+            for part, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        of_states, of_weight, of_bias = gradients
         total = states.new_zeros((), dtype=torch.float32)
         wide = states.new_empty(min(len(states), TOKENS_AT_ONCE), len(weight), dtype=torch.float32)
         for start in range(0, len(states), TOKENS_AT_ONCE):
@@ -40,15 +44,25 @@ class TextLoss(torch.autograd.Function):
             in_float32 = wide[: len(exponentials)].copy_(exponentials)
             sums = in_float32.sum(1, keepdim=True)
             total += (sums.log() - right).sum()
-            if gradient is not None:
+            if of_states is not None:
                 expected = (exponentials @ weight).float() / sums
-                gradient[some] = expected - weight[targets[some]]
-        ctx.save_for_backward(gradient)
+                of_states[some] = expected - weight[targets[some]]
+            if of_weight is None and of_bias is None:
+                continue
+            # softmax - 1 of the right token in float32: of a likely token, bfloat16 would leave nothing
+            of_logits = in_float32.div_(sums)
+            of_logits.scatter_add_(1, targets[some, None], of_logits.new_full((len(of_logits), 1), -1))
+            of_logits = of_logits.to(weight.dtype)
+            if of_weight is not None:
+                of_weight.addmm_(of_logits.T, states[some])
+            if of_bias is not None:
+                of_bias += of_logits.sum(0)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_sum: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of the states."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * of_sum.to(gradient.dtype), None, None, None
+    def backward(ctx, of_sum: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Return the gradients of the states and, where they train, of the head's weight and bias."""
+        scaled = (None if part is None else part * of_sum.to(part.dtype) for part in ctx.saved_tensors)
+        return *scaled, None

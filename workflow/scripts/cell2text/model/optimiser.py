@@ -32,8 +32,20 @@ class MasterAdamW:
             fused=True,
         )
 
+    def take_gradients(self) -> None:
+        """Add the weights' gradients to those of the masters, in float32, and forget the former."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
     def step(self, gradient_scale: float, rate_scale: float) -> None:
-        """Clip, step and write back, then forget the gradients.
+        """Clip the gradients that were taken, step and write back, then forget them.
 
         Parameters
         ----------
@@ -42,14 +54,14 @@ class MasterAdamW:
         rate_scale
             Of the schedule: this share of each group's learning rate.
         """
-        for name, parameter in self.parameters.items():
-            gradient = parameter.grad
-            self.masters[name].grad = None if gradient is None else gradient.float().mul_(gradient_scale)
-            parameter.grad = None
+        for master in self.masters.values():
+            if master.grad is not None:
+                master.grad *= gradient_scale
         nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
+        self.adam.zero_grad()
         self.write_back(self.masters)
 
     @torch.no_grad()

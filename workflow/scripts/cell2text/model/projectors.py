@@ -7,10 +7,11 @@ times a learnt scale that starts at the typical length of the language model's o
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 
 class _Projector(nn.Module):
-    """What all projectors share: inputs on one scale, two linear layers, soft tokens of one length.
+    """What all projectors share: inputs on one scale, soft tokens of one length.
 
     Parameters
     ----------
@@ -18,16 +19,11 @@ class _Projector(nn.Module):
         Of the encoder's vectors.
     width
         Of the language model's embeddings.
-    hidden
-        Units between the two linear layers.
-    tokens
-        Soft tokens made of one vector.
     """
 
-    def __init__(self, dimensions: int, width: int, hidden: int, tokens: int):
+    def __init__(self, dimensions: int, width: int):
         super().__init__()
         self.width = width
-        self.layers = nn.Sequential(nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, tokens * width))
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("centre", torch.zeros(dimensions))
         self.register_buffer("spread", torch.ones(dimensions))
@@ -45,17 +41,40 @@ class _Projector(nn.Module):
         """Start the scale at the mean length of token embeddings, (vocabulary, width)."""
         self.scale.data.fill_(embeddings.float().norm(dim=-1).mean())
 
-    def _soft_tokens(self, vectors: Tensor) -> Tensor:
-        soft = self.layers((vectors - self.centre) / self.spread)
-        return functional.normalize(soft.unflatten(-1, (-1, self.width)), dim=-1) * self.scale
+    def _inputs(self, vectors: Tensor) -> Tensor:
+        return (vectors - self.centre) / self.spread
+
+    def _soft_tokens(self, states: Tensor) -> Tensor:
+        return functional.normalize(states.unflatten(-1, (-1, self.width)), dim=-1) * self.scale
 
 
-class Pooled(_Projector):
+class _TwoLayers(_Projector):
+    """Two linear layers, applied to each vector by itself.
+
+    Parameters
+    ----------
+    dimensions, width
+        See :class:`_Projector`.
+    hidden
+        Units between the two layers.
+    tokens
+        Soft tokens made of one vector.
+    """
+
+    def __init__(self, dimensions: int, width: int, hidden: int, tokens: int):
+        super().__init__(dimensions, width)
+        self.layers = nn.Sequential(nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, tokens * width))
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        return self._soft_tokens(self.layers(self._inputs(vectors)))
+
+
+class Pooled(_TwoLayers):
     """A fixed number of soft tokens from a cell's pooled vector."""
 
     reads = "pooled"
 
-    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int):
+    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int = 2):
         super().__init__(dimensions, width, hidden, soft_tokens)
 
     def forward(self, vectors: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,16 +94,15 @@ class Pooled(_Projector):
         there
             bool (cells, soft_tokens), all true.
         """
-        soft = self._soft_tokens(vectors)
-        return soft, torch.ones(soft.shape[:2], dtype=torch.bool, device=soft.device)
+        return _all_there(self._project(vectors))
 
 
-class Mlp(_Projector):
+class Mlp(_TwoLayers):
     """One soft token for each of a cell's highest ranked genes, as in the paper."""
 
     reads = "gene_vectors"
 
-    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int):
+    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int = 2):
         super().__init__(dimensions, width, hidden, 1)
 
     def forward(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +122,160 @@ class Mlp(_Projector):
         there
             bool (cells, genes).
         """
-        there = torch.arange(vectors.shape[1], device=vectors.device) < lengths[:, None]
-        return self._soft_tokens(vectors).squeeze(2) * there[..., None], there
+        there = _genes_there(vectors, lengths)
+        return self._project(vectors).squeeze(2) * there[..., None], there
 
 
-PROJECTORS: dict[str, type[_Projector]] = {"pooled": Pooled, "mlp": Mlp}
+class _Queries(_Projector):
+    """Learnt queries that read a cell's gene vectors by attention; each becomes one soft token.
+
+    Parameters
+    ----------
+    dimensions, width
+        See :class:`_Projector`.
+    hidden
+        Units of the queries, rounded down to a multiple of the number of heads: one for every 64.
+    soft_tokens
+        Number of queries.
+    """
+
+    reads = "gene_vectors"
+
+    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int):
+        super().__init__(dimensions, width)
+        self.heads = max(1, hidden // 64)
+        self.hidden = hidden - hidden % self.heads
+        self.enter = nn.Linear(dimensions, self.hidden)
+        self.queries = nn.Parameter(torch.randn(soft_tokens, self.hidden))
+        self.leave = nn.Linear(self.hidden, width)
+
+    def forward(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return soft tokens and which of them are there.
+
+        Parameters
+        ----------
+        vectors
+            float (cells, genes, dimensions), a cell's genes by rank; what stands behind its last is not read.
+        lengths
+            Genes of each cell, (cells,).
+
+        Returns
+        -------
+        soft
+            float (cells, soft_tokens, width).
+        there
+            bool (cells, soft_tokens), all true.
+        """
+        inputs = self._inputs(vectors).masked_fill(~_genes_there(vectors, lengths)[..., None], 0)
+        genes = self.enter(inputs) + embed_ranks(vectors.shape[1], self.hidden, vectors.device)
+        # A cell without genes reads one average gene: attention to nothing is not a number.
+        seen = _genes_there(vectors, lengths.clamp(min=1))
+        queries = self._read(self.queries.expand(len(vectors), -1, -1), genes, seen)
+        return _all_there(self._soft_tokens(self.leave(queries)).squeeze(2))
+
+    def _read(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
+        """Return queries (cells, soft_tokens, hidden) that have read the seen of genes (cells, genes, hidden)."""
+        raise NotImplementedError
+
+
+class Perceiver(_Queries):
+    """Layers of attention to the genes, attention among the queries, and a feed-forward network.
+
+    The Perceiver (Jaegle et al. 2021, arXiv 2103.03206), put before a language model as in Flamingo (Alayrac et al.
+    2022, arXiv 2204.14198).
+
+    Parameters
+    ----------
+    dimensions, width, hidden, soft_tokens
+        See :class:`_Queries`.
+    layers
+        At least one.
+    """
+
+    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int):
+        super().__init__(dimensions, width, hidden, soft_tokens)
+        self.blocks = nn.ModuleList(_PerceiverLayer(self.hidden, self.heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(self.hidden)
+
+    def _read(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
+        for block in self.blocks:
+            queries = block(queries, genes, seen)
+        return self.norm(queries)
+
+
+class _PerceiverLayer(nn.Module):
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.norm_genes, self.norm_queries, self.norm_own = (nn.LayerNorm(hidden) for _ in range(3))
+        self.attend_genes, self.attend_own = (nn.MultiheadAttention(hidden, heads, batch_first=True) for _ in range(2))
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(hidden), nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden)
+        )
+
+    def forward(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
+        genes, asking = self.norm_genes(genes), self.norm_queries(queries)
+        queries = queries + self.attend_genes(asking, genes, genes, key_padding_mask=~seen, need_weights=False)[0]
+        own = self.norm_own(queries)
+        queries = queries + self.attend_own(own, own, own, need_weights=False)[0]
+        return queries + self.feed_forward(queries)
+
+
+class QFormer(_Queries):
+    """The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597), transformers' own, untrained.
+
+    It reads the genes in every layer, not in every other one: there are few layers.
+
+    Parameters
+    ----------
+    dimensions, width, hidden, soft_tokens
+        See :class:`_Queries`.
+    layers
+        At least one.
+    """
+
+    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int):
+        super().__init__(dimensions, width, hidden, soft_tokens)
+        self.reader = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=self.hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=self.heads,
+                intermediate_size=4 * self.hidden,
+                encoder_hidden_size=self.hidden,
+                cross_attention_frequency=1,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+
+    def _read(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
+        return self.reader(queries, encoder_hidden_states=genes, encoder_attention_mask=seen).last_hidden_state
+
+
+PROJECTORS: dict[str, type[_Projector]] = {"pooled": Pooled, "mlp": Mlp, "perceiver": Perceiver, "qformer": QFormer}
 
 
 def build_projector(settings: dict, dimensions: int, width: int) -> _Projector:
     """Return a new projector of the kind that the config's ``projector`` section names."""
     kind = PROJECTORS[settings["kind"]]
-    return kind(dimensions, width, settings["hidden"], settings["soft_tokens"])
+    # models saved before there were layers to choose do not name them
+    return kind(dimensions, width, settings["hidden"], settings["soft_tokens"], settings.get("layers", 2))
+
+
+def embed_ranks(ranks: int, hidden: int, device: torch.device) -> Tensor:
+    """Return sines and cosines of the logarithm of each rank from 1 on, float32 (ranks, hidden).
+
+    A step counts for more at the top of a cell's list than further down. Frequencies go from 0.1 to 10: the lowest
+    makes less than half a turn over any list, the highest tells neighbours apart down to rank 100 and beyond.
+    """
+    logarithm = torch.arange(1, ranks + 1, device=device).log()
+    angles = logarithm[:, None] * torch.logspace(-1, 1, (hidden + 1) // 2, device=device)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :hidden]
+
+
+def _genes_there(vectors: Tensor, lengths: Tensor) -> Tensor:
+    return torch.arange(vectors.shape[1], device=vectors.device) < lengths[:, None]
+
+
+def _all_there(soft: Tensor) -> tuple[Tensor, Tensor]:
+    return soft, torch.ones(soft.shape[:2], dtype=torch.bool, device=soft.device)

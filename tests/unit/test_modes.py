@@ -1,0 +1,297 @@
+"""What of the language model learns: an adapter and its variants, or every weight; against transformers and PEFT."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from peft.tuners import lora
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from cell2text.contracts import read_json, write_json
+from cell2text.errors import InputError
+from cell2text.generation.greedy import write_texts
+from cell2text.model import cell2text as m
+from cell2text.model.fused import FusedLora, FusedNorm
+from cell2text.model.loss import TextLoss
+
+CPU = torch.device("cpu")
+SIZE = {"r": 4, "lora_alpha": 8}
+FULL = {"mode": "full"}
+DORA, DROPOUT = SIZE | {"use_dora": True}, SIZE | {"lora_dropout": 0.4}
+TEXT = torch.randint(5, 300, (4, 9), generator=torch.Generator().manual_seed(2))
+THERE = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
+
+
+@pytest.fixture(scope="session")
+def models(tiny_model, tmp_path_factory):
+    """Directories: the head has weights of its own, those of the embeddings, or a bias and layers with biases."""
+    tokenizer, found = AutoTokenizer.from_pretrained(tiny_model), {"untied": tiny_model}
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(5)
+    tied = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+    biased = PhiForCausalLM(PhiConfig(**shape))
+    for name, model in (("tied", tied), ("biased", biased)):
+        with torch.no_grad():  # norms and biases that are 1 and 0 would hide mistakes
+            for value in model.parameters():
+                if value.dim() == 1:
+                    value.add_(0.3 * torch.randn(value.shape))
+        found[name] = tmp_path_factory.mktemp("modes") / name
+        model.save_pretrained(found[name])
+        tokenizer.save_pretrained(found[name])
+    return found
+
+
+def build(directory, tuning, seed=0):
+    torch.manual_seed(seed)
+    model = m.build(directory, {"kind": "pooled", "soft_tokens": 3, "hidden": 16}, 5, tuning, CPU)
+    with torch.no_grad():  # an adapter that has no effect would hide mistakes
+        for name, value in model.trainable().items():
+            if "lora_B" in name:
+                value.normal_(0, 0.05)
+            if "magnitude" in name:
+                value.mul_(1 + 0.1 * torch.rand_like(value))
+    return model.eval()
+
+
+def cells(count=4):
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(1)), torch.full((count,), 7)
+
+
+def gradients(model):
+    found = {name: value.grad for name, value in model.trainable().items()}
+    model.zero_grad()
+    return found
+
+
+def stock_loss(model, count):
+    """Sum the loss of one cell at a time, prompt and all, through layers of transformers and PEFT alone."""
+    model.language_model.set_attn_implementation("eager")
+    for name, part in list(model.language_model.named_modules()):
+        if type(part) is FusedLora:
+            part.__class__ = lora.Linear
+        if type(part) is FusedNorm:
+            norm = LlamaRMSNorm(len(part.weight), part.epsilon)
+            norm.weight = part.weight
+            model.language_model.set_submodule(name, norm)
+    (vectors, lengths), total = cells(count), 0
+    for i in range(count):
+        prompt, _ = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
+        words = TEXT[i : i + 1][:, THERE[i]]
+        labels = torch.cat([torch.full((1, prompt.shape[1]), -100), words], 1)
+        embeddings = torch.cat([prompt, model.embed_tokens(words)], 1)
+        total = total + model.language_model(inputs_embeds=embeddings, labels=labels).loss * words.shape[1]
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning", "trained", "fused"),
+    [
+        ("untied", FULL, 21, 0),  # 9 weights a layer, the last norm, embeddings and head
+        ("tied", FULL, 20, 0),
+        ("biased", FULL, 33, 0),  # 14 a layer, the last norm's two, embeddings, the head's two
+        ("untied", SIZE | {"use_rslora": True}, 28, 14),
+        ("untied", SIZE | {"targets": ["q_proj", "mlp.up_proj"]}, 8, 4),
+        ("untied", DORA, 42, 0),
+        ("untied", DORA | {"use_rslora": True, "targets": ["v_proj"]}, 6, 0),
+        ("biased", SIZE, 24, 12),
+    ],
+)
+def test_loss_and_gradients_equal_those_of_transformers_and_peft(models, kind, tuning, trained, fused):
+    model = build(models[kind], tuning)
+    assert sum(name.startswith("language_model.") for name in model.trainable()) == trained
+    assert sum(type(part) is FusedLora for part in model.modules()) == fused
+    assert sum(type(part) is FusedNorm for part in model.modules()) == (0 if kind == "biased" else 5)
+    ours, _ = model.text_loss(*model.projector(*cells()), TEXT, THERE)
+    ours.backward()
+    found = gradients(model)
+    theirs = stock_loss(model, 4)
+    theirs.backward()
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    for name, expected in gradients(model).items():
+        scale = float(expected.abs().max())
+        assert scale > 0 or "k_proj.bias" in name, name
+        assert torch.allclose(found[name], expected, rtol=1e-3, atol=max(1e-4, 1e-4 * scale)), name
+
+
+def test_dropout_is_that_of_peft(models):
+    """With one cell the row is the stock model's sequence, so that the same seed drops the same numbers."""
+    model = build(models["untied"], DROPOUT)
+    assert not any(type(part) is FusedLora for part in model.modules())
+    without = model.text_loss(*model.projector(*cells(1)), TEXT[:1], THERE[:1])[0].detach()
+    assert torch.allclose(without, stock_loss(copy.deepcopy(model), 1).detach(), rtol=1e-5)
+    model.train()
+    torch.manual_seed(3)
+    ours, _ = model.text_loss(*model.projector(*cells(1)), TEXT[:1], THERE[:1])
+    ours.backward()
+    found = gradients(model)
+    torch.manual_seed(3)
+    theirs = stock_loss(model, 1)
+    theirs.backward()
+    assert not torch.allclose(ours, without, rtol=1e-3)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    for name, expected in gradients(model).items():
+        assert torch.allclose(found[name], expected, rtol=1e-3, atol=1e-4), name
+
+
+def test_rslora_divides_by_the_root_of_the_rank(models):
+    plain, stabilised = (build(models["untied"], SIZE | {"use_rslora": use}) for use in (False, True))
+    scalings = [
+        {part.scaling["default"] for part in model.modules() if type(part) is FusedLora}
+        for model in (plain, stabilised)
+    ]
+    assert scalings == [{2.0}, {4.0}]
+    assert plain.settings["tuning"] == m.TUNING | SIZE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_loss_gives_the_gradients_of_the_head(dtype):
+    torch.manual_seed(0)
+    targets = torch.randint(0, 50, (300,))  # more tokens than are scored at once
+    states, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((300, 8), (50, 8), (50,)))
+    ours = torch.autograd.grad(3 * TextLoss.apply(states, weight, bias, targets), (states, weight, bias))
+    exact = [part.detach().float().requires_grad_() for part in (states, weight, bias)]
+    loss = functional.cross_entropy(functional.linear(*exact), targets, reduction="sum")
+    for our, their in zip(ours, torch.autograd.grad(3 * loss, exact), strict=True):
+        assert our.dtype == dtype
+        assert (our.float() - their).norm() < (1e-5 if dtype == torch.float32 else 0.01) * their.norm()
+
+
+def test_text_loss_of_sure_tokens_still_teaches_the_head():
+    """Of a token with probability 0.999, bfloat16 would round what is left to learn to nothing."""
+    states = torch.ones(1, 1, dtype=torch.bfloat16)
+    weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    TextLoss.apply(states, weight, None, torch.tensor([0])).backward()
+    left = 1 / (1 + torch.tensor(7.0).exp())
+    assert torch.allclose(weight.grad[:, 0].float(), torch.stack([-left, left]), rtol=0.01)
+
+
+def test_validation_computes_no_gradient_of_the_head(models, monkeypatch):
+    model, asked = build(models["untied"], FULL), []
+    apply = TextLoss.apply
+    monkeypatch.setattr(TextLoss, "apply", lambda *parts: asked.append(parts[1].requires_grad) or apply(*parts))
+    soft = model.projector(*cells())
+    with torch.no_grad():
+        without, _ = model.text_loss(*soft, TEXT, THERE)
+    assert torch.equal(without, model.text_loss(*soft, TEXT, THERE)[0].detach())
+    assert asked == [False, True]
+
+
+def test_full_fine_tuning_moves_every_weight(models):
+    model = build(models["tied"], FULL)
+    before = {name: value.detach().clone() for name, value in model.trainable().items()}
+    assert {name for name, _ in model.named_parameters()} == set(before)
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0), []
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss, _ = model.text_loss(*model.projector(*cells()), TEXT, THERE)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    assert not [name for name, value in model.trainable().items() if torch.equal(value, before[name])]
+    assert model.head.weight is model.language_model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning"),
+    [("untied", SIZE), ("untied", DORA), ("untied", DROPOUT), ("untied", FULL), ("tied", FULL), ("biased", FULL)],
+)
+def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
+    model = build(models[kind], tuning)
+    with torch.no_grad():  # other weights than those of the original
+        for value in model.trainable().values():
+            value.add_(0.02 * torch.randn_like(value))
+    m.save(model, tmp_path, {"seed": 1})
+    again = m.load(tmp_path, models[kind], CPU)
+    saved = again.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.trainable().items())
+    assert read_json(tmp_path / "cell2text.json")["tuning"] == m.TUNING | tuning
+    folder = "language_model" if tuning == FULL else "adapter"
+    assert {path.name for path in tmp_path.iterdir()} == {"cell2text.json", "projector.safetensors", folder}
+    assert not [path for path in tmp_path.rglob("*.json") if str(models[kind]) in path.read_text()]
+    model.language_model.set_attn_implementation("sdpa")
+    before, after, merged = (
+        write_texts(one, *cells(), 8) for one in (model, again, copy.deepcopy(again).ready_to_write())
+    )
+    original = write_texts(build(models[kind], FULL).ready_to_write(), *cells(), 8)
+    assert [one.ids for one in before] == [one.ids for one in after] == [one.ids for one in merged]
+    assert [one.ids for one in before] != [one.ids for one in original]
+
+
+def test_models_saved_before_there_were_modes_have_an_adapter(models, tmp_path):
+    model = build(models["untied"], SIZE)
+    m.save(model, tmp_path, {})
+    about = read_json(tmp_path / "cell2text.json")
+    del about["tuning"]
+    write_json(about, tmp_path / "cell2text.json")
+    loaded = m.load(tmp_path, models["untied"], CPU)
+    assert loaded.mode == "lora"
+    weights = loaded.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.trainable().items())
+
+
+def test_targets_are_written_in_order(models, tmp_path):
+    m.save(build(models["untied"], SIZE), tmp_path, {})
+    targets = read_json(tmp_path / "adapter/adapter_config.json")["target_modules"]
+    assert len(targets) == 14
+    assert targets == sorted(targets)
+
+
+@pytest.mark.parametrize(("mode", "file"), [("full", "language_model/model"), ("lora", "adapter/adapter_model")])
+@pytest.mark.parametrize("wrong", ["missing", "surplus"])
+def test_load_refuses_missing_and_surplus_weights(models, tmp_path, mode, file, wrong):
+    m.save(build(models["tied"], {"mode": mode} | (SIZE if mode == "lora" else {})), tmp_path, {})
+    path = tmp_path / f"{file}.safetensors"
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if "q_proj" in name)
+    weight = weights.pop(name) if wrong == "missing" else weights[name]
+    if wrong == "surplus":
+        name = name.replace("layers.0", "layers.9")
+        weights[name] = weight.clone()
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{wrong} \['{name}"):
+        m.load(tmp_path, models["tied"], CPU)
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"), [(["q_proj", "qproj"], "qproj"), (["lm_head"], "lm_head"), (["norm"], "norm"), ([], "there")]
+)
+def test_targets_that_are_no_layers_are_told(models, targets, named):
+    with pytest.raises(InputError, match=rf"finetune.targets: .* are named {named}\. .* has down_proj, .*, v_proj$"):
+        build(models["untied"], SIZE | {"targets": targets})
+
+
+def test_modes_that_cannot_run_are_told(models, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"^config: finetune.mode: lor is none of lora, full, qlora\. "):
+        build(models["untied"], SIZE | {"mode": "lor"})
+    with pytest.raises(InputError, match=r"^config: finetune.mode: qlora needs a GPU\. Set `mode: lora`$"):
+        build(models["untied"], SIZE | {"mode": "qlora"})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=r"^config: finetune.mode: qlora needs the package bitsandbytes, "):
+        m.build(models["untied"], {}, 5, SIZE | {"mode": "qlora"}, torch.device("cuda"))
+    m.save(build(models["untied"], SIZE), tmp_path, {})
+    about = read_json(tmp_path / "cell2text.json")
+    write_json(about | {"tuning": about["tuning"] | {"mode": "qlora"}}, tmp_path / "cell2text.json")
+    with pytest.raises(InputError, match="qlora needs a GPU"):
+        m.load(tmp_path, models["untied"], CPU)

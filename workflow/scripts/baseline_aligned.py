@@ -1,0 +1,23 @@
+"""Describe each cell by the labels whose names its soft tokens are nearest to."""
+
+from cell2text.contracts import SPLITS
+from cell2text.generation.describe import describe_aligned
+from cell2text.job import run_job
+from cell2text.vectors import Embeddings
+
+
+def main(snakemake):
+    """Run the rule."""
+    describe_aligned(
+        snakemake.input.model,
+        snakemake.input.language_model,
+        snakemake.input.corpus,
+        snakemake.input.terms,
+        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
+        snakemake.output.predictions,
+        splits=SPLITS[1:],
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821
