@@ -76,6 +76,8 @@ def test_the_draw_does_not_depend_on_the_order_of_files_cells_or_genes(tmp_path)
     rng = np.random.default_rng(1)
     one, two = rng.poisson(1, (30, 5)), rng.poisson(1, (20, 5))
     tissue = {"tissue_ontology_term_id": rng.choice(["UBERON:0000178", "UBERON:0000955"], 20)}
+    types = np.array(["CL:0000623", "CL:0000236", "CL:0000576"])
+    tissue["cell_type_ontology_term_id"] = types[np.arange(20) % 3]
     a = [write_cells(tmp_path / "a1.h5ad", "a", one), write_cells(tmp_path / "a2.h5ad", "b", two, **tissue)]
     b = [
         write_cells(tmp_path / "b2.h5ad", "b", two, order=rng.permutation(20), **tissue),

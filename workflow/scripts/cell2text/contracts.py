@@ -141,7 +141,7 @@ class TableContract:
         columns
             The columns to read; all by default.
         categories
-            Columns of text to hold as categories, for tables of millions of rows.
+            Columns of text to hold as categories, in sorted order, for tables of millions of rows.
 
         Raises
         ------
@@ -150,7 +150,11 @@ class TableContract:
         """
         # beside categories, other text stays in Arrow, at a third of the memory of Python's strings
         text = {pa.string(): pd.StringDtype("pyarrow")}.get if categories else None
-        return self.read_arrow(path, columns, categories).to_pandas(types_mapper=text)
+        table = self.read_arrow(path, columns, categories).to_pandas(types_mapper=text)
+        for name in categories or []:
+            # Arrow has them in the order of the rows
+            table[name] = table[name].cat.reorder_categories(table[name].cat.categories.sort_values())
+        return table
 
     def read_arrow(
         self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
