@@ -20,10 +20,10 @@ rule finetune:
         "<logs>/finetune.log",
     benchmark:
         "<benchmarks>/finetune.jsonl"
+    retries: 2
     conda:
         "../../envs/llm.yaml"
     threads: 8
-    retries: 2
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=hours(12),
