@@ -149,7 +149,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     samples = [{"donor": f"study|{n}", "cells": 20, "kept": 15, "min_genes": float(n)} for n in (1234, 200)]
     write_json({**summary, "samples": samples, "more": 1}, folder / "study.json")
     provenance = {
-        "config_hash": "a" * 64,
+        "config": "a" * 64,
         "seed": 1,
         "packages": {"numpy": "2.0"},
         "files": {"x.h5ad": "b" * 64},
@@ -158,7 +158,18 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         {**provenance, "bootstrap": {"replicates": 100, "splits": {"test": {"unit": "cell"}}}},
         folder / "provenance.json",
     )
-    write_json({"language_model": {"source": "hf://org/Tiny@main"}, "best_epoch": 2}, folder / "cell2text.json")
+    model = {
+        "language_model": {"source": "hf://org/Tiny@main", "licence": "<own>"},
+        "projector": {"kind": "perceiver"},
+        "finetune": {"mode": "full", "lora_rank": 4},
+        "labels": {"cell_type": ["CL:0000236", "CL:0000576"]},
+        "dimensions": 8,
+        "trainable_parameters": 1234567,
+        "validation_loss": 0.25,
+        "best_epoch": 2,
+        "seed": 7,
+    }
+    write_json(model, folder / "cell2text.json")
     HISTORY.write(history(), folder / "history.parquet")
     return RunFiles(
         **{name: folder / f"{name}.tsv" for name in ("metrics", "per_class", "confusion", "calibration")},
@@ -223,6 +234,7 @@ def render_page(files, tmp_path, seed=3):
     render_report(
         files,
         tmp_path / "report.html",
+        tmp_path / "model_card.md",
         run="demo",
         seed=seed,
         benchmarks=tmp_path / "none",
@@ -304,6 +316,17 @@ def test_a_hostile_term_is_escaped(files, tmp_path):
 def test_few_cells_are_all_described(tmp_path):
     page = Page(render_page(write_run(tmp_path, cells=8), tmp_path))
     assert sum(tag == "article" for tag, _ in page.tags) == 8
+
+
+def test_the_model_card_tells_data_scores_and_limits(files, tmp_path):
+    render_page(files, tmp_path)
+    card = (tmp_path / "model_card.md").read_text()
+    assert "all its weights learnt, with the projector 1,234,567 weights. It can say 2 cell types" in card
+    assert "hf://org/Tiny@main, licence: &lt;own&gt;" in card and "Epoch kept: 2, with 0.2500 nats" in card
+    assert "| study | 40 | 30 |" in card and "Seed 7" in card and "a" * 64 in card
+    accuracy = read_results(files).metric("cell2text", "cell_type", "accuracy")
+    assert f"| Cell2Text | {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] |" in card
+    assert "its labels are &lt;approximate&gt;" in card and "not a diagnosis" in card
 
 
 @pytest.mark.parametrize("field", ["metrics", "comparison", "audit", "corpus"])

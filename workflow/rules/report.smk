@@ -1,7 +1,7 @@
 """
 One page that shows what ran and what came of it; opens offline.
 
-Inputs: all of the above. Outputs: <results>/report.html.
+Inputs: all of the above. Outputs: <results>/report.html, <results>/model_card.md.
 """
 
 
@@ -28,6 +28,7 @@ rule render_report:
             caption="../report/report.rst",
             category="Report",
         ),
+        card="<results>/model_card.md",
     log:
         "<logs>/render_report.log",
     benchmark:

@@ -10,6 +10,7 @@ def main(snakemake):
     render_report(
         RunFiles(**dict(snakemake.input.items())),
         snakemake.output.report,
+        snakemake.output.card,
         run=snakemake.params.run,
         seed=snakemake.params.seed,
         notes=snakemake.params.notes,

@@ -17,6 +17,7 @@ from cell2text.report.cell_map import MOST_CELLS, map_data
 from cell2text.report.charts import reliability, training_curve
 from cell2text.report.examples import choose_examples
 from cell2text.report.limits import tell_limits
+from cell2text.report.model_card import write_model_card
 from cell2text.report.results import METHOD, Results, RunFiles, read_results
 from cell2text.report.tables import (
     COLUMNS,
@@ -38,9 +39,15 @@ STATUSES = {"parsed": "follows the grammar", "partial": "partly readable", "fail
 
 
 def render_report(
-    files: RunFiles, path: str | Path, run: str, seed: int, benchmarks: str | Path, notes: dict[str, str]
+    files: RunFiles,
+    path: str | Path,
+    card: str | Path,
+    run: str,
+    seed: int,
+    benchmarks: str | Path,
+    notes: dict[str, str],
 ) -> None:
-    """Write the page of a run.
+    """Write the page of a run and the model card.
 
     Parameters
     ----------
@@ -48,6 +55,8 @@ def render_report(
         What the page is made of.
     path
         The HTML file to write.
+    card
+        The Markdown file to write, see ``model_card``.
     run
         Name of the run.
     seed
@@ -88,6 +97,7 @@ def render_report(
     with whole_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     log.info("%s: %.1f MB", path, len(page.encode()) / 1e6)
+    write_model_card(results, run, notes, card)
 
 
 def _sections(
