@@ -88,7 +88,7 @@ def _limits(results: Results, notes: dict[str, str]) -> Iterator[str]:
     yield ""
     yield "- For research. What it writes of a cell is a guess from its counts, not a diagnosis."
     for limit in tell_limits(results, notes):
-        yield f"- {escape(limit)}"
+        yield f"- {escape(limit, quote=False)}"
 
 
 def _traces(results: Results) -> Iterator[str]:
