@@ -277,7 +277,7 @@ def test_cells_longer_than_the_model_reads_are_cut(tmp_path):
 def test_the_stage_writes_the_model_and_the_course_of_its_training(tmp_path):
     write_corpus(tmp_path)
     paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.tsv", "tokens.parquet", "encoder")]
-    fit_encoder(paths[0], paths[1], [paths[2]], paths[3], SETTINGS, seed=0)
+    fit_encoder(paths[0], paths[1], [paths[2]], paths[3], SETTINGS | {"top_k": 4, "cache": True}, seed=0)
     history = pd.read_csv(tmp_path / "encoder/history.tsv", sep="\t")
     assert list(history) == ["step", "epoch", "loss", "validation_loss", "learning_rate", "seconds"]
     assert history["step"].tolist() == list(range(1, 9))
