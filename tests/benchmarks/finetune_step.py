@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Event
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -62,7 +63,7 @@ def our_seconds(work: Finetuning, rows: list) -> list[float]:
     seconds = []
     for batch in rows:
         start = time.perf_counter()
-        work._step(batch)
+        work._step(batch, Event())
         work.state.step += 1
         seconds.append(time.perf_counter() - start)
     return seconds
