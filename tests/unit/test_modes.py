@@ -278,7 +278,9 @@ def test_load_refuses_missing_and_surplus_weights(models, tmp_path, mode, file, 
     ("targets", "named"), [(["q_proj", "qproj"], "qproj"), (["lm_head"], "lm_head"), (["norm"], "norm"), ([], "there")]
 )
 def test_targets_that_are_no_layers_are_told(models, targets, named):
-    with pytest.raises(InputError, match=rf"finetune.targets: .* are named {named}\. .* has down_proj, .*, v_proj$"):
+    with pytest.raises(
+        InputError, match=rf"finetune.lora_targets: .* are named {named}\. .* has down_proj, .*, v_proj$"
+    ):
         build(models["untied"], SIZE | {"targets": targets})
 
 

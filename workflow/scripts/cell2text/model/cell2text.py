@@ -314,7 +314,7 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> str | li
     if wrong or not targets:
         known = sorted({layer.rpartition(".")[2] for layer in layers})
         raise InputError(
-            "config: finetune.targets",
+            "config: finetune.lora_targets",
             f"no layers that can take an adapter are named {', '.join(wrong) or 'there'}",
             f"This language model has {', '.join(known)}",
         )
