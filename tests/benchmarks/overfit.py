@@ -63,12 +63,7 @@ def main() -> None:
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
     table = TERMS.read(given.results / "corpus/terms.parquet")
-    names = table.set_index(["slot", "id"])["name"]
-    targets = LabelTargets.of(
-        [[names[slot, label] for label in ids] for slot, ids in classes.items()],
-        model.tokenizer,
-        model.language_model.get_input_embeddings().weight,
-    )
+    targets = LabelTargets.of_labels(classes, table, model)
     align(model, targets, cells, 200, 0, device)
     with tempfile.TemporaryDirectory() as folder:
         settings = SETTINGS | {"epochs": given.epochs}

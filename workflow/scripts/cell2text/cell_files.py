@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cell2text.contracts import CELLS, hash_ids, whole_file
+from cell2text.contracts import CELLS, among, hash_ids, whole_file
 from cell2text.matrices import row_runs
 
 CELLS_AT_ONCE = 4096
@@ -148,8 +148,7 @@ def read_blocks(
 def find_cells(path: str | Path, corpus_file: str | Path, split: str | None = None) -> np.ndarray:
     """Return which cells of an h5ad are in the corpus, or in one split of it: bool, for each row of the file.
 
-    Ids are compared by 64-bit hashes: of ten million cells that are not in a corpus of ten million, one is
-    taken for one of it once in 180,000 times.
+    Ids are compared by 64-bit hashes, see ``contracts.among``.
     """
     hashes = [np.empty(0, dtype=np.uint64)]
     for cells in CELLS.read_parts(corpus_file, ["cell_id", "split"]):
@@ -158,10 +157,7 @@ def find_cells(path: str | Path, corpus_file: str | Path, split: str | None = No
     corpus = np.concatenate(hashes)
     corpus.sort()
     found = [np.zeros(0, dtype=bool)]
-    for ids in id_parts(path):
-        hashed = hash_ids(ids)
-        place = np.searchsorted(corpus, hashed)
-        found.append(corpus[np.minimum(place, len(corpus) - 1)] == hashed if len(corpus) else place < 0)
+    found += [among(ids, corpus) for ids in id_parts(path)]
     return np.concatenate(found)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
-from cell2text.contracts import CELLS, TOKENS, hash_ids
+from cell2text.contracts import CELLS, TOKENS, among, hash_ids
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class RankedSplit:
         for path in self.files:
             for table in TOKENS.read_arrow_parts(path):
                 cells = RankedCells.of(table)
-                hashed = hash_ids(cells.cell_ids)
-                place = np.minimum(np.searchsorted(wanted, hashed), max(len(wanted) - 1, 0))
-                rows = wanted[place] == hashed if len(wanted) else np.zeros(len(cells), dtype=bool)
+                rows = among(cells.cell_ids, wanted)
                 if rows.any():
                     yield cells if rows.all() else cells.take(np.flatnonzero(rows))
 

@@ -504,13 +504,7 @@ def _finetune(
     if model.projector.reads == "gene_vectors":
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
-    table = TERMS.read(terms)
-    names = table.set_index(["slot", "id"])["name"]
-    targets = LabelTargets.of(
-        [[names[slot, label] for label in ids] for slot, ids in classes.items()],
-        model.tokenizer,
-        model.language_model.get_input_embeddings().weight.detach(),
-    )
+    targets = LabelTargets.of_labels(classes, TERMS.read(terms), model)
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
         {

@@ -159,12 +159,7 @@ def describe_aligned(
     """
     loaded, table = load(model, language_model), TERMS.read(terms)
     labels, known = loaded.settings["labels"], Terms(table)
-    names = table.set_index(["slot", "id"])["name"]
-    targets = LabelTargets.of(
-        [[names[slot, label] for label in ids] for slot, ids in labels.items()],
-        loaded.tokenizer,
-        loaded.language_model.get_input_embeddings().weight,
-    )
+    targets = LabelTargets.of_labels(labels, table, loaded)
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()

@@ -4,12 +4,19 @@ Done before fine-tuning, with the projector alone and without a forward pass of 
 seconds and puts each cell where the language model already knows the words for it.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from cell2text.model.cell2text import Cell2Text
 
 TEMPERATURE = 0.05
 
@@ -30,9 +37,7 @@ class LabelTargets:
         self.directions = list(directions)
 
     @classmethod
-    def of(
-        cls, names: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, embeddings: Tensor
-    ) -> "LabelTargets":
+    def of(cls, names: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, embeddings: Tensor) -> LabelTargets:
         """Average the token embeddings of each name.
 
         Parameters
@@ -49,6 +54,15 @@ class LabelTargets:
             return functional.normalize(embeddings[torch.tensor(ids, device=embeddings.device)].float().mean(0), dim=-1)
 
         return cls([torch.stack([direction(name) for name in of_slot]) for of_slot in names])
+
+    @classmethod
+    def of_labels(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
+        """Return the targets of the labels of each slot, by id, with their names from ``contracts.TERMS``."""
+        names = terms.set_index(["slot", "id"])["name"]
+        embeddings = model.language_model.get_input_embeddings().weight.detach()
+        return cls.of(
+            [[names[slot, label] for label in ids] for slot, ids in labels.items()], model.tokenizer, embeddings
+        )
 
     def scores(self, soft: Tensor, there: Tensor) -> list[Tensor]:
         """Return the cosine of each cell's mean soft token with each label, over the temperature.
