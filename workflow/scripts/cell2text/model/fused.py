@@ -9,25 +9,26 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# oneDNN multiplies bfloat16 matrices of 600 to 1,300 rows at half the rate of shorter or longer ones.
-ROWS_AT_ONCE = 512
+# oneDNN leaves all but one thread idle where more rows than these meet few outputs; blocks of 32 rows fill its tiles.
+ROWS_AT_ONCE, FEW_OUTPUTS, TILE = 544, range(257, 1024), 32
 # Layers that read the same input, one after the other, in every model of transformers that names them so.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def add_product(total: Tensor, rows: Tensor, matrix: Tensor, beta: float = 1) -> None:
-    """Put beta * total + rows @ matrix into total, in blocks of rows that a CPU multiplies fast.
+def add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
+    """Add rows @ matrix to total, in blocks of rows that a CPU multiplies fast.
 
     Parameters
     ----------
     total, rows, matrix
         (rows, outputs), (rows, inputs) and (inputs, outputs).
-    beta
-        0 where total is not filled yet.
     """
-    blocks = 1 if rows.is_cuda else -(-len(rows) // ROWS_AT_ONCE)
-    for out, block in zip(total.chunk(blocks), rows.chunk(blocks), strict=True):
-        out.addmm_(block, matrix, beta=beta)
+    count = len(rows)
+    if not rows.is_cuda and matrix.shape[1] in FEW_OUTPUTS:
+        count = -(-count // -(-count // ROWS_AT_ONCE))
+    count = -(-count // TILE) * TILE
+    for out, block in zip(total.split(count), rows.split(count), strict=True):
+        out.addmm_(block, matrix)
 
 
 class LoraProducts(torch.autograd.Function):
@@ -55,9 +56,9 @@ class LoraProducts(torch.autograd.Function):
         lows = (rows @ down.T).split([len(a) for a in downs], dim=1)
         products = []
         for scale, weight, bias, low, up in zip(scales, weights, biases, lows, ups, strict=True):
-            product = rows.new_empty(len(rows), len(weight)) if bias is None else bias.repeat(len(rows), 1)
-            add_product(product, rows, weight.T, beta=0 if bias is None else 1)
-            add_product(product, low.mul_(scale), up.T)
+            low.mul_(scale)
+            product = low @ up.T if bias is None else torch.addmm(bias, low, up.T)
+            add_product(product, rows, weight.T)
             products.append(product.view(*x.shape[:-1], -1))
         ctx.save_for_backward(rows, down, *lows, *weights, *ups)
         ctx.scales, ctx.shape = scales, x.shape
@@ -77,13 +78,12 @@ class LoraProducts(torch.autograd.Function):
         of_low = torch.cat(of_lows, dim=1) if count > 1 else of_lows[0]
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.empty_like(rows)
-            add_product(of_x, of_low, down, beta=0)
+            of_x = of_low @ down
             for of_product, weight in zip(of_products, weights, strict=True):
                 add_product(of_x, of_product, weight)
             of_x = of_x.view(ctx.shape)
-        of_downs = (of_low.T @ rows).split([part.shape[1] for part in of_lows])
-        of_ups = [of_product.T @ low for of_product, low in zip(of_products, lows, strict=True)]
+        of_downs = (of_low.T.contiguous() @ rows).split([part.shape[1] for part in of_lows])
+        of_ups = [(low.T.contiguous() @ of_product).T for of_product, low in zip(of_products, lows, strict=True)]
         return of_x, None, *[None] * 2 * count, *of_downs, *of_ups
 
 

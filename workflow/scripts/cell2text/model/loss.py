@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TOKENS_AT_ONCE = 128  # the logits of these stay in a CPU's cache, and are few beside a GPU's memory
+TOKENS_AT_ONCE = 256  # are multiplied fast, and their logits are few beside a GPU's memory
+TOKENS_IN_CACHE = 32  # the logits of these stay in a CPU's cache while they are worked on
 
 
 class TextLoss(torch.autograd.Function):
@@ -32,31 +33,38 @@ class TextLoss(torch.autograd.Function):
             for part, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         of_states, of_weight, of_bias = gradients
+        head_learns = of_weight is not None or of_bias is not None
         total = states.new_zeros((), dtype=torch.float32)
-        wide = states.new_empty(min(len(states), TOKENS_AT_ONCE), len(weight), dtype=torch.float32)
-        for start in range(0, len(states), TOKENS_AT_ONCE):
-            some = slice(start, start + TOKENS_AT_ONCE)
-            logits = torch.nn.functional.linear(states[some], weight, bias)
-            logits -= logits.amax(1, keepdim=True)
-            right = logits.gather(1, targets[some, None]).float()
-            # softmax = exponentials / sums; divided by later, where there are fewer numbers
-            exponentials = logits.exp_()
-            in_float32 = wide[: len(exponentials)].copy_(exponentials)
-            sums = in_float32.sum(1, keepdim=True)
-            total += (sums.log() - right).sum()
-            if of_states is not None:
-                expected = (exponentials @ weight).float() / sums
-                of_states[some] = expected - weight[targets[some]]
-            if of_weight is None and of_bias is None:
-                continue
-            # softmax - 1 of the right token in float32: of a likely token, bfloat16 would leave nothing
-            of_logits = in_float32.div_(sums)
-            of_logits.scatter_add_(1, targets[some, None], of_logits.new_full((len(of_logits), 1), -1))
-            of_logits = of_logits.to(weight.dtype)
-            if of_weight is not None:
-                of_weight.addmm_(of_logits.T, states[some])
-            if of_bias is not None:
-                of_bias += of_logits.sum(0)
+        # One place for the logits of all blocks, and one for those that are worked on.
+        at_once = min(len(states), TOKENS_AT_ONCE)
+        together = at_once if states.is_cuda else min(at_once, TOKENS_IN_CACHE)
+        room = states.new_empty(at_once, len(weight))
+        wide = states.new_empty(together, len(weight), dtype=torch.float32)
+        for start in range(0, len(states), at_once):
+            some = slice(start, start + at_once)
+            logits = torch.mm(states[some], weight.T, out=room[: len(states[some])])
+            sums = []
+            for part, right_tokens in zip(logits.split(together), targets[some, None].split(together), strict=True):
+                if bias is not None:
+                    part += bias
+                part -= part.amax(1, keepdim=True)
+                right = part.gather(1, right_tokens).float()
+                exponentials = wide[: len(part)].copy_(part.exp_())
+                sums.append(exponentials.sum(1, keepdim=True))
+                total += (sums[-1].log() - right).sum()
+                if head_learns:
+                    # softmax - 1 of the right token in float32: of a likely token, bfloat16 would leave nothing
+                    of_logits = exponentials.div_(sums[-1])
+                    part.copy_(of_logits.scatter_add_(1, right_tokens, of_logits.new_full((len(part), 1), -1)))
+            if head_learns:
+                if of_states is not None:
+                    of_states[some] = logits @ weight
+                if of_weight is not None:
+                    of_weight.addmm_(logits.T, states[some])
+                if of_bias is not None:
+                    of_bias += logits.sum(0)
+            elif of_states is not None:  # the sums divide later, where there are fewer numbers
+                of_states[some] = (logits @ weight).float() / torch.cat(sums) - weight[targets[some]]
         ctx.save_for_backward(*gradients)
         return total
 

@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from cell2text.errors import InputError
 
 NAME = "shared_prompt"
+KEYS = 32  # lines of scores of a multiple of so many numbers fill a CPU's vectors
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Row:
     there
         bool (cells, length): which of a cell's tokens are there. The row holds ``length`` tokens of each cell.
     hidden
-        What is added to the scores of the cells' tokens, (cells, 1, 1, length, prompt + length): 0 where a token
-        may look, else minus infinity.
+        What is added to the scores of the cells' tokens, (cells, 1, 1, length, keys): 0 where a token may look, else
+        minus infinity. The keys are those of the prompt and the cell, filled up to a multiple of ``KEYS``.
     hidden_in_prompt
         The same for the prompt's tokens, (prompt, prompt).
     """
@@ -47,6 +48,7 @@ class Row:
 
         # Every token sees the prompt, so that no line of scores is empty, even of one that is not there.
         seen = nn.functional.pad(causal(there.shape[1]) & there[:, None], (prompt, 0), value=True)
+        seen = nn.functional.pad(seen, (0, -seen.shape[2] % KEYS))
         hidden, in_prompt = (
             torch.zeros(seen.shape, dtype=dtype, device=there.device).masked_fill_(~seen, float("-inf"))
             for seen in (seen[:, None, None], causal(prompt))
@@ -62,9 +64,7 @@ class Row:
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return softmax(q k' scale + hidden) v, (batch, groups, heads, queries, width), and what its gradient needs.
 
-    In bfloat16 on CPUs this is much faster than fused attention at the lengths of a description. As much as
-    possible is done to the queries and the output, which are narrower than the scores; torch adds bfloat16 up in
-    float32.
+    In bfloat16 on CPUs this is much faster than fused attention at the lengths of a description.
 
     Parameters
     ----------
@@ -80,22 +80,20 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
     rows = q.flatten(2, 3) * scale
     scores = rows @ k.transpose(-1, -2)
     scores.view(*q.shape[:4], -1).add_(hidden)
-    exponentials = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    inverse = exponentials.sum(-1, keepdim=True).reciprocal_()
-    output = (exponentials @ v).mul_(inverse)
-    return output.view(q.shape), (rows, k, v, exponentials, inverse, output)
+    shares = scores.softmax(-1)
+    return (shares @ v).view(q.shape), (rows, k, v, shares)
 
 
 def differentiate_plainly(saved: tuple[Tensor, ...], of_output: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v of :func:`attend_plainly`."""
-    rows, k, v, exponentials, inverse, output = saved
+    rows, k, v, shares = saved
     shape = of_output.shape
-    of_output = of_output.flatten(2, 3) * inverse
-    along = (of_output * output).sum(-1, keepdim=True)
-    of_scores = (of_output @ v.transpose(-1, -2)).sub_(along).mul_(exponentials)
+    of_output = of_output.flatten(2, 3)
+    of_shares = of_output @ v.transpose(-1, -2)
+    of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
     of_q = (of_scores @ k).mul_(scale).view(shape)
     of_k = (rows.transpose(-1, -2) @ of_scores).transpose(-1, -2)
-    of_v = (of_output.transpose(-1, -2) @ exponentials).transpose(-1, -2)
+    of_v = (of_output.transpose(-1, -2) @ shares).transpose(-1, -2)
     return of_q, of_k, of_v
 
 
@@ -113,10 +111,7 @@ class SharedPromptAttention(torch.autograd.Function):
             row.hidden_in_prompt,
             scale,
         )
-        keys, values = (
-            torch.cat([part[:, :, :prompt].expand(len(row.there), -1, -1, -1), _by_cell(part, row)], dim=2)
-            for part in (key, value)
-        )
+        keys, values = (_with_prompt(part, row) for part in (key, value))
         in_cells, saved_cells = attend_plainly(
             _by_cell(query, row).unflatten(1, (groups, -1)), keys, values, row.hidden, scale
         )
@@ -132,7 +127,7 @@ class SharedPromptAttention(torch.autograd.Function):
     def backward(ctx, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Return the gradients of query, key and value."""
         row, prompt, scale = ctx.row, ctx.row.prompt, ctx.scale
-        saved_prompt, saved_cells = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved_prompt, saved_cells = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         groups = saved_prompt[1].shape[1]
         of_heads = of_output.transpose(1, 2)
         from_prompt = differentiate_plainly(saved_prompt, of_heads[:, :, :prompt].unflatten(1, (groups, -1)), scale)
@@ -142,7 +137,8 @@ class SharedPromptAttention(torch.autograd.Function):
             if of_prompt.ndim == 5:  # of the query
                 of_prompt, own = of_prompt.flatten(1, 2), of_cells.flatten(1, 2)
             else:  # keys and values of the prompt serve every cell
-                of_prompt, own = of_prompt + of_cells[:, :, :prompt].sum(0), of_cells[:, :, prompt:]
+                last = prompt + row.there.shape[1]
+                of_prompt, own = of_prompt + of_cells[:, :, :prompt].sum(0), of_cells[:, :, prompt:last]
             heads, width = of_prompt.shape[1], of_prompt.shape[3]
             gradient = of_output.new_empty(1, of_output.shape[1], heads, width).transpose(1, 2)
             gradient[:, :, :prompt] = of_prompt
@@ -154,6 +150,16 @@ class SharedPromptAttention(torch.autograd.Function):
 def _by_cell(states: Tensor, row: Row) -> Tensor:
     """Return the cells' part of a row, (1, heads, tokens, width), as (cells, heads, length, width)."""
     return states[0, :, row.prompt :].unflatten(1, row.there.shape).transpose(0, 1)
+
+
+def _with_prompt(states: Tensor, row: Row) -> Tensor:
+    """Return the keys or values that each cell sees: the prompt's, its own, and zeros, (cells, groups, keys, width)."""
+    prompt, last = row.prompt, row.prompt + row.there.shape[1]
+    all_keys = states.new_empty(len(row.there), states.shape[1], row.hidden.shape[-1], states.shape[3])
+    all_keys[:, :, :prompt] = states[:, :, :prompt]
+    all_keys[:, :, prompt:last] = _by_cell(states, row)
+    all_keys[:, :, last:] = 0
+    return all_keys
 
 
 def attend(
