@@ -36,6 +36,7 @@ SETTINGS = {
     "align_weight": 1.0,
     "epochs": 1,
     "patience": 1,
+    "keep_best": "loss",
     "learning_rate": 1e-3,
     "projector_learning_rate": 5e-4,
     "checkpoint_steps": 10**9,

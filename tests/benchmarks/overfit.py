@@ -30,6 +30,7 @@ from cell2text.vectors import Embeddings
 SETTINGS = {
     "align_weight": 1.0,
     "patience": 10**9,
+    "keep_best": "loss",
     "batch_cells": 8,
     "accumulate": 1,
     "balance": False,

@@ -5,19 +5,34 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cell2text import training
-from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, PREDICTIONS, TERMS, TOKENS, write_json
+from cell2text.contracts import (
+    CELLS,
+    DESCRIPTIONS,
+    EMBEDDINGS,
+    HISTORY,
+    PREDICTIONS,
+    TERMS,
+    TOKENS,
+    read_json,
+    write_json,
+)
 from cell2text.descriptions import Slots, Terms, describe, render
 from cell2text.embedding import embed_shard
 from cell2text.encoders.coexpression import Coexpression
 from cell2text.errors import InputError
 from cell2text.generation.describe import describe_aligned
+from cell2text.generation.greedy import write_texts
+from cell2text.model import cell2text as m
 from cell2text.model.cell2text import load
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.vectors import Embeddings
@@ -29,6 +44,7 @@ SETTINGS = {
     "align_weight": 1.0,
     "epochs": 3,
     "patience": 3,
+    "keep_best": "loss",
     "batch_cells": 4,
     "learning_rate": 0.01,
     "projector_learning_rate": 0.002,
@@ -166,11 +182,67 @@ def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
     assert model.settings["best_epoch"] == int(validation.argmin()) + 1
 
 
-def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypatch):
-    values = iter([3.0, 2.0, 2.5, 2.6, 1.0])
-    monkeypatch.setattr(training.Finetuning, "validate", lambda self: next(values))
-    history = losses(finetune(files, tiny_model, "model", epochs=5, patience=2))
-    assert history["validation_loss"].dropna().tolist() == [3.0, 2.0, 2.5, 2.6]
+@pytest.mark.parametrize(("keep_best", "epochs", "best"), [("loss", 4, 2), ("cell_type_accuracy", 6, 4)])
+def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypatch, keep_best, epochs, best):
+    told = [(3.0, 0.5), (2.0, 0.5), (2.6, 0.75), (2.5, 0.75), (2.5, 0.75), (1.0, 0.7), (0.5, 1.0)]
+    values, masters = iter(told), []
+
+    def validate(self):
+        masters.append({name: value.clone() for name, value in self.optimiser.masters.items()})
+        return next(values)
+
+    monkeypatch.setattr(training.Finetuning, "validate", validate)
+    directory = finetune(files, tiny_model, "model", epochs=7, patience=2, keep_best=keep_best)
+    history, about = losses(directory), read_json(directory / "cell2text.json")
+    columns = ["validation_loss", "validation_accuracy"]
+    assert history[columns].dropna().to_numpy().tolist() == [list(pair) for pair in told[:epochs]]
+    assert (about["best_epoch"], *(about[column] for column in columns)) == (best, *told[best - 1])
+    kept = load(directory, tiny_model, torch.device("cpu")).projector.state_dict()
+    assert torch.equal(kept["scale"], masters[best - 1]["projector.scale"])
+
+
+def test_accuracy_is_that_of_greedy_decoding(files, tiny_model, monkeypatch):
+    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
+    kept = []
+    monkeypatch.setattr(training, "_save", lambda work, *rest: kept.append(work))
+    finetune(files, tiny_model, "model", epochs=10, patience=10, align_steps=0, align_weight=0.0)
+    work, cells = kept[0], kept[0].validation
+    loss, accuracy = work.validate()
+    assert (loss, accuracy) == (work.state.best_loss, work.state.best_accuracy)
+    openings = cells.openings.clone()
+    cells.openings[0] = 0  # as if it had no cell type
+    of_others = work.validate()[1]
+    written = write_texts(work.model.ready_to_write(), *cells.vectors[np.arange(9)], int(openings.max()))
+    right = [
+        one.ids[:opening] == text[:opening].tolist()
+        for one, text, opening in zip(written, cells.texts, openings.tolist(), strict=True)
+    ]
+    assert 0 < accuracy < 1
+    assert (accuracy, of_others) == (np.mean(right), np.mean(right[1:]))
+
+
+def tokenizer_of_long_tokens(texts):
+    """Return a tokenizer that joins letters across words and sentences."""
+    long = Tokenizer(models.BPE())
+    long.decoder = decoders.Fuse()
+    long.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=long, eos_token=".")
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_an_opening_ends_with_the_token_of_its_full_stop(files, tiny_model, long):
+    told = DESCRIPTIONS.read(files / "descriptions.parquet")
+    told.loc[0, "text"] = "The sample is blood."
+    tokenizer = tokenizer_of_long_tokens(told["text"]) if long else AutoTokenizer.from_pretrained(tiny_model)
+    model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
+    embeddings = Embeddings([str(files / "embeddings.safetensors")])
+    cells = training.read_cells(told, "train", embeddings, {"cell_type": TYPES}, model)
+    assert cells.openings[0] == 0
+    for text, opening, name in zip(cells.texts[1:], cells.openings[1:], [1, 2, 0] * 7, strict=False):
+        sentence = f"This is a {small_table()['name'][name]}."
+        whole, short = (tokenizer.decode(text[:n]) for n in (opening, opening - 1))
+        assert whole.startswith(sentence) and not short.startswith(sentence)
+        assert long or whole == sentence
 
 
 def test_a_loss_that_is_not_finite_is_told(files, tiny_model, monkeypatch):
@@ -291,7 +363,7 @@ def multiprocessing_children(parent):
 def test_two_processes_learn_as_one_that_accumulates(files, tiny_model):
     one = finetune(files, tiny_model, "one", accumulate=2)
     two = finetune(files, tiny_model, "two", processes=2)
-    columns = ["loss", "align_loss", "validation_loss"]
+    columns = ["loss", "align_loss", "validation_loss", "validation_accuracy"]
     first, second = losses(one), losses(two)
     assert len(first) == len(second) and first["tokens"].tolist() == second["tokens"].tolist()
     np.testing.assert_allclose(first[columns], second[columns], atol=1e-4)

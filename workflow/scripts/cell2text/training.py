@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cell2text.contracts import DESCRIPTIONS, HISTORY, TERM_SLOTS, TERMS, read_json, whole_file
+from cell2text.descriptions import find_opening
 from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.model.alignment import LabelTargets, number_labels
@@ -69,12 +70,15 @@ class Cells:
         Class numbers, see ``alignment.number_labels``; int64 (cells, slots).
     ids
         Of the cells.
+    openings
+        How many tokens of each text its opening has, which names the cell type; 0 where none is named. int64 (cells,).
     """
 
     vectors: Vectors
     texts: list[Tensor]
     labels: Tensor
     ids: list[str]
+    openings: Tensor
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return vectors, lengths, texts padded on the right, which tokens are there, and labels."""
@@ -162,6 +166,7 @@ def _row(
         "loss": loss,
         "align_loss": align_loss,
         "validation_loss": math.nan,
+        "validation_accuracy": math.nan,
         "learning_rate": rate,
         "tokens": tokens,
         "seconds": time.monotonic() - start,
@@ -176,8 +181,8 @@ class State:
     ----------
     step, epoch
         The next step to do and the epoch it belongs to.
-    best_loss, best_epoch
-        Lowest validation loss so far and the epoch that ended with it.
+    best_loss, best_accuracy, best_epoch
+        Validation loss and accuracy of the best epoch so far, see ``Finetuning.validate``, and which one it is.
     history
         Rows of ``contracts.HISTORY``.
     """
@@ -185,6 +190,7 @@ class State:
     step: int = 0
     epoch: int = 0
     best_loss: float = math.inf
+    best_accuracy: float = -math.inf
     best_epoch: int = -1
     history: list[dict] = field(default_factory=list)
 
@@ -267,7 +273,7 @@ class Finetuning:
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> State:
-        """Train until the epochs are done or the validation loss has stopped falling; keep the best epoch."""
+        """Train until the epochs are done or validation no longer improves; keep the best epoch."""
         total = len(self.train.texts) * self.settings["epochs"]
         done = min(self.state.step * self.step_cells, total)
         self.progress = Progress(total, "cells", done=done)
@@ -275,7 +281,8 @@ class Finetuning:
         with listen_for_stop() as stop:
             while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
                 self._run_epoch(stop)
-        log.info("best epoch %d, validation loss %.4f", self.state.best_epoch + 1, self.state.best_loss)
+        best = self.state.best_epoch + 1, self.state.best_loss, self.state.best_accuracy
+        log.info("best epoch %d, validation loss %.4f, cell type accuracy %.4f", *best)
         self.optimiser.write_back(self.best)
         return self.state
 
@@ -295,11 +302,15 @@ class Finetuning:
             if stop.is_set():
                 log.info("told to end after step %d: the next try goes on from here", state.step)
                 sys.exit(TOLD_TO_END)
-        loss = self.validate()
-        state.history[-1]["validation_loss"] = loss
-        log.info("epoch %d: validation loss %.4f nats a token", state.epoch + 1, loss)
-        if loss < state.best_loss:
-            state.best_loss, state.best_epoch = loss, state.epoch
+        loss, accuracy = self.validate()
+        state.history[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
+        told = "epoch %d: validation loss %.4f nats a token, cell type accuracy %.4f"
+        log.info(told, state.epoch + 1, loss, accuracy)
+        better = loss < state.best_loss
+        if self.settings["keep_best"] == "cell_type_accuracy":  # of few cells, it is often the same
+            better = (accuracy, -loss) > (state.best_accuracy, -state.best_loss)
+        if better:
+            state.best_loss, state.best_accuracy, state.best_epoch = loss, accuracy, state.epoch
             self.best = {name: value.clone() for name, value in self.optimiser.masters.items()}
         state.epoch += 1
         self.write_checkpoint()
@@ -353,17 +364,33 @@ class Finetuning:
         return torch.stack([value.detach().double() for value in (loss, tokens, align_loss, size)])
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Return the mean negative log likelihood of a token of the validation texts, in nats."""
-        self.model.eval()
+    def validate(self) -> tuple[float, float]:
+        """Read the validation texts.
+
+        Returns
+        -------
+        loss
+            Mean negative log likelihood of a token, in nats.
+        accuracy
+            Share of the cells with a cell type whose name greedy decoding would write: up to the name's end, the
+            token of the text is always the likeliest one, given those before it.
+        """
+        model = self.model.eval()
         order = np.argsort([len(text) for text in self.validation.texts], kind="stable")
         size = self.settings["batch_cells"]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         for start in range(self.team.rank * size, len(order), self.team.size * size):
-            vectors, lengths, text, there, _ = self.validation.batch(order[start : start + size], self.model.device)
-            sums += torch.stack(self.model.text_loss(*self.model.projector(vectors, lengths), text, there))
-        total, tokens = self.team.add_up(sums).tolist()
-        return total / tokens
+            rows = order[start : start + size]
+            vectors, lengths, text, there, _ = self.validation.batch(rows, model.device)
+            states = model.states_before(*model.projector(vectors, lengths), text, there)
+            loss = model.loss_of(states, text[there])
+            opening = (torch.arange(text.shape[1]) < self.validation.openings[rows][:, None]).to(model.device)
+            right = torch.ones_like(there)
+            right[opening] = model.head(states[opening[there]]).argmax(-1) == text[opening]
+            named = opening.any(1)
+            sums += torch.stack([loss, there.sum(), (right.all(1) & named).sum(), named.sum()])
+        total, tokens, right, named = self.team.add_up(sums).tolist()
+        return total / tokens, right / max(named, 1)
 
     def write_checkpoint(self) -> None:
         """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
@@ -415,13 +442,17 @@ def read_cells(
         Its projector says which vectors to read, its tokenizer makes the tokens.
     """
     rows = descriptions[descriptions["split"] == split]
-    ids = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)["input_ids"]
+    encoded = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)
     end = model.tokenizer.eos_token_id
+    openings = [find_opening(text) for text in rows["text"]]
+    # up to the token that holds the last letter, which is the full stop
+    ends = [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
-        [torch.tensor([*text, end]) for text in ids],
+        [torch.tensor([*text, end]) for text in encoded["input_ids"]],
         number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes),
         rows["cell_id"].to_list(),
+        torch.tensor(ends, dtype=torch.long),
     )
 
 
@@ -550,6 +581,7 @@ def _save(
         "trainable_parameters": sum(value.numel() for value in work.optimiser.masters.values()),
         "best_epoch": state.best_epoch + 1,
         "validation_loss": state.best_loss,
+        "validation_accuracy": state.best_accuracy,
         "seed": seed,
         "instruction": INSTRUCTION,
     }
