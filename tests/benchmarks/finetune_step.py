@@ -41,6 +41,7 @@ SETTINGS = {
     "projector_learning_rate": 5e-4,
     "checkpoint_steps": 10**9,
     "accumulate": 1,
+    "checkpoint_activations": False,
     "balance": False,
 }
 

@@ -33,6 +33,7 @@ SETTINGS = {
     "keep_best": "loss",
     "batch_cells": 8,
     "accumulate": 1,
+    "checkpoint_activations": False,
     "balance": False,
     "learning_rate": 1e-3,
     "projector_learning_rate": 5e-4,

@@ -52,6 +52,7 @@ SETTINGS = {
     "lora_alpha": 8,
     "checkpoint_steps": 2,
     "accumulate": 1,
+    "checkpoint_activations": False,
     "balance": False,
 }
 PROJECTOR = {"kind": "pooled", "soft_tokens": 2, "hidden": 16}
@@ -375,6 +376,14 @@ def test_a_step_is_the_mean_over_the_tokens_of_all_its_batches(files, tiny_model
     parts = losses(finetune(files, tiny_model, "parts", batch_cells=2, accumulate=2, align_weight=0.0))
     assert (parts["tokens"] <= whole["tokens"]).all() and (parts["tokens"] < whole["tokens"]).any()
     np.testing.assert_allclose(whole["loss"], parts["loss"], atol=0.02)
+
+
+def test_layers_computed_anew_teach_the_same(files, tiny_model):
+    held, anew = (
+        finetune(files, tiny_model, str(anew), mode="full", learning_rate=0.001, checkpoint_activations=anew)
+        for anew in (False, True)
+    )
+    pd.testing.assert_frame_equal(losses(anew), losses(held), rtol=1e-3)
 
 
 def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():

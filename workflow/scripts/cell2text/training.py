@@ -255,6 +255,8 @@ class Finetuning:
     ):
         self.team = team
         self.model, self.targets, self.train, self.validation = model, targets, train, validation
+        if settings["checkpoint_activations"]:
+            model.checkpoint_activations()
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
         self.text_lengths = np.array([len(text) for text in train.texts])

@@ -182,6 +182,20 @@ class Cell2Text(nn.Module):
             weight, bias = weight.detach(), bias if bias is None else bias.detach()
         return TextLoss.apply(states, weight, bias, targets)
 
+    def checkpoint_activations(self) -> None:
+        """Hold the activations of one layer, not of all: the backward pass computes each anew (arXiv 1604.06174).
+
+        Raises
+        ------
+        InputError
+            If transformers cannot do so with this language model.
+        """
+        if not self.decoder.supports_gradient_checkpointing:
+            told = f"{type(self.decoder).__name__} cannot compute its layers anew"
+            raise InputError("config: finetune.checkpoint_activations", told, "Set it to false")
+        # not without reentrance, which lets a layer's backward ask for its saved tensors but once
+        self.decoder.activation_checkpointing_enable({"use_reentrant": True})
+
     def ready_to_write(self) -> "Cell2Text":
         """Fold the adapter into the language model's weights and take the attention that decodes fastest."""
         if self.mode == "lora":  # the sum with weights of 4 bits would be rounded to 4 bits again
