@@ -32,6 +32,7 @@ SETTINGS = {
     "patience": 10**9,
     "keep_best": "loss",
     "batch_cells": 8,
+    "batch_tokens": None,
     "accumulate": 1,
     "checkpoint_activations": False,
     "balance": False,

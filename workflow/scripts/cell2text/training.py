@@ -53,7 +53,7 @@ TUNING_KEYS = {
     "use_rslora": "rslora",
 }
 TOLD_TO_END = 128 + signal.SIGTERM  # the exit code of a run that was told to end and can go on
-BUCKET = 16  # batches among which cells are sorted by the length of their text
+BUCKET = 16  # steps among which cells are sorted by the length of their text
 
 
 @dataclass
@@ -89,19 +89,64 @@ class Cells:
         return tuple(part.to(device) for part in parts)
 
 
-def batches(
-    text_lengths: np.ndarray, batch_cells: int, seed: int, epoch: int, weights: np.ndarray | None = None
-) -> list[np.ndarray]:
-    """Return the rows of each batch of an epoch: shuffled, but texts of like length together.
+@dataclass(frozen=True)
+class BatchSize:
+    """How many cells a process reads at once.
+
+    Parameters
+    ----------
+    cells
+        So many, where ``tokens`` is None.
+    tokens
+        Else as many as fit into so many tokens, prompts and padding counted in; at least one.
+    prompt
+        Tokens of a cell's prompt, soft ones counted in.
+    """
+
+    cells: int
+    tokens: int | None = None
+    prompt: int = 0
+
+    def usual_cells(self, text_lengths: np.ndarray) -> int:
+        """Return how many cells with texts of the mean length make a batch."""
+        if self.tokens is None:
+            return self.cells
+        return max(1, int(self.tokens // (self.prompt + text_lengths.mean())))
+
+    def cut(self, rows: np.ndarray, text_lengths: np.ndarray) -> list[np.ndarray]:
+        """Return rows, which are sorted by the length of their texts, as batches."""
+        if self.tokens is None:
+            return [rows[start : start + self.cells] for start in range(0, len(rows), self.cells)]
+        found = []
+        while len(rows):
+            some = rows[: max(1, self.tokens // (self.prompt + text_lengths[rows[0]]))]  # no more than these
+            padded = np.arange(1, len(some) + 1) * (self.prompt + text_lengths[some])
+            cells = max(1, np.count_nonzero(padded <= self.tokens))
+            found.append(rows[:cells])
+            rows = rows[cells:]
+        return found
+
+
+def plan_epoch(
+    text_lengths: np.ndarray,
+    size: BatchSize,
+    step_batches: int,
+    seed: int,
+    epoch: int,
+    weights: np.ndarray | None = None,
+) -> list[list[np.ndarray]]:
+    """Return the steps of an epoch, each the rows of its batches: shuffled, but texts of like length together.
 
     Parameters
     ----------
     text_lengths
         Tokens of each text, (cells,).
-    batch_cells
-        Cells of a batch.
+    size
+        Of a batch.
+    step_batches
+        Batches of a step; the last of an epoch may have fewer.
     seed, epoch
-        The same pair gives the same batches.
+        The same pair gives the same steps.
     weights
         How likely each cell is drawn, (cells,), for an epoch of as many cells drawn with replacement; None for each
         cell once.
@@ -110,12 +155,13 @@ def batches(
     order = random.permutation(len(text_lengths))
     if weights is not None:
         order = random.choice(len(text_lengths), len(text_lengths), p=weights / weights.sum())
+    bucket_cells = BUCKET * step_batches * size.usual_cells(text_lengths)
     found = []
-    for start in range(0, len(order), BUCKET * batch_cells):
-        bucket = order[start : start + BUCKET * batch_cells]
-        bucket = bucket[np.argsort(text_lengths[bucket], kind="stable")]
-        found += [bucket[i : i + batch_cells] for i in range(0, len(bucket), batch_cells)]
-    return [found[i] for i in random.permutation(len(found))]
+    for start in range(0, len(order), bucket_cells):
+        bucket = order[start : start + bucket_cells]
+        found += size.cut(bucket[np.argsort(text_lengths[bucket], kind="stable")], text_lengths)
+    steps = [found[start : start + step_batches] for start in range(0, len(found), step_batches)]
+    return [steps[i] for i in random.permutation(len(steps))]
 
 
 def align(
@@ -260,11 +306,10 @@ class Finetuning:
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
         self.text_lengths = np.array([len(text) for text in train.texts])
-        # cells of a step: one batch after another adds to the gradient, so memory is that of one
-        self.step_cells = settings["batch_cells"] * settings["accumulate"] * team.size
+        self.size = BatchSize(settings["batch_cells"], settings["batch_tokens"], self._count_prompt())
         self.weights = balance(train.labels[:, 0].numpy()) if settings["balance"] else None
-        self.steps_an_epoch = math.ceil(len(train.texts) / self.step_cells)
-        self.schedule = warm_up_then_decay(self.steps_an_epoch * settings["epochs"])
+        self.epoch_steps = [len(self._plan(epoch)) for epoch in range(settings["epochs"])]
+        self.schedule = warm_up_then_decay(sum(self.epoch_steps))
         trainable = model.trainable()
         projector = {name: value for name, value in trainable.items() if name.startswith("projector.")}
         adapter = {name: value for name, value in trainable.items() if name not in projector}
@@ -274,11 +319,22 @@ class Finetuning:
         self.state = State()
         self.best: dict[str, Tensor] = {}
 
+    @torch.no_grad()
+    def _count_prompt(self) -> int:
+        """Return how many tokens stand before a cell's text."""
+        prompt, cell = self.model.prompt, self.train.vectors[np.array([0])]
+        soft, _ = self.model.projector(*(part.to(self.model.device) for part in cell))
+        return len(prompt.before) + soft.shape[1] + len(prompt.after)
+
+    def _plan(self, epoch: int) -> list[list[np.ndarray]]:
+        # one batch of a step after another adds to the gradient, so memory is that of one
+        step_batches = self.settings["accumulate"] * self.team.size
+        return plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights)
+
     def run(self) -> State:
         """Train until the epochs are done or validation no longer improves; keep the best epoch."""
         total = len(self.train.texts) * self.settings["epochs"]
-        done = min(self.state.step * self.step_cells, total)
-        self.progress = Progress(total, "cells", done=done)
+        self.progress = Progress(total, "cells", done=total * self.state.step // sum(self.epoch_steps))
         self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
         with listen_for_stop() as stop:
             while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
@@ -293,13 +349,13 @@ class Finetuning:
 
     def _run_epoch(self, stop: Event) -> None:
         state = self.state
-        rows = batches(self.text_lengths, self.step_cells, self.seed, state.epoch, self.weights)
+        steps = self._plan(state.epoch)
         self.model.train()
-        for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
-            state.history.append(self._step(batch, stop))
+        for step in steps[state.step - sum(self.epoch_steps[: state.epoch]) :]:
+            state.history.append(self._step(step, stop))
             state.step += 1
-            self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}")
-            if stop.is_set() or (state.step % self.settings["checkpoint_steps"] == 0 and batch is not rows[-1]):
+            self.progress.advance(sum(map(len, step)), f"loss {state.history[-1]['loss']:.3f}")
+            if stop.is_set() or (state.step % self.settings["checkpoint_steps"] == 0 and step is not steps[-1]):
                 self.write_checkpoint()
             if stop.is_set():
                 log.info("told to end after step %d: the next try goes on from here", state.step)
@@ -317,21 +373,19 @@ class Finetuning:
         state.epoch += 1
         self.write_checkpoint()
 
-    def _step(self, rows: np.ndarray, stop: Event) -> dict:
-        """Learn from some cells, a batch of them at a time: the loss is the mean over the tokens of all."""
+    def _step(self, batches: list[np.ndarray], stop: Event) -> dict:
+        """Learn from batches of cells, one at a time: the loss is the mean over the tokens of all."""
         state = self.state
         sums = torch.zeros(5, dtype=torch.float64, device=self.model.device)  # see _learn; whether to end
-        starts = range(0, len(rows), self.settings["batch_cells"])
-        for number in range(self.team.rank, len(starts), self.team.size):
-            batch = rows[starts[number] : starts[number] + self.settings["batch_cells"]]
-            sums[:4] += self._learn(batch, number)
+        for number in range(self.team.rank, len(batches), self.team.size):
+            sums[:4] += self._learn(batches[number], number)
         sums[4] = stop.is_set()
         self.team.add_gradients(self.optimiser.masters.values())
         loss, tokens, align_loss, size, ending = self.team.add_up(sums).tolist()
         if ending:  # one process may have been told a step before the others
             stop.set()
         if not math.isfinite(loss):
-            told = ", ".join(self.train.ids[row] for row in rows)
+            told = ", ".join(self.train.ids[row] for rows in batches for row in rows)
             raise InputError(
                 "config: finetune.learning_rate",
                 f"the loss is not finite at step {state.step + 1}, with cells {told}",
@@ -361,8 +415,7 @@ class Finetuning:
         align_loss = self.targets.loss(soft, soft_there, labels) * tokens
         (loss + self.settings["align_weight"] * align_loss).backward()
         self.optimiser.take_gradients()
-        prompt = len(model.prompt.before) + soft.shape[1] + len(model.prompt.after)
-        size = torch.tensor(len(rows) * prompt + there.numel(), device=model.device)
+        size = torch.tensor(len(rows) * self.size.prompt + there.numel(), device=model.device)
         return torch.stack([value.detach().double() for value in (loss, tokens, align_loss, size)])
 
     @torch.no_grad()
@@ -378,11 +431,10 @@ class Finetuning:
             token of the text is always the likeliest one, given those before it.
         """
         model = self.model.eval()
-        order = np.argsort([len(text) for text in self.validation.texts], kind="stable")
-        size = self.settings["batch_cells"]
+        text_lengths = np.array([len(text) for text in self.validation.texts])
+        batches = self.size.cut(np.argsort(text_lengths, kind="stable"), text_lengths)
         sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-        for start in range(self.team.rank * size, len(order), self.team.size * size):
-            rows = order[start : start + size]
+        for rows in batches[self.team.rank :: self.team.size]:
             vectors, lengths, text, there, _ = self.validation.batch(rows, model.device)
             states = model.states_before(*model.projector(vectors, lengths), text, there)
             loss = model.loss_of(states, text[there])
