@@ -27,7 +27,7 @@ from cell2text.contracts import DESCRIPTIONS
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.cell2text import build
 from cell2text.processes import Team
-from cell2text.training import Finetuning, batches, read_cells
+from cell2text.training import BatchSize, Finetuning, plan_epoch, read_cells
 from cell2text.vectors import Embeddings
 
 CPU = torch.device("cpu")
@@ -36,10 +36,13 @@ SETTINGS = {
     "align_weight": 1.0,
     "epochs": 1,
     "patience": 1,
+    "keep_best": "loss",
     "learning_rate": 1e-3,
     "projector_learning_rate": 5e-4,
     "checkpoint_steps": 10**9,
+    "batch_tokens": None,
     "accumulate": 1,
+    "checkpoint_activations": False,
     "balance": False,
 }
 
@@ -57,23 +60,23 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def our_seconds(work: Finetuning, rows: list) -> list[float]:
+def our_seconds(work: Finetuning, steps: list) -> list[float]:
     work.model.train()
     work.start = time.monotonic()
     seconds = []
-    for batch in rows:
+    for batches in steps:
         start = time.perf_counter()
-        work._step(batch, Event())
+        work._step(batches, Event())
         work.state.step += 1
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def stock_batches(work: Finetuning, rows: list) -> list[dict]:
+def stock_batches(work: Finetuning, steps: list) -> list[dict]:
     prompt, soft = work.model.prompt, work.model.settings["projector"]["soft_tokens"]
     before = torch.cat([prompt.before, torch.full((soft,), 5), prompt.after])
     made = []
-    for batch in rows:
+    for (batch,) in steps:
         _, _, text, there, _ = work.train.batch(batch, CPU)
         ids = torch.cat([before.expand(len(batch), -1), text], 1)
         mask = torch.cat([torch.ones(len(batch), len(before), dtype=torch.bool), there], 1)
@@ -132,12 +135,12 @@ def main() -> None:
     targets = LabelTargets.of([classes], model.tokenizer, weight)
     settings = SETTINGS | {"batch_cells": arguments.batch_cells}
     work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())
-    rows = batches(work.text_lengths, arguments.batch_cells, 0, 0)[: arguments.steps + 2]
-    made = stock_batches(work, rows)
+    steps = plan_epoch(work.text_lengths, BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
+    made = stock_batches(work, steps)
     tokens = [batch["input_ids"].numel() for batch in made][2:]
     scored = [int((batch["labels"] >= 0).sum()) for batch in made][2:]
     methods = {
-        "ours": lambda: our_seconds(work, rows),
+        "ours": lambda: our_seconds(work, steps),
         "stock Trainer + PEFT": lambda: stock_seconds(arguments.language_model, made, True),
         "stock, bfloat16 adapters": lambda: stock_seconds(arguments.language_model, made, False),
     }

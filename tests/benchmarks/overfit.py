@@ -30,8 +30,11 @@ from cell2text.vectors import Embeddings
 SETTINGS = {
     "align_weight": 1.0,
     "patience": 10**9,
+    "keep_best": "loss",
     "batch_cells": 8,
+    "batch_tokens": None,
     "accumulate": 1,
+    "checkpoint_activations": False,
     "balance": False,
     "learning_rate": 1e-3,
     "projector_learning_rate": 5e-4,

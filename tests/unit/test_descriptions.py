@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cell2text.contracts import TERM_SLOTS
-from cell2text.descriptions import NORMAL, Slots, Terms, describe, parse, render
+from cell2text.descriptions import NORMAL, Slots, Terms, describe, find_opening, parse, render
 from cell2text.ontology import first_sentence, slot_terms
 
 PATHWAYS = [
@@ -28,8 +28,10 @@ IDS = {slot: sorted(TERMS.name[slot]) for slot in TERM_SLOTS}
 
 def assert_inverse(slots: Slots):
     slots = describe(slots, TERMS)
-    parsed = parse(render(slots, TERMS), TERMS)
-    assert parsed.slots == slots, render(slots, TERMS)
+    text = render(slots, TERMS)
+    parsed = parse(text, TERMS)
+    assert parsed.slots == slots, text
+    assert find_opening(text) == render(Slots(slots.cell_type), TERMS)
     assert parsed.status == ("parsed" if slots.cell_type else "failed")
 
 

@@ -154,6 +154,60 @@ def test_dropout_is_that_of_peft(models):
         assert torch.allclose(found[name], expected, rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "tuning"),
+    [
+        ("untied", SIZE),
+        ("untied", SIZE | {"targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}),
+        ("untied", DROPOUT),
+        ("untied", FULL),
+        ("tied", FULL),
+        ("biased", FULL),
+    ],
+)
+def test_layers_computed_anew_give_the_same_gradients(models, kind, tuning):
+    model, computed, found, sizes = build(models[kind], tuning).train(), [], [], []
+    layers, (vectors, lengths) = model.decoder.layers, cells()
+    for number, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: computed.append(number))
+    vectors.requires_grad_()
+    for anew in (False, True):
+        if anew:
+            model.checkpoint_activations()
+        held = []
+        torch.manual_seed(3)  # of dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
+            loss, _ = model.text_loss(*model.projector(vectors, lengths), TEXT, THERE)
+        sizes.append(sum(held))
+        loss.backward()
+        found.append({"loss": loss.detach(), "vectors": vectors.grad} | gradients(model))
+        vectors.grad = None
+    assert computed == [0, 1, 0, 1, 1, 0]
+    assert sizes[1] < 0.2 * sizes[0]
+    held, anew = found
+    assert held["vectors"].abs().max() > 0
+    for name, expected in held.items():
+        assert torch.allclose(anew[name], expected, rtol=1e-5, atol=1e-6), name
+    assert not any(part.waiting for part in model.modules() if type(part) is FusedLora)
+
+
+def test_only_training_computes_layers_anew(models):
+    model, computed = build(models["untied"], SIZE), []
+    model.checkpoint_activations()
+    model.decoder.layers[0].mlp.register_forward_hook(lambda *_: computed.append(0))
+    model.text_loss(*model.projector(*cells()), TEXT, THERE)[0].backward()
+    assert computed == [0]
+    merged = copy.deepcopy(model).ready_to_write()
+    assert write_texts(merged, *cells(), 8) == write_texts(build(models["untied"], SIZE).ready_to_write(), *cells(), 8)
+
+
+def test_a_model_whose_layers_cannot_be_computed_anew_is_told(models):
+    model = build(models["untied"], SIZE)
+    model.decoder.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match=r"finetune.checkpoint_activations: LlamaModel cannot .* Set it to false$"):
+        model.checkpoint_activations()
+
+
 def test_rslora_divides_by_the_root_of_the_rank(models):
     plain, stabilised = (build(models["untied"], SIZE | {"use_rslora": use}) for use in (False, True))
     scalings = [

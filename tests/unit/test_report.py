@@ -190,10 +190,10 @@ def write_tsv(rows, columns, path):
 
 
 def history():
-    rows = [("align", step, 0, 2.0, 2.0, math.nan, 1e-3, 0, 0.1 * step) for step in range(3)]
+    rows = [("align", step, 0, 2.0, 2.0, math.nan, math.nan, 1e-3, 0, 0.1 * step) for step in range(3)]
     for step in range(4):
         validation = 0.2 if step == 3 else math.nan
-        rows.append(("finetune", step, step // 2, 1 / (1 + step), 0.5, validation, 1e-4, 100, 1.0 * step))
+        rows.append(("finetune", step, step // 2, 1 / (1 + step), 0.5, validation, math.nan, 1e-4, 100, 1.0 * step))
     table = pd.DataFrame(rows, columns=list(HISTORY.columns))
     return table.astype({"step": "int32", "epoch": "int32"})
 

@@ -5,19 +5,34 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cell2text import training
-from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, PREDICTIONS, TERMS, TOKENS, write_json
+from cell2text.contracts import (
+    CELLS,
+    DESCRIPTIONS,
+    EMBEDDINGS,
+    HISTORY,
+    PREDICTIONS,
+    TERMS,
+    TOKENS,
+    read_json,
+    write_json,
+)
 from cell2text.descriptions import Slots, Terms, describe, render
 from cell2text.embedding import embed_shard
 from cell2text.encoders.coexpression import Coexpression
 from cell2text.errors import InputError
 from cell2text.generation.describe import describe_aligned
+from cell2text.generation.greedy import write_texts
+from cell2text.model import cell2text as m
 from cell2text.model.cell2text import load
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.vectors import Embeddings
@@ -29,13 +44,16 @@ SETTINGS = {
     "align_weight": 1.0,
     "epochs": 3,
     "patience": 3,
+    "keep_best": "loss",
     "batch_cells": 4,
     "learning_rate": 0.01,
     "projector_learning_rate": 0.002,
     "lora_rank": 4,
     "lora_alpha": 8,
     "checkpoint_steps": 2,
+    "batch_tokens": None,
     "accumulate": 1,
+    "checkpoint_activations": False,
     "balance": False,
 }
 PROJECTOR = {"kind": "pooled", "soft_tokens": 2, "hidden": 16}
@@ -105,26 +123,36 @@ def losses(directory):
     return HISTORY.read(directory / "history.parquet").drop(columns="seconds")
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch):
-    whole = finetune(files, tiny_model, "whole")
+@pytest.mark.parametrize(
+    ("changes", "steps_of_epochs", "last"),
+    [({}, [6, 6, 6], 9), ({"batch_tokens": 200, "balance": True}, [8, 9, 8], 21)],
+)
+def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch, changes, steps_of_epochs, last):
+    whole = finetune(files, tiny_model, "whole", **changes)
+    learnt = losses(whole).query("stage == 'finetune'")
+    assert learnt["epoch"].value_counts(sort=False).to_list() == steps_of_epochs
+    scale = warm_up_then_decay(sum(steps_of_epochs))
+    rates = [0.01 * scale(step) for step in range(sum(steps_of_epochs))]
+    assert learnt["learning_rate"].to_list() == pytest.approx(rates)
+    assert learnt["tokens"].max() <= changes.get("batch_tokens", 4 * (28 + 39))
     step = training.Finetuning._step
 
     def die(self, rows, stop):
-        if self.state.step == 9:  # in the middle of the second epoch, after the checkpoint at step 8
+        if self.state.step == last:  # in the middle of an epoch, a step after a checkpoint
             raise KeyboardInterrupt
         return step(self, rows, stop)
 
     monkeypatch.setattr(training.Finetuning, "_step", die)
     with pytest.raises(KeyboardInterrupt):
-        finetune(files, tiny_model, "broken")
+        finetune(files, tiny_model, "broken", **changes)
     assert not (files / "broken").exists()
     assert (files / "broken.checkpoints/last.safetensors").is_file()
     steps = []
     monkeypatch.setattr(
         training.Finetuning, "_step", lambda self, *given: steps.append(self.state.step) or step(self, *given)
     )
-    resumed = finetune(files, tiny_model, "broken")
-    assert steps[0] == 8
+    resumed = finetune(files, tiny_model, "broken", **changes)
+    assert steps == list(range(last - 1, sum(steps_of_epochs)))
     assert weights(resumed) == weights(whole)
     pd.testing.assert_frame_equal(losses(resumed), losses(whole))
     assert not (files / "broken.checkpoints").exists()
@@ -166,11 +194,67 @@ def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
     assert model.settings["best_epoch"] == int(validation.argmin()) + 1
 
 
-def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypatch):
-    values = iter([3.0, 2.0, 2.5, 2.6, 1.0])
-    monkeypatch.setattr(training.Finetuning, "validate", lambda self: next(values))
-    history = losses(finetune(files, tiny_model, "model", epochs=5, patience=2))
-    assert history["validation_loss"].dropna().tolist() == [3.0, 2.0, 2.5, 2.6]
+@pytest.mark.parametrize(("keep_best", "epochs", "best"), [("loss", 4, 2), ("cell_type_accuracy", 6, 4)])
+def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypatch, keep_best, epochs, best):
+    told = [(3.0, 0.5), (2.0, 0.5), (2.6, 0.75), (2.5, 0.75), (2.5, 0.75), (1.0, 0.7), (0.5, 1.0)]
+    values, masters = iter(told), []
+
+    def validate(self):
+        masters.append({name: value.clone() for name, value in self.optimiser.masters.items()})
+        return next(values)
+
+    monkeypatch.setattr(training.Finetuning, "validate", validate)
+    directory = finetune(files, tiny_model, "model", epochs=7, patience=2, keep_best=keep_best)
+    history, about = losses(directory), read_json(directory / "cell2text.json")
+    columns = ["validation_loss", "validation_accuracy"]
+    assert history[columns].dropna().to_numpy().tolist() == [list(pair) for pair in told[:epochs]]
+    assert (about["best_epoch"], *(about[column] for column in columns)) == (best, *told[best - 1])
+    kept = load(directory, tiny_model, torch.device("cpu")).projector.state_dict()
+    assert torch.equal(kept["scale"], masters[best - 1]["projector.scale"])
+
+
+def test_accuracy_is_that_of_greedy_decoding(files, tiny_model, monkeypatch):
+    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
+    kept = []
+    monkeypatch.setattr(training, "_save", lambda work, *rest: kept.append(work))
+    finetune(files, tiny_model, "model", epochs=10, patience=10, align_steps=0, align_weight=0.0)
+    work, cells = kept[0], kept[0].validation
+    loss, accuracy = work.validate()
+    assert (loss, accuracy) == (work.state.best_loss, work.state.best_accuracy)
+    openings = cells.openings.clone()
+    cells.openings[0] = 0  # as if it had no cell type
+    of_others = work.validate()[1]
+    written = write_texts(work.model.ready_to_write(), *cells.vectors[np.arange(9)], int(openings.max()))
+    right = [
+        one.ids[:opening] == text[:opening].tolist()
+        for one, text, opening in zip(written, cells.texts, openings.tolist(), strict=True)
+    ]
+    assert 0 < accuracy < 1
+    assert (accuracy, of_others) == (np.mean(right), np.mean(right[1:]))
+
+
+def tokenizer_of_long_tokens(texts):
+    """Return a tokenizer that joins letters across words and sentences."""
+    long = Tokenizer(models.BPE())
+    long.decoder = decoders.Fuse()
+    long.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=long, eos_token=".")
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_an_opening_ends_with_the_token_of_its_full_stop(files, tiny_model, long):
+    told = DESCRIPTIONS.read(files / "descriptions.parquet")
+    told.loc[0, "text"] = "The sample is blood."
+    tokenizer = tokenizer_of_long_tokens(told["text"]) if long else AutoTokenizer.from_pretrained(tiny_model)
+    model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
+    embeddings = Embeddings([str(files / "embeddings.safetensors")])
+    cells = training.read_cells(told, "train", embeddings, {"cell_type": TYPES}, model)
+    assert cells.openings[0] == 0
+    for text, opening, name in zip(cells.texts[1:], cells.openings[1:], [1, 2, 0] * 7, strict=False):
+        sentence = f"This is a {small_table()['name'][name]}."
+        whole, short = (tokenizer.decode(text[:n]) for n in (opening, opening - 1))
+        assert whole.startswith(sentence) and not short.startswith(sentence)
+        assert long or whole == sentence
 
 
 def test_a_loss_that_is_not_finite_is_told(files, tiny_model, monkeypatch):
@@ -185,17 +269,40 @@ def test_a_loss_that_is_not_finite_is_told(files, tiny_model, monkeypatch):
         finetune(files, tiny_model, "model")
 
 
-def test_batches_hold_every_cell_once_with_texts_of_like_length():
-    lengths = np.random.default_rng(0).integers(50, 200, 1000)
-    rows = training.batches(lengths, 16, seed=1, epoch=2)
-    assert sorted(np.concatenate(rows)) == list(range(1000))
-    padded = sum(lengths[batch].max() * len(batch) for batch in rows)
+def join(steps):
+    """Return the rows of all batches of some steps."""
+    return np.concatenate([rows for batches in steps for rows in batches])
+
+
+@pytest.mark.parametrize("size", [training.BatchSize(16), training.BatchSize(1, 3000, 30)])
+@pytest.mark.parametrize("step_batches", [1, 3])
+def test_batches_hold_every_cell_once_with_texts_of_like_length(size, step_batches):
+    lengths = np.random.default_rng(0).integers(50, 200, 5000)
+    steps = training.plan_epoch(lengths, size, step_batches, seed=1, epoch=2)
+    assert sorted(join(steps)) == list(range(5000))
+    assert sum(len(batches) != step_batches for batches in steps) <= 1
+    padded = sum(lengths[rows].max() * len(rows) for batches in steps for rows in batches)
     assert padded / lengths.sum() < 1.1
-    again = training.batches(lengths, 16, seed=1, epoch=2)
-    assert all((a == b).all() for a, b in zip(rows, again, strict=True))
-    assert any(
-        (a != b).any() for a, b in zip(rows, training.batches(lengths, 16, 1, 3), strict=False) if len(a) == len(b)
-    )
+    again, other = (training.plan_epoch(lengths, size, step_batches, 1, epoch) for epoch in (2, 3))
+    assert np.array_equal(join(steps), join(again)) and not np.array_equal(join(steps), join(other))
+
+
+def test_batches_of_a_step_are_cut_from_cells_of_like_length():
+    lengths = np.random.default_rng(0).integers(50, 200, 1000)
+    whole = training.plan_epoch(lengths, training.BatchSize(12), 1, 5, 0)
+    parts = training.plan_epoch(lengths, training.BatchSize(4), 3, 5, 0)
+    assert [np.concatenate(batches).tolist() for batches in parts] == [rows.tolist() for (rows,) in whole]
+    assert {len(rows) for batches in parts for rows in batches} == {4}
+
+
+def test_a_batch_is_filled_up_to_its_tokens():
+    lengths = np.array([5, 30, 1, 2, 9, 1])  # with a prompt of one token each
+    batches = training.BatchSize(8, 12, 1).cut(np.argsort(lengths, kind="stable"), lengths)
+    assert [rows.tolist() for rows in batches] == [[2, 5, 3], [0], [4], [1]]  # 9, 6, 10 and, too long, 31 tokens
+    lengths = np.random.default_rng(0).integers(50, 200, 5000)
+    found = [rows for (rows,) in training.plan_epoch(lengths, training.BatchSize(1, 3000, 30), 1, 0, 0)]
+    tokens = np.array([len(rows) * (30 + lengths[rows].max()) for rows in found])
+    assert tokens.max() <= 3000 and np.median(tokens) > 2850
 
 
 def test_masters_add_up_updates_that_bfloat16_would_lose():
@@ -288,10 +395,11 @@ def multiprocessing_children(parent):
     ]
 
 
-def test_two_processes_learn_as_one_that_accumulates(files, tiny_model):
-    one = finetune(files, tiny_model, "one", accumulate=2)
-    two = finetune(files, tiny_model, "two", processes=2)
-    columns = ["loss", "align_loss", "validation_loss"]
+@pytest.mark.parametrize("batch_tokens", [None, 300])
+def test_two_processes_learn_as_one_that_accumulates(files, tiny_model, batch_tokens):
+    one = finetune(files, tiny_model, "one", accumulate=2, batch_tokens=batch_tokens)
+    two = finetune(files, tiny_model, "two", processes=2, batch_tokens=batch_tokens)
+    columns = ["loss", "align_loss", "validation_loss", "validation_accuracy"]
     first, second = losses(one), losses(two)
     assert len(first) == len(second) and first["tokens"].tolist() == second["tokens"].tolist()
     np.testing.assert_allclose(first[columns], second[columns], atol=1e-4)
@@ -305,14 +413,22 @@ def test_a_step_is_the_mean_over_the_tokens_of_all_its_batches(files, tiny_model
     np.testing.assert_allclose(whole["loss"], parts["loss"], atol=0.02)
 
 
+def test_layers_computed_anew_teach_the_same(files, tiny_model):
+    held, anew = (
+        finetune(files, tiny_model, str(anew), mode="full", learning_rate=0.001, checkpoint_activations=anew)
+        for anew in (False, True)
+    )
+    pd.testing.assert_frame_equal(losses(anew), losses(held), rtol=1e-3)
+
+
 def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():
     labels = np.repeat([0, 1, 2], [900, 90, 10])
     weights_ = training.balance(labels)
-    drawn = np.concatenate(training.batches(np.full(1000, 50), 16, 0, 0, weights_))
+    drawn = join(training.plan_epoch(np.full(1000, 50), training.BatchSize(16), 1, 0, 0, weights_))
     assert len(drawn) == 1000
     assert np.all(np.abs(np.bincount(labels[drawn]) - 333) < 60)
-    again = training.batches(np.full(1000, 50), 16, 0, 0, weights_)
-    assert np.array_equal(drawn, np.concatenate(again))
+    again = training.plan_epoch(np.full(1000, 50), training.BatchSize(16), 1, 0, 0, weights_)
+    assert np.array_equal(drawn, join(again))
 
 
 def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model):

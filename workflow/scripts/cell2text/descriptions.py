@@ -171,6 +171,18 @@ def parse(text: str, terms: Terms) -> Parsed:
     return _read(match, terms)
 
 
+def find_opening(text: str) -> str:
+    """Return the sentence of a description that names the cell type, its first; empty where none is named.
+
+    Examples
+    --------
+    >>> find_opening("This is a B cell. The sample is blood.")
+    'This is a B cell.'
+    """
+    match = _GRAMMAR.fullmatch(text)
+    return text[: match.end("cell_type") + 1] if match and match["cell_type"] else ""
+
+
 def _parse_pieces(text: str, terms: Terms) -> Parsed:
     """Read what can be read of a text that leaves the grammar: its first sentence holds the cell type."""
     text = text.strip()

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cell2text.contracts import DESCRIPTIONS, HISTORY, TERM_SLOTS, TERMS, read_json, whole_file
+from cell2text.descriptions import find_opening
 from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.model.alignment import LabelTargets, number_labels
@@ -52,7 +53,7 @@ TUNING_KEYS = {
     "use_rslora": "rslora",
 }
 TOLD_TO_END = 128 + signal.SIGTERM  # the exit code of a run that was told to end and can go on
-BUCKET = 16  # batches among which cells are sorted by the length of their text
+BUCKET = 16  # steps among which cells are sorted by the length of their text
 
 
 @dataclass
@@ -69,12 +70,15 @@ class Cells:
         Class numbers, see ``alignment.number_labels``; int64 (cells, slots).
     ids
         Of the cells.
+    openings
+        How many tokens of each text its opening has, which names the cell type; 0 where none is named. int64 (cells,).
     """
 
     vectors: Vectors
     texts: list[Tensor]
     labels: Tensor
     ids: list[str]
+    openings: Tensor
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return vectors, lengths, texts padded on the right, which tokens are there, and labels."""
@@ -85,19 +89,64 @@ class Cells:
         return tuple(part.to(device) for part in parts)
 
 
-def batches(
-    text_lengths: np.ndarray, batch_cells: int, seed: int, epoch: int, weights: np.ndarray | None = None
-) -> list[np.ndarray]:
-    """Return the rows of each batch of an epoch: shuffled, but texts of like length together.
+@dataclass(frozen=True)
+class BatchSize:
+    """How many cells a process reads at once.
+
+    Parameters
+    ----------
+    cells
+        So many, where ``tokens`` is None.
+    tokens
+        Else as many as fit into so many tokens, prompts and padding counted in; at least one.
+    prompt
+        Tokens of a cell's prompt, soft ones counted in.
+    """
+
+    cells: int
+    tokens: int | None = None
+    prompt: int = 0
+
+    def usual_cells(self, text_lengths: np.ndarray) -> int:
+        """Return how many cells with texts of the mean length make a batch."""
+        if self.tokens is None:
+            return self.cells
+        return max(1, int(self.tokens // (self.prompt + text_lengths.mean())))
+
+    def cut(self, rows: np.ndarray, text_lengths: np.ndarray) -> list[np.ndarray]:
+        """Return rows, which are sorted by the length of their texts, as batches."""
+        if self.tokens is None:
+            return [rows[start : start + self.cells] for start in range(0, len(rows), self.cells)]
+        found = []
+        while len(rows):
+            some = rows[: max(1, self.tokens // (self.prompt + text_lengths[rows[0]]))]  # no more than these
+            padded = np.arange(1, len(some) + 1) * (self.prompt + text_lengths[some])
+            cells = max(1, np.count_nonzero(padded <= self.tokens))
+            found.append(rows[:cells])
+            rows = rows[cells:]
+        return found
+
+
+def plan_epoch(
+    text_lengths: np.ndarray,
+    size: BatchSize,
+    step_batches: int,
+    seed: int,
+    epoch: int,
+    weights: np.ndarray | None = None,
+) -> list[list[np.ndarray]]:
+    """Return the steps of an epoch, each the rows of its batches: shuffled, but texts of like length together.
 
     Parameters
     ----------
     text_lengths
         Tokens of each text, (cells,).
-    batch_cells
-        Cells of a batch.
+    size
+        Of a batch.
+    step_batches
+        Batches of a step; the last of an epoch may have fewer.
     seed, epoch
-        The same pair gives the same batches.
+        The same pair gives the same steps.
     weights
         How likely each cell is drawn, (cells,), for an epoch of as many cells drawn with replacement; None for each
         cell once.
@@ -106,12 +155,13 @@ def batches(
     order = random.permutation(len(text_lengths))
     if weights is not None:
         order = random.choice(len(text_lengths), len(text_lengths), p=weights / weights.sum())
+    bucket_cells = BUCKET * step_batches * size.usual_cells(text_lengths)
     found = []
-    for start in range(0, len(order), BUCKET * batch_cells):
-        bucket = order[start : start + BUCKET * batch_cells]
-        bucket = bucket[np.argsort(text_lengths[bucket], kind="stable")]
-        found += [bucket[i : i + batch_cells] for i in range(0, len(bucket), batch_cells)]
-    return [found[i] for i in random.permutation(len(found))]
+    for start in range(0, len(order), bucket_cells):
+        bucket = order[start : start + bucket_cells]
+        found += size.cut(bucket[np.argsort(text_lengths[bucket], kind="stable")], text_lengths)
+    steps = [found[start : start + step_batches] for start in range(0, len(found), step_batches)]
+    return [steps[i] for i in random.permutation(len(steps))]
 
 
 def align(
@@ -162,6 +212,7 @@ def _row(
         "loss": loss,
         "align_loss": align_loss,
         "validation_loss": math.nan,
+        "validation_accuracy": math.nan,
         "learning_rate": rate,
         "tokens": tokens,
         "seconds": time.monotonic() - start,
@@ -176,8 +227,8 @@ class State:
     ----------
     step, epoch
         The next step to do and the epoch it belongs to.
-    best_loss, best_epoch
-        Lowest validation loss so far and the epoch that ended with it.
+    best_loss, best_accuracy, best_epoch
+        Validation loss and accuracy of the best epoch so far, see ``Finetuning.validate``, and which one it is.
     history
         Rows of ``contracts.HISTORY``.
     """
@@ -185,6 +236,7 @@ class State:
     step: int = 0
     epoch: int = 0
     best_loss: float = math.inf
+    best_accuracy: float = -math.inf
     best_epoch: int = -1
     history: list[dict] = field(default_factory=list)
 
@@ -249,14 +301,15 @@ class Finetuning:
     ):
         self.team = team
         self.model, self.targets, self.train, self.validation = model, targets, train, validation
+        if settings["checkpoint_activations"]:
+            model.checkpoint_activations()
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
         self.text_lengths = np.array([len(text) for text in train.texts])
-        # cells of a step: one batch after another adds to the gradient, so memory is that of one
-        self.step_cells = settings["batch_cells"] * settings["accumulate"] * team.size
+        self.size = BatchSize(settings["batch_cells"], settings["batch_tokens"], self._count_prompt())
         self.weights = balance(train.labels[:, 0].numpy()) if settings["balance"] else None
-        self.steps_an_epoch = math.ceil(len(train.texts) / self.step_cells)
-        self.schedule = warm_up_then_decay(self.steps_an_epoch * settings["epochs"])
+        self.epoch_steps = [len(self._plan(epoch)) for epoch in range(settings["epochs"])]
+        self.schedule = warm_up_then_decay(sum(self.epoch_steps))
         trainable = model.trainable()
         projector = {name: value for name, value in trainable.items() if name.startswith("projector.")}
         adapter = {name: value for name, value in trainable.items() if name not in projector}
@@ -266,16 +319,28 @@ class Finetuning:
         self.state = State()
         self.best: dict[str, Tensor] = {}
 
+    @torch.no_grad()
+    def _count_prompt(self) -> int:
+        """Return how many tokens stand before a cell's text."""
+        prompt, cell = self.model.prompt, self.train.vectors[np.array([0])]
+        soft, _ = self.model.projector(*(part.to(self.model.device) for part in cell))
+        return len(prompt.before) + soft.shape[1] + len(prompt.after)
+
+    def _plan(self, epoch: int) -> list[list[np.ndarray]]:
+        # one batch of a step after another adds to the gradient, so memory is that of one
+        step_batches = self.settings["accumulate"] * self.team.size
+        return plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights)
+
     def run(self) -> State:
-        """Train until the epochs are done or the validation loss has stopped falling; keep the best epoch."""
+        """Train until the epochs are done or validation no longer improves; keep the best epoch."""
         total = len(self.train.texts) * self.settings["epochs"]
-        done = min(self.state.step * self.step_cells, total)
-        self.progress = Progress(total, "cells", done=done)
+        self.progress = Progress(total, "cells", done=total * self.state.step // sum(self.epoch_steps))
         self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
         with listen_for_stop() as stop:
             while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
                 self._run_epoch(stop)
-        log.info("best epoch %d, validation loss %.4f", self.state.best_epoch + 1, self.state.best_loss)
+        best = self.state.best_epoch + 1, self.state.best_loss, self.state.best_accuracy
+        log.info("best epoch %d, validation loss %.4f, cell type accuracy %.4f", *best)
         self.optimiser.write_back(self.best)
         return self.state
 
@@ -284,41 +349,43 @@ class Finetuning:
 
     def _run_epoch(self, stop: Event) -> None:
         state = self.state
-        rows = batches(self.text_lengths, self.step_cells, self.seed, state.epoch, self.weights)
+        steps = self._plan(state.epoch)
         self.model.train()
-        for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
-            state.history.append(self._step(batch, stop))
+        for step in steps[state.step - sum(self.epoch_steps[: state.epoch]) :]:
+            state.history.append(self._step(step, stop))
             state.step += 1
-            self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}")
-            if stop.is_set() or (state.step % self.settings["checkpoint_steps"] == 0 and batch is not rows[-1]):
+            self.progress.advance(sum(map(len, step)), f"loss {state.history[-1]['loss']:.3f}")
+            if stop.is_set() or (state.step % self.settings["checkpoint_steps"] == 0 and step is not steps[-1]):
                 self.write_checkpoint()
             if stop.is_set():
                 log.info("told to end after step %d: the next try goes on from here", state.step)
                 sys.exit(TOLD_TO_END)
-        loss = self.validate()
-        state.history[-1]["validation_loss"] = loss
-        log.info("epoch %d: validation loss %.4f nats a token", state.epoch + 1, loss)
-        if loss < state.best_loss:
-            state.best_loss, state.best_epoch = loss, state.epoch
+        loss, accuracy = self.validate()
+        state.history[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
+        told = "epoch %d: validation loss %.4f nats a token, cell type accuracy %.4f"
+        log.info(told, state.epoch + 1, loss, accuracy)
+        better = loss < state.best_loss
+        if self.settings["keep_best"] == "cell_type_accuracy":  # of few cells, it is often the same
+            better = (accuracy, -loss) > (state.best_accuracy, -state.best_loss)
+        if better:
+            state.best_loss, state.best_accuracy, state.best_epoch = loss, accuracy, state.epoch
             self.best = {name: value.clone() for name, value in self.optimiser.masters.items()}
         state.epoch += 1
         self.write_checkpoint()
 
-    def _step(self, rows: np.ndarray, stop: Event) -> dict:
-        """Learn from some cells, a batch of them at a time: the loss is the mean over the tokens of all."""
+    def _step(self, batches: list[np.ndarray], stop: Event) -> dict:
+        """Learn from batches of cells, one at a time: the loss is the mean over the tokens of all."""
         state = self.state
         sums = torch.zeros(5, dtype=torch.float64, device=self.model.device)  # see _learn; whether to end
-        starts = range(0, len(rows), self.settings["batch_cells"])
-        for number in range(self.team.rank, len(starts), self.team.size):
-            batch = rows[starts[number] : starts[number] + self.settings["batch_cells"]]
-            sums[:4] += self._learn(batch, number)
+        for number in range(self.team.rank, len(batches), self.team.size):
+            sums[:4] += self._learn(batches[number], number)
         sums[4] = stop.is_set()
         self.team.add_gradients(self.optimiser.masters.values())
         loss, tokens, align_loss, size, ending = self.team.add_up(sums).tolist()
         if ending:  # one process may have been told a step before the others
             stop.set()
         if not math.isfinite(loss):
-            told = ", ".join(self.train.ids[row] for row in rows)
+            told = ", ".join(self.train.ids[row] for rows in batches for row in rows)
             raise InputError(
                 "config: finetune.learning_rate",
                 f"the loss is not finite at step {state.step + 1}, with cells {told}",
@@ -348,22 +415,36 @@ class Finetuning:
         align_loss = self.targets.loss(soft, soft_there, labels) * tokens
         (loss + self.settings["align_weight"] * align_loss).backward()
         self.optimiser.take_gradients()
-        prompt = len(model.prompt.before) + soft.shape[1] + len(model.prompt.after)
-        size = torch.tensor(len(rows) * prompt + there.numel(), device=model.device)
+        size = torch.tensor(len(rows) * self.size.prompt + there.numel(), device=model.device)
         return torch.stack([value.detach().double() for value in (loss, tokens, align_loss, size)])
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Return the mean negative log likelihood of a token of the validation texts, in nats."""
-        self.model.eval()
-        order = np.argsort([len(text) for text in self.validation.texts], kind="stable")
-        size = self.settings["batch_cells"]
-        sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for start in range(self.team.rank * size, len(order), self.team.size * size):
-            vectors, lengths, text, there, _ = self.validation.batch(order[start : start + size], self.model.device)
-            sums += torch.stack(self.model.text_loss(*self.model.projector(vectors, lengths), text, there))
-        total, tokens = self.team.add_up(sums).tolist()
-        return total / tokens
+    def validate(self) -> tuple[float, float]:
+        """Read the validation texts.
+
+        Returns
+        -------
+        loss
+            Mean negative log likelihood of a token, in nats.
+        accuracy
+            Share of the cells with a cell type whose name greedy decoding would write: up to the name's end, the
+            token of the text is always the likeliest one, given those before it.
+        """
+        model = self.model.eval()
+        text_lengths = np.array([len(text) for text in self.validation.texts])
+        batches = self.size.cut(np.argsort(text_lengths, kind="stable"), text_lengths)
+        sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+        for rows in batches[self.team.rank :: self.team.size]:
+            vectors, lengths, text, there, _ = self.validation.batch(rows, model.device)
+            states = model.states_before(*model.projector(vectors, lengths), text, there)
+            loss = model.loss_of(states, text[there])
+            opening = (torch.arange(text.shape[1]) < self.validation.openings[rows][:, None]).to(model.device)
+            right = torch.ones_like(there)
+            right[opening] = model.head(states[opening[there]]).argmax(-1) == text[opening]
+            named = opening.any(1)
+            sums += torch.stack([loss, there.sum(), (right.all(1) & named).sum(), named.sum()])
+        total, tokens, right, named = self.team.add_up(sums).tolist()
+        return total / tokens, right / max(named, 1)
 
     def write_checkpoint(self) -> None:
         """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
@@ -415,13 +496,17 @@ def read_cells(
         Its projector says which vectors to read, its tokenizer makes the tokens.
     """
     rows = descriptions[descriptions["split"] == split]
-    ids = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)["input_ids"]
+    encoded = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)
     end = model.tokenizer.eos_token_id
+    openings = [find_opening(text) for text in rows["text"]]
+    # up to the token that holds the last letter, which is the full stop
+    ends = [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
-        [torch.tensor([*text, end]) for text in ids],
+        [torch.tensor([*text, end]) for text in encoded["input_ids"]],
         number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes),
         rows["cell_id"].to_list(),
+        torch.tensor(ends, dtype=torch.long),
     )
 
 
@@ -550,6 +635,7 @@ def _save(
         "trainable_parameters": sum(value.numel() for value in work.optimiser.masters.values()),
         "best_epoch": state.best_epoch + 1,
         "validation_loss": state.best_loss,
+        "validation_accuracy": state.best_accuracy,
         "seed": seed,
         "instruction": INSTRUCTION,
     }

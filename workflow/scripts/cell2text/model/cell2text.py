@@ -156,6 +156,10 @@ class Cell2Text(nn.Module):
             Token ids of the description and the end token, int64 (cells, text), padded on the right; which
             are there, bool.
         """
+        return self.loss_of(self.states_before(soft, there, text, text_mask), text[text_mask]), text_mask.sum()
+
+    def states_before(self, soft: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Return the hidden state before each token of the texts, (tokens, width); parameters as of `text_loss`."""
         before, after = (
             self.embed_tokens(half.to(soft.device))[None] for half in (self.prompt.before, self.prompt.after)
         )
@@ -169,11 +173,28 @@ class Cell2Text(nn.Module):
             row=row,
         ).last_hidden_state
         # The hidden state before a token predicts it.
-        states = hidden[0, row.prompt :].view_as(of_cells)[:, -text.shape[1] - 1 : -1][text_mask]
+        return hidden[0, row.prompt :].view_as(of_cells)[:, -text.shape[1] - 1 : -1][text_mask]
+
+    def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed negative log likelihood of tokens, (tokens,), given the states before them."""
         weight, bias = self.head.weight, self.head.bias
         if not torch.is_grad_enabled():  # an autograd function is not told so, and would compute their gradients
             weight, bias = weight.detach(), bias if bias is None else bias.detach()
-        return TextLoss.apply(states, weight, bias, text[text_mask]), text_mask.sum()
+        return TextLoss.apply(states, weight, bias, targets)
+
+    def checkpoint_activations(self) -> None:
+        """Hold the activations of one layer, not of all: the backward pass computes each anew (arXiv 1604.06174).
+
+        Raises
+        ------
+        InputError
+            If transformers cannot do so with this language model.
+        """
+        if not self.decoder.supports_gradient_checkpointing:
+            told = f"{type(self.decoder).__name__} cannot compute its layers anew"
+            raise InputError("config: finetune.checkpoint_activations", told, "Set it to false")
+        # not without reentrance, which lets a layer's backward ask for its saved tensors but once
+        self.decoder.activation_checkpointing_enable({"use_reentrant": True})
 
     def ready_to_write(self) -> "Cell2Text":
         """Fold the adapter into the language model's weights and take the attention that decodes fastest."""
