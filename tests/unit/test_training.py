@@ -26,6 +26,7 @@ from tests_terms import small_table
 TYPES = ["CL:0000236", "CL:0000623", "CL:0001054"]
 SETTINGS = {
     "align_steps": 30,
+    "align_to": "labels",
     "align_weight": 1.0,
     "epochs": 3,
     "patience": 3,
@@ -315,8 +316,20 @@ def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():
     assert np.array_equal(drawn, np.concatenate(again))
 
 
-def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model):
-    model = finetune(files, tiny_model, "model", align_steps=60)
+def test_alignment_learns_to_tell_descriptions_apart(files, tiny_model):
+    directory = finetune(files, tiny_model, "model", align_to="descriptions", align_steps=60)
+    history = losses(directory)
+    first, last = history.loc[history["stage"] == "align", "loss"].iloc[[0, -1]]
+    # of 21 cells about seven have the same text, all of which are right: no loss is lower than log 7
+    assert first > np.log(21) and np.log(7) < last < np.log(7) + 0.3
+    learnt = history[history["stage"] == "finetune"]
+    assert learnt["align_loss"].between(0, np.log(4) + 0.3).all()
+    assert not losses(finetune(files, tiny_model, "labels", align_steps=60)).equals(history)
+
+
+@pytest.mark.parametrize("align_to", ["labels", "descriptions"])
+def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model, align_to):
+    model = finetune(files, tiny_model, "model", align_steps=60, align_to=align_to)
     texts = DESCRIPTIONS.read(files / "descriptions.parquet")
     corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
     CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")

@@ -1,4 +1,4 @@
-"""Fine-tuning: the projector aligned to the labels' names, then projector and adapter trained on the texts.
+"""Fine-tuning: the projector aligned to the words for a cell, then projector and adapter trained on the texts.
 
 Every random choice is drawn from the seed and the number of the step, so a run that was killed goes on from
 its last checkpoint through the same batches to the same weights.
@@ -27,7 +27,7 @@ from torch import Tensor
 from cell2text.contracts import DESCRIPTIONS, HISTORY, TERM_SLOTS, TERMS, read_json, whole_file
 from cell2text.device import pick_device
 from cell2text.errors import InputError
-from cell2text.model.alignment import LabelTargets, number_labels
+from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
 from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, save
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.processes import Team, run_in_processes
@@ -69,19 +69,23 @@ class Cells:
         Class numbers, see ``alignment.number_labels``; int64 (cells, slots).
     ids
         Of the cells.
+    aligned_to
+        What the targets of alignment take: the labels, or the number of each text among the different ones, int64
+        (cells,).
     """
 
     vectors: Vectors
     texts: list[Tensor]
     labels: Tensor
     ids: list[str]
+    aligned_to: Tensor
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return vectors, lengths, texts padded on the right, which tokens are there, and labels."""
+        """Return vectors, lengths, texts padded on the right, which tokens are there, and what to align to."""
         texts = [self.texts[row] for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         there = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        parts = (*self.vectors[rows], padded, there, self.labels[rows])
+        parts = (*self.vectors[rows], padded, there, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
 
@@ -115,9 +119,14 @@ def batches(
 
 
 def align(
-    model: Cell2Text, targets: LabelTargets, cells: Cells, steps: int, seed: int, device: torch.device
+    model: Cell2Text,
+    targets: LabelTargets | DescriptionTargets,
+    cells: Cells,
+    steps: int,
+    seed: int,
+    device: torch.device,
 ) -> list[dict]:
-    """Train the projector alone, to place each cell at the name of its label.
+    """Train the projector alone, to place each cell at the words for it.
 
     Returns
     -------
@@ -132,8 +141,8 @@ def align(
     for step in range(steps):
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
-        vectors, lengths, labels = (part.to(device) for part in (*cells.vectors[rows], cells.labels[rows]))
-        loss = targets.loss(*projector(add_noise(vectors, lengths, projector, random), lengths), labels)
+        vectors, lengths, aligned_to = (part.to(device) for part in (*cells.vectors[rows], cells.aligned_to[rows]))
+        loss = targets.loss(*projector(add_noise(vectors, lengths, projector, random), lengths), aligned_to)
         adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
         adam.zero_grad()
         loss.backward()
@@ -238,7 +247,7 @@ class Finetuning:
     def __init__(
         self,
         model: Cell2Text,
-        targets: LabelTargets,
+        targets: LabelTargets | DescriptionTargets,
         train: Cells,
         validation: Cells,
         settings: dict,
@@ -341,11 +350,11 @@ class Finetuning:
         """
         model = self.model
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
-        vectors, lengths, text, there, labels = self.train.batch(rows, model.device)
+        vectors, lengths, text, there, aligned_to = self.train.batch(rows, model.device)
         soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # of dropout, where there is any
         loss, tokens = model.text_loss(soft, soft_there, text, there)
-        align_loss = self.targets.loss(soft, soft_there, labels) * tokens
+        align_loss = self.targets.loss(soft, soft_there, aligned_to) * tokens
         (loss + self.settings["align_weight"] * align_loss).backward()
         self.optimiser.take_gradients()
         prompt = len(model.prompt.before) + soft.shape[1] + len(model.prompt.after)
@@ -417,11 +426,13 @@ def read_cells(
     rows = descriptions[descriptions["split"] == split]
     ids = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)["input_ids"]
     end = model.tokenizer.eos_token_id
+    labels = number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes)
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
         [torch.tensor([*text, end]) for text in ids],
-        number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes),
+        labels,
         rows["cell_id"].to_list(),
+        labels,
     )
 
 
@@ -505,6 +516,12 @@ def _finetune(
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
     targets = LabelTargets.of_labels(classes, TERMS.read(terms), model)
+    if settings["align_to"] == "descriptions":
+        numbers = pd.factorize(training_rows["text"])[0]
+        first = np.unique(numbers, return_index=True)[1]  # a cell of each text
+        tokens = model.language_model.get_input_embeddings().weight.detach()
+        train.aligned_to = torch.from_numpy(numbers)
+        targets = DescriptionTargets.of([train.texts[row] for row in first], tokens)
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
         {
