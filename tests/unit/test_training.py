@@ -29,6 +29,7 @@ SETTINGS = {
     "align_to": "labels",
     "align_weight": 1.0,
     "epochs": 3,
+    "curriculum": False,
     "patience": 3,
     "batch_cells": 4,
     "learning_rate": 0.01,
@@ -314,6 +315,35 @@ def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():
     assert np.all(np.abs(np.bincount(labels[drawn]) - 333) < 60)
     again = training.batches(np.full(1000, 50), 16, 0, 0, weights_)
     assert np.array_equal(drawn, np.concatenate(again))
+
+
+def test_a_curriculum_orders_the_batches_of_the_first_epoch_alone(files, tiny_model, monkeypatch):
+    terms = small_table().assign(depth=[6, 7, 4, *[None] * 5])
+    TERMS.write(terms, files / "terms.parquet")
+    types = DESCRIPTIONS.read(files / "descriptions.parquet")["cell_type_id"][:21].mask(np.arange(21) == 5)
+    depths = training.find_depths(types, terms)
+    assert depths.tolist() == [6, 7, 4, 6, 7, 0, *[6, 7, 4] * 5]  # a cell of no known type is but a cell
+    step, met = training.Finetuning._step, []
+    monkeypatch.setattr(
+        training.Finetuning, "_step", lambda self, rows, stop: met.append(rows) or step(self, rows, stop)
+    )
+    for balanced in (False, True):
+        epochs = []
+        for curriculum in (False, True):
+            met.clear()
+            finetune(files, tiny_model, f"{balanced}{curriculum}", curriculum=curriculum, balance=balanced, epochs=2)
+            epochs.append([[tuple(rows) for rows in met[:6]], [tuple(rows) for rows in met[6:]]])
+        (shuffled, later), (ordered, later_again) = epochs
+        means = [np.mean([[6, 7, 4][row % 3] for row in rows]) for rows in ordered]
+        assert means == sorted(means) and len(set(means)) > 1
+        assert ordered != shuffled and sorted(ordered) == sorted(shuffled)
+        assert later == later_again
+
+
+def test_batches_of_equal_depth_stay_in_their_order():
+    rows = [np.array([0, 3]), np.array([1, 2]), np.array([4]), np.array([3, 0])]
+    ordered = training.general_first(rows, np.array([1.0, 4.0, 2.0, 3.0, 0.0]))
+    assert [batch.tolist() for batch in ordered] == [[4], [0, 3], [3, 0], [1, 2]]
 
 
 def test_alignment_learns_to_tell_descriptions_apart(files, tiny_model):

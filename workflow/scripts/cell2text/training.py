@@ -118,6 +118,21 @@ def batches(
     return [found[i] for i in random.permutation(len(found))]
 
 
+def general_first(rows: list[np.ndarray], depths: np.ndarray) -> list[np.ndarray]:
+    """Return the batches of an epoch from the most general to the most special cell types.
+
+    So an epoch goes from easy to hard (curriculum learning, Bengio et al. 2009, doi 10.1145/1553374.1553380).
+
+    Parameters
+    ----------
+    rows
+        As :func:`batches` gives them; those of equal depth stay in their order.
+    depths
+        Of each cell's type in the Cell Ontology, (cells,).
+    """
+    return sorted(rows, key=lambda batch: depths[batch].mean())
+
+
 def align(
     model: Cell2Text,
     targets: LabelTargets | DescriptionTargets,
@@ -242,6 +257,9 @@ class Finetuning:
         Of everything that the result depends on; a checkpoint with another one is not taken up.
     team
         The processes that train together; each learns from some of the batches of a step.
+    depths
+        Of each training cell's type, (cells,), by which the first epoch goes from general to special types; None
+        for an epoch as any other.
     """
 
     def __init__(
@@ -255,8 +273,9 @@ class Finetuning:
         checkpoints: Path,
         fingerprint: str,
         team: Team,
+        depths: np.ndarray | None = None,
     ):
-        self.team = team
+        self.team, self.depths = team, depths
         self.model, self.targets, self.train, self.validation = model, targets, train, validation
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
@@ -294,6 +313,8 @@ class Finetuning:
     def _run_epoch(self, stop: Event) -> None:
         state = self.state
         rows = batches(self.text_lengths, self.step_cells, self.seed, state.epoch, self.weights)
+        if self.depths is not None and state.epoch == 0:
+            rows = general_first(rows, self.depths)
         self.model.train()
         for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
             state.history.append(self._step(batch, stop))
@@ -448,6 +469,20 @@ def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
     return {slot: found for slot, found in ids.items() if found}
 
 
+def find_depths(cell_types: pd.Series, terms: pd.DataFrame) -> np.ndarray:
+    """Return how many is_a steps each cell type is away from the root of the Cell Ontology, float64 (cells,).
+
+    Parameters
+    ----------
+    cell_types
+        Id of each cell's type; a cell without one is but a cell, the root.
+    terms
+        A table of ``contracts.TERMS``.
+    """
+    depths = terms[terms["slot"] == "cell_type"].set_index("id")["depth"]
+    return cell_types.map(depths).fillna(0).to_numpy(dtype=float)
+
+
 def finetune(
     language_model: str,
     descriptions: str,
@@ -515,7 +550,8 @@ def _finetune(
     if model.projector.reads == "gene_vectors":
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
-    targets = LabelTargets.of_labels(classes, TERMS.read(terms), model)
+    table = TERMS.read(terms)
+    targets = LabelTargets.of_labels(classes, table, model)
     if settings["align_to"] == "descriptions":
         numbers = pd.factorize(training_rows["text"])[0]
         first = np.unique(numbers, return_index=True)[1]  # a cell of each text
@@ -536,7 +572,8 @@ def _finetune(
         }
     )
     checkpoints = Path(f"{directory}.checkpoints")
-    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team)
+    depths = find_depths(training_rows["cell_type_id"], table) if settings["curriculum"] else None
+    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team, depths)
     log.info(
         "%d training and %d validation cells, %d cell types, %.1f million weights to train, on %s",
         len(train.texts),
