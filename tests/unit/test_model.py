@@ -13,7 +13,7 @@ from cell2text.errors import InputError
 from cell2text.generation.describe import decode, read_text
 from cell2text.generation.greedy import Written, write_texts
 from cell2text.model import cell2text as m
-from cell2text.model.alignment import LabelTargets, number_labels
+from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
 from cell2text.model.fused import FusedLora, FusedNorm, fuse_norms
 from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
@@ -213,6 +213,51 @@ def test_alignment_scores_are_cosines_over_the_temperature():
     labels = {"cell_type": ["b", None, "a"], "sex": ["x", "x", "y"]}
     numbers = number_labels(labels, {"cell_type": ["a", "b"], "sex": ["x"]})
     assert numbers.tolist() == [[1, 0], [-1, 0], [0, -1]]
+
+
+def test_cells_and_descriptions_are_told_apart_both_ways_and_duplicates_are_all_right():
+    targets = DescriptionTargets(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    soft = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]], [[0.6, 0.8], [0.6, 0.8]]])
+    there = torch.tensor([[True, False], [True, True], [True, True]])
+    # cosines over 0.05 of the cells with the texts of the cells, the first and the last of which are the same
+    scores = np.array([[20, 0, 20], [0, 20, 0], [12, 16, 12]])
+    shares = np.array([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
+    to_text = [np.log(np.exp(row).sum()) - share @ row for row, share in zip(scores, shares, strict=True)]
+    to_cell = [np.log(np.exp(row).sum()) - share @ row for row, share in zip(scores.T, shares, strict=True)]
+    assert to_text == pytest.approx([np.log(2), 0, np.log(2 + np.exp(4))], abs=1e-8)
+    assert to_cell == pytest.approx([4 + np.log1p(np.exp(-8)), np.log1p(np.exp(-4)), 4 + np.log1p(np.exp(-8))])
+    loss = targets.loss(soft, there, torch.tensor([0, 1, 0]))
+    assert float(loss) == pytest.approx((np.mean(to_text) + np.mean(to_cell)) / 2, rel=1e-5)
+
+
+def test_descriptions_point_where_they_differ_from_their_mean():
+    embeddings = torch.tensor([[3.0, 0.0], [0.0, 5.0], [4.0, -5.0]])
+    targets = DescriptionTargets.of([torch.tensor([0]), torch.tensor([1]), torch.tensor([1, 2])], embeddings)
+    # unit vectors (1, 0), (0, 1), (1, 0), less their mean (2/3, 1/3)
+    half = 2**-0.5
+    assert torch.allclose(targets.directions, half * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]))
+    only = DescriptionTargets.of([torch.tensor([0])], embeddings)
+    soft = torch.ones(4, 1, 2, requires_grad=True)
+    loss = only.loss(soft, torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == pytest.approx(np.log(4)) and not soft.grad.any()
+
+
+def test_labels_of_cells_aligned_to_descriptions_have_the_direction_of_their_sentence(build):
+    from tests_terms import small_table
+
+    model, labels = build(), {"cell_type": ["CL:0000236", "CL:0000623"], "tissue": ["UBERON:0000178"]}
+    cell_types, tissues = LabelTargets.of_sentences(labels, small_table(), model).directions
+    texts = [
+        "This is a B cell. By definition: A lymphocyte of B lineage.",
+        "This is a natural killer cell. By definition: A lymphocyte that can kill.",
+    ]
+    embeddings = model.language_model.get_input_embeddings().weight.detach().float()
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    first, second = (embeddings[text].mean(0) / embeddings[text].mean(0).norm() for text in ids)
+    assert torch.allclose(cell_types[0], (first - second) / (first - second).norm(), atol=1e-5)
+    assert torch.allclose(cell_types[1], -cell_types[0], atol=1e-5)
+    assert not tissues.any()  # with one label there is nothing to tell apart
 
 
 def test_confidence_is_the_product_over_the_names_tokens(build):

@@ -12,6 +12,7 @@ from scipy import sparse
 from cell2text import pathways
 from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS, read_json
 from cell2text.descriptions import PATHWAY, Slots, Terms, describe, parse, render
+from cell2text.evaluation.similarity import ontology_edges
 from cell2text.pathways import (
     choose_pathways,
     count_top_genes,
@@ -264,7 +265,15 @@ def test_terms_hold_every_slot_and_the_kept_sets_alone(tmp_path):
     assert not terms.duplicated(["slot", "id"]).any() and not terms.duplicated(["slot", "name"]).any()
     assert terms["id"][terms["slot"] == PATHWAY].tolist() == ["A"]
     assert "PATO:0000461" in set(terms["id"][terms["slot"] == "disease"])
-    assert (terms["slot"] == "cell_type").sum() > 3000
+    cell_types = terms[terms["slot"] == "cell_type"].set_index("id")
+    assert len(cell_types) > 3000
+    # a T cell is a lymphocyte, a mononuclear leukocyte, a leukocyte, a hematopoietic cell, a cell
+    line = ["CL:0000000", "CL:0000988", "CL:0000738", "CL:0000842", "CL:0000542", "CL:0000084"]
+    assert cell_types.loc[line, "depth"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert cell_types["depth"].notna().all() and terms["depth"].notna().sum() == len(cell_types)
+    parents = pd.DataFrame(ontology_edges("CL"), columns=["child", "parent"])
+    nearest = parents["parent"].map(cell_types["depth"]).groupby(parents["child"]).min()
+    assert len(nearest) > 3000 and (cell_types.loc[nearest.index, "depth"] == nearest + 1).all()
 
 
 def test_a_set_without_a_line_goes_by_its_id(tmp_path):

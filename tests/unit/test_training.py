@@ -41,8 +41,10 @@ from tests_terms import small_table
 TYPES = ["CL:0000236", "CL:0000623", "CL:0001054"]
 SETTINGS = {
     "align_steps": 30,
+    "align_to": "labels",
     "align_weight": 1.0,
     "epochs": 3,
+    "curriculum": False,
     "patience": 3,
     "keep_best": "loss",
     "batch_cells": 4,
@@ -431,8 +433,49 @@ def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():
     assert np.array_equal(drawn, join(again))
 
 
-def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model):
-    model = finetune(files, tiny_model, "model", align_steps=60)
+def test_a_curriculum_orders_the_batches_of_the_first_epoch_alone(files, tiny_model, monkeypatch):
+    terms = small_table().assign(depth=[6, 7, 4, *[None] * 5])
+    TERMS.write(terms, files / "terms.parquet")
+    types = DESCRIPTIONS.read(files / "descriptions.parquet")["cell_type_id"][:21].mask(np.arange(21) == 5)
+    depths = training.find_depths(types, terms)
+    assert depths.tolist() == [6, 7, 4, 6, 7, 0, *[6, 7, 4] * 5]  # a cell of no known type is but a cell
+    step, met = training.Finetuning._step, []
+    monkeypatch.setattr(
+        training.Finetuning, "_step", lambda self, rows, stop: met.append(rows[0]) or step(self, rows, stop)
+    )
+    for balanced in (False, True):
+        epochs = []
+        for curriculum in (False, True):
+            met.clear()
+            finetune(files, tiny_model, f"{balanced}{curriculum}", curriculum=curriculum, balance=balanced, epochs=2)
+            epochs.append([[tuple(rows) for rows in met[:6]], [tuple(rows) for rows in met[6:]]])
+        (shuffled, later), (ordered, later_again) = epochs
+        means = [np.mean([[6, 7, 4][row % 3] for row in rows]) for rows in ordered]
+        assert means == sorted(means) and len(set(means)) > 1
+        assert ordered != shuffled and sorted(ordered) == sorted(shuffled)
+        assert later == later_again
+
+
+def test_steps_of_equal_depth_stay_in_their_order():
+    steps = [[np.array([0, 3])], [np.array([1]), np.array([2])], [np.array([4])], [np.array([3]), np.array([0])]]
+    ordered = training.general_first(steps, np.array([1.0, 4.0, 2.0, 3.0, 0.0]))
+    assert [np.concatenate(step).tolist() for step in ordered] == [[4], [0, 3], [3, 0], [1, 2]]
+
+
+def test_alignment_learns_to_tell_descriptions_apart(files, tiny_model):
+    directory = finetune(files, tiny_model, "model", align_to="descriptions", align_steps=60)
+    history = losses(directory)
+    first, last = history.loc[history["stage"] == "align", "loss"].iloc[[0, -1]]
+    # of 21 cells about seven have the same text, all of which are right: no loss is lower than log 7
+    assert first > np.log(21) and np.log(7) < last < np.log(7) + 0.3
+    learnt = history[history["stage"] == "finetune"]
+    assert learnt["align_loss"].between(0, np.log(4) + 0.3).all()
+    assert not losses(finetune(files, tiny_model, "labels", align_steps=60)).equals(history)
+
+
+@pytest.mark.parametrize("align_to", ["labels", "descriptions"])
+def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model, align_to):
+    model = finetune(files, tiny_model, "model", align_steps=60, align_to=align_to)
     texts = DESCRIPTIONS.read(files / "descriptions.parquet")
     corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
     CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")

@@ -1,5 +1,5 @@
 """
-The projector is aligned to the label names, then learns with the language model's adapter to write descriptions.
+The projector is aligned to the words for a cell, then learns with the language model's adapter to write descriptions.
 
 Inputs: <resources>/models/, <results>/embeddings/, <results>/corpus/descriptions.parquet.
 Outputs: <results>/model/. Checkpoints live in <results>/model.checkpoints/ until the run is done.

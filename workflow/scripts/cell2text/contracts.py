@@ -365,7 +365,8 @@ CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, ke
 PATHWAY_SCORES = TableContract("AUCell scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
 TERMS = TableContract(
     "the terms that a slot may hold",
-    {"slot": TEXT, "id": TEXT, "name": TEXT, "definition": TEXT},
+    # depth: is_a steps from a cell type to the root of the Cell Ontology; null for other slots
+    {"slot": TEXT, "id": TEXT, "name": TEXT, "definition": TEXT, "depth": pa.int32()},
 )
 _SLOTS = {**{f"{slot}_id": TEXT for slot in TERM_SLOTS}, "pathway_ids": TEXTS}
 DESCRIPTIONS = TableContract(

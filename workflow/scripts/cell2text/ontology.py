@@ -11,6 +11,7 @@ from functools import cache
 import pandas as pd
 from cellxgene_ontology_guide.supported_versions import CXGSchema
 
+from cell2text.contracts import TERMS
 from cell2text.descriptions import NORMAL
 from cell2text.errors import InputError
 
@@ -20,6 +21,7 @@ log = logging.getLogger("cell2text.ontology")
 ONTOLOGIES = {"cell_type": "CL", "tissue": "UBERON", "disease": "MONDO", "sex": "PATO", "stage": "HsapDv"}
 SEXES = {"PATO:0000383": "female", "PATO:0000384": "male"}
 UNKNOWN = {"", "unknown", "na", "nan", "none"}
+ANY_CELL = "CL:0000000"  # the root of the Cell Ontology
 
 
 @cache
@@ -36,7 +38,7 @@ def live_terms(ontology: str) -> dict[str, dict]:
 def slot_terms(slot: str) -> pd.DataFrame:
     """Return the terms that a slot may hold, as ``contracts.TERMS``."""
     if slot == "sex":
-        rows = [(slot, key, name, "") for key, name in SEXES.items()]
+        rows = [(slot, key, name, "", None) for key, name in SEXES.items()]
     else:
         rows = [
             (
@@ -44,12 +46,14 @@ def slot_terms(slot: str) -> pd.DataFrame:
                 key,
                 entry["label"],
                 first_sentence(entry.get("description")) if slot == "cell_type" else "",
+                # the package counts the shortest way to each ancestor
+                entry["ancestors"].get(ANY_CELL, 0) if slot == "cell_type" else None,
             )
             for key, entry in live_terms(ONTOLOGIES[slot]).items()
         ]
         if slot == "disease":
-            rows.append((slot, NORMAL, "normal", ""))
-    return pd.DataFrame(rows, columns=["slot", "id", "name", "definition"])
+            rows.append((slot, NORMAL, "normal", "", None))
+    return pd.DataFrame(rows, columns=list(TERMS.columns)).astype({"depth": "Int32"})
 
 
 def first_sentence(definition: str | None) -> str:

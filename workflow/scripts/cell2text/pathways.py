@@ -314,7 +314,7 @@ def choose_pathways(scores: pd.DataFrame, fitted: pd.DataFrame, per_cell: int) -
 
 
 def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
-    """Return the rows that gene sets have among the terms (``contracts.TERMS``).
+    """Return the rows that gene sets have among the terms (``contracts.TERMS``), which lack ``depth``.
 
     A set without a line in the table is named after its id (``readable_name``) and has no description.
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: the projector aligned to the labels' names, then projector and adapter trained on the texts.
+"""Fine-tuning: the projector aligned to the words for a cell, then projector and adapter trained on the texts.
 
 Every random choice is drawn from the seed and the number of the step, so a run that was killed goes on from
 its last checkpoint through the same batches to the same weights.
@@ -28,7 +28,7 @@ from cell2text.contracts import DESCRIPTIONS, HISTORY, TERM_SLOTS, TERMS, read_j
 from cell2text.descriptions import find_opening
 from cell2text.device import pick_device
 from cell2text.errors import InputError
-from cell2text.model.alignment import LabelTargets, number_labels
+from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
 from cell2text.model.cell2text import INSTRUCTION, Cell2Text, build, save
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
 from cell2text.processes import Team, run_in_processes
@@ -72,6 +72,9 @@ class Cells:
         Of the cells.
     openings
         How many tokens of each text its opening has, which names the cell type; 0 where none is named. int64 (cells,).
+    aligned_to
+        What the targets of alignment take: the labels, or the number of each text among the different ones, int64
+        (cells,).
     """
 
     vectors: Vectors
@@ -79,13 +82,14 @@ class Cells:
     labels: Tensor
     ids: list[str]
     openings: Tensor
+    aligned_to: Tensor
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return vectors, lengths, texts padded on the right, which tokens are there, and labels."""
+        """Return vectors, lengths, texts padded on the right, which tokens are there, and what to align to."""
         texts = [self.texts[row] for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         there = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        parts = (*self.vectors[rows], padded, there, self.labels[rows])
+        parts = (*self.vectors[rows], padded, there, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
 
@@ -164,10 +168,30 @@ def plan_epoch(
     return [steps[i] for i in random.permutation(len(steps))]
 
 
+def general_first(steps: list[list[np.ndarray]], depths: np.ndarray) -> list[list[np.ndarray]]:
+    """Return the steps of an epoch from the most general to the most special cell types.
+
+    So an epoch goes from easy to hard (curriculum learning, Bengio et al. 2009, doi 10.1145/1553374.1553380).
+
+    Parameters
+    ----------
+    steps
+        As :func:`plan_epoch` gives them; those of equal depth stay in their order.
+    depths
+        Of each cell's type in the Cell Ontology, (cells,).
+    """
+    return sorted(steps, key=lambda step: depths[np.concatenate(step)].mean())
+
+
 def align(
-    model: Cell2Text, targets: LabelTargets, cells: Cells, steps: int, seed: int, device: torch.device
+    model: Cell2Text,
+    targets: LabelTargets | DescriptionTargets,
+    cells: Cells,
+    steps: int,
+    seed: int,
+    device: torch.device,
 ) -> list[dict]:
-    """Train the projector alone, to place each cell at the name of its label.
+    """Train the projector alone, to place each cell at the words for it.
 
     Returns
     -------
@@ -182,8 +206,8 @@ def align(
     for step in range(steps):
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
-        vectors, lengths, labels = (part.to(device) for part in (*cells.vectors[rows], cells.labels[rows]))
-        loss = targets.loss(*projector(add_noise(vectors, lengths, projector, random), lengths), labels)
+        vectors, lengths, aligned_to = (part.to(device) for part in (*cells.vectors[rows], cells.aligned_to[rows]))
+        loss = targets.loss(*projector(add_noise(vectors, lengths, projector, random), lengths), aligned_to)
         adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
         adam.zero_grad()
         loss.backward()
@@ -285,12 +309,15 @@ class Finetuning:
         Of everything that the result depends on; a checkpoint with another one is not taken up.
     team
         The processes that train together; each learns from some of the batches of a step.
+    depths
+        Of each training cell's type, (cells,), by which the first epoch goes from general to special types; None
+        for an epoch as any other.
     """
 
     def __init__(
         self,
         model: Cell2Text,
-        targets: LabelTargets,
+        targets: LabelTargets | DescriptionTargets,
         train: Cells,
         validation: Cells,
         settings: dict,
@@ -298,8 +325,9 @@ class Finetuning:
         checkpoints: Path,
         fingerprint: str,
         team: Team,
+        depths: np.ndarray | None = None,
     ):
-        self.team = team
+        self.team, self.depths = team, depths
         self.model, self.targets, self.train, self.validation = model, targets, train, validation
         if settings["checkpoint_activations"]:
             model.checkpoint_activations()
@@ -329,7 +357,8 @@ class Finetuning:
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         # one batch of a step after another adds to the gradient, so memory is that of one
         step_batches = self.settings["accumulate"] * self.team.size
-        return plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights)
+        steps = plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights)
+        return steps if self.depths is None or epoch else general_first(steps, self.depths)
 
     def run(self) -> State:
         """Train until the epochs are done or validation no longer improves; keep the best epoch."""
@@ -408,11 +437,11 @@ class Finetuning:
         """
         model = self.model
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
-        vectors, lengths, text, there, labels = self.train.batch(rows, model.device)
+        vectors, lengths, text, there, aligned_to = self.train.batch(rows, model.device)
         soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # of dropout, where there is any
         loss, tokens = model.text_loss(soft, soft_there, text, there)
-        align_loss = self.targets.loss(soft, soft_there, labels) * tokens
+        align_loss = self.targets.loss(soft, soft_there, aligned_to) * tokens
         (loss + self.settings["align_weight"] * align_loss).backward()
         self.optimiser.take_gradients()
         size = torch.tensor(len(rows) * self.size.prompt + there.numel(), device=model.device)
@@ -501,12 +530,14 @@ def read_cells(
     openings = [find_opening(text) for text in rows["text"]]
     # up to the token that holds the last letter, which is the full stop
     ends = [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
+    labels = number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes)
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
         [torch.tensor([*text, end]) for text in encoded["input_ids"]],
-        number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes),
+        labels,
         rows["cell_id"].to_list(),
         torch.tensor(ends, dtype=torch.long),
+        labels,
     )
 
 
@@ -520,6 +551,20 @@ def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
     """
     ids = {slot: sorted(training[f"{slot}_id"].dropna().unique()) for slot in TERM_SLOTS}
     return {slot: found for slot, found in ids.items() if found}
+
+
+def find_depths(cell_types: pd.Series, terms: pd.DataFrame) -> np.ndarray:
+    """Return how many is_a steps each cell type is away from the root of the Cell Ontology, float64 (cells,).
+
+    Parameters
+    ----------
+    cell_types
+        Id of each cell's type; a cell without one is but a cell, the root.
+    terms
+        A table of ``contracts.TERMS``.
+    """
+    depths = terms[terms["slot"] == "cell_type"].set_index("id")["depth"]
+    return cell_types.map(depths).fillna(0).to_numpy(dtype=float)
 
 
 def finetune(
@@ -589,7 +634,14 @@ def _finetune(
     if model.projector.reads == "gene_vectors":
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
-    targets = LabelTargets.of_labels(classes, TERMS.read(terms), model)
+    table = TERMS.read(terms)
+    targets = LabelTargets.of_labels(classes, table, model)
+    if settings["align_to"] == "descriptions":
+        numbers = pd.factorize(training_rows["text"])[0]
+        first = np.unique(numbers, return_index=True)[1]  # a cell of each text
+        tokens = model.language_model.get_input_embeddings().weight.detach()
+        train.aligned_to = torch.from_numpy(numbers)
+        targets = DescriptionTargets.of([train.texts[row] for row in first], tokens)
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
         {
@@ -604,7 +656,8 @@ def _finetune(
         }
     )
     checkpoints = Path(f"{directory}.checkpoints")
-    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team)
+    depths = find_depths(training_rows["cell_type_id"], table) if settings["curriculum"] else None
+    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team, depths)
     log.info(
         "%d training and %d validation cells, %d cell types, %.1f million weights to train, on %s",
         len(train.texts),

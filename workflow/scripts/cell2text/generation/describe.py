@@ -152,14 +152,16 @@ def describe_aligned(
     predictions: str,
     splits: list[str],
 ) -> None:
-    """Say of each cell the labels whose names its soft tokens are nearest to: what the projector alone knows.
+    """Say of each cell the labels whose words its soft tokens are nearest to: what the projector alone knows.
 
     The confidence is the softmax over a slot's labels. Of gene sets nothing is said. Parameters are those of
     :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
     """
     loaded, table = load(model, language_model), TERMS.read(terms)
     labels, known = loaded.settings["labels"], Terms(table)
-    targets = LabelTargets.of_labels(labels, table, loaded)
+    to_descriptions = loaded.settings["finetune"].get("align_to") == "descriptions"
+    targets_of = LabelTargets.of_sentences if to_descriptions else LabelTargets.of_labels
+    targets = targets_of(labels, table, loaded)
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()

@@ -193,8 +193,7 @@ class Cell2Text(nn.Module):
         if not self.decoder.supports_gradient_checkpointing:
             told = f"{type(self.decoder).__name__} cannot compute its layers anew"
             raise InputError("config: finetune.checkpoint_activations", told, "Set it to false")
-        # not without reentrance, which lets a layer's backward ask for its saved tensors but once
-        self.decoder.activation_checkpointing_enable({"use_reentrant": True})
+        self.decoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def ready_to_write(self) -> "Cell2Text":
         """Fold the adapter into the language model's weights and take the attention that decodes fastest."""

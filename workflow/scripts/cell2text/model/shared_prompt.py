@@ -127,7 +127,8 @@ class SharedPromptAttention(torch.autograd.Function):
     def backward(ctx, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Return the gradients of query, key and value."""
         row, prompt, scale = ctx.row, ctx.row.prompt, ctx.scale
-        saved_prompt, saved_cells = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors
+        saved_prompt, saved_cells = saved[:4], saved[4:]
         groups = saved_prompt[1].shape[1]
         of_heads = of_output.transpose(1, 2)
         from_prompt = differentiate_plainly(saved_prompt, of_heads[:, :, :prompt].unflatten(1, (groups, -1)), scale)

@@ -17,7 +17,7 @@ WHAT = {
     "pca_logistic": "a linear classifier on the principal components of the log counts",
     "knn": "vote of the training cells with the nearest embeddings",
     "nearest_text": "the description of the nearest training cell, copied",
-    "aligned": "the label whose name the projector places the cell nearest to, without the language model",
+    "aligned": "the label whose words the projector places the cell nearest to, without the language model",
     "shuffled": "the fine-tuned model, each cell given another's embedding: must fall to chance",
 }
 COLUMNS = {
