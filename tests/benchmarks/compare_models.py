@@ -1,0 +1,120 @@
+"""Fine-tuned models that differ in some settings or in the seed, on the same test cells as the baselines of a run.
+
+    .venv/bin/snakemake --cores all --configfile tests/config/studies_2000.yaml corpus embeddings baselines
+    .venv/bin/python tests/benchmarks/compare_models.py tests/config/studies_2000.yaml models.tsv \\
+        --variants "" "projector.kind=mlp" "finetune.balance=true finetune.epochs=2" --seeds 42 1
+
+The run's corpus and embeddings are used as they are; the seed draws weights, batches and noise alone. A line is added
+to the table as soon as a model is scored, and models that the table has are not trained again.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
+
+from cell2text.config import check_config
+from cell2text.contracts import CELLS, DESCRIPTIONS, HISTORY, PREDICTIONS, TERM_SLOTS, read_json, read_jsonl
+from cell2text.evaluation.bootstrap import Bootstrap
+from cell2text.evaluation.metrics import known, score_method
+from cell2text.generation.describe import describe_aligned, generate_descriptions
+from cell2text.training import finetune
+from cell2text.vectors import Embeddings
+
+ROOT = Path(__file__).parents[2]
+FIGURES = (("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("tissue", "accuracy"), ("pathways", "jaccard"))
+COLUMNS = ["variant", "seed", "method", *(f"{slot} {metric}" for slot, metric in FIGURES), "parsed"]
+COLUMNS += ["weights to train", "tokens/s", "minutes", "best epoch", "validation accuracy of each epoch"]
+
+
+def settings_of(config: str, variant: str) -> dict:
+    """Return the default configuration with that of a file and then a variant's keys put over it."""
+    merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    own = yaml.safe_load(Path(config).read_text())
+    for key, value in own.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    for change in variant.split():
+        key, value = change.split("=")
+        section, name = key.split(".")
+        merged[section] = {**merged[section], name: yaml.safe_load(value)}
+    return check_config(merged, ROOT / "workflow/schemas/config.schema.yaml", config)
+
+
+def score(told: pd.DataFrame, truth: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, str]:
+    """Return the figures of a method on the test cells, as text with their intervals."""
+    told = told.set_index("cell_id").loc[truth["cell_id"]].reset_index()
+    told = told.assign(**{f"{slot}_id": known(told[f"{slot}_id"]) for slot in TERM_SLOTS})
+    rows = {(row["slot"], row["metric"]): row for row in score_method(truth, told, {}, bootstrap)}
+    found = {f"{key[0]} {key[1]}": "{value:.3f} [{low:.3f}, {high:.3f}]".format(**rows[key]) for key in FIGURES}
+    return found | {"parsed": f"{(told['status'] == 'parsed').sum()}/{len(told)}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="of a run whose corpus, embeddings and baselines are there")
+    parser.add_argument("table", type=Path, help="lines are added to it; the models go beside it")
+    parser.add_argument("--variants", nargs="+", default=[""], help='as "projector.kind=mlp finetune.epochs=2"')
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    config = settings_of(arguments.config, "")
+    results = ROOT / "results" / config["run"]
+    language_model = str(ROOT / "resources/models" / config["language_model"]["name"])
+    corpus, terms = str(results / "corpus/cells.parquet"), str(results / "corpus/terms.parquet")
+    descriptions = str(results / "corpus/descriptions.parquet")
+    embeddings = Embeddings(sorted(map(str, results.glob("embeddings/*/*.safetensors"))))
+    truth = DESCRIPTIONS.read(descriptions).merge(CELLS.read(corpus, ["cell_id", "donor"]), on="cell_id")
+    truth = truth[truth["split"] == "test"].sort_values("cell_id", ignore_index=True)
+    truth = truth.assign(**{f"{slot}_id": known(truth[f"{slot}_id"]) for slot in TERM_SLOTS})
+    bootstrap = Bootstrap(truth["donor"], config["evaluate"]["bootstrap"], 42)
+
+    def add(variant: str, seed: int | str, method: str, told: pd.DataFrame, **about: str) -> None:
+        row = {"variant": variant, "seed": seed, "method": method, **score(told, truth, bootstrap), **about}
+        line = pd.DataFrame([row]).reindex(columns=COLUMNS)
+        line.to_csv(arguments.table, sep="\t", index=False, mode="a", header=not arguments.table.exists())
+        print(line.to_string(index=False), flush=True)
+
+    there = (
+        pd.read_csv(arguments.table, sep="\t", dtype=str, keep_default_na=False) if arguments.table.exists() else None
+    )
+    done = set() if there is None else set(zip(there["variant"], there["seed"], strict=True))
+    if not done:
+        for path in sorted(results.glob("baselines/*.parquet")):
+            told = PREDICTIONS.read(path)
+            add("", "", path.stem, told[told["split"] == "test"])
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            if (variant, str(seed)) in done:
+                continue
+            settings = settings_of(arguments.config, variant)
+            folder = arguments.table.with_suffix("") / f"{variant.replace(' ', ',') or 'default'}-{seed}"
+            model = folder / "model"
+            parts = (language_model, descriptions, terms, embeddings, str(model), settings["projector"])
+            finetune(*parts, settings["finetune"], seed, "")
+            files = (str(model), language_model, corpus, terms, embeddings)
+            describe_aligned(*files, str(folder / "aligned.parquet"), ["test"])
+            generate_descriptions(*files, str(folder / "test.jsonl"), "test", settings["generate"])
+            about = read_json(model / "cell2text.json")
+            history = HISTORY.read(model / "history.parquet")
+            history = history[history["stage"] == "finetune"]
+            accuracies = history["validation_accuracy"].dropna()
+            further = {
+                "weights to train": f"{about['trainable_parameters'] / 1e6:.2f} M",
+                "tokens/s": f"{history['tokens'].sum() / history['seconds'].iloc[-1]:.0f}",
+                "minutes": f"{history['seconds'].iloc[-1] / 60:.1f}",
+                "best epoch": str(about["best_epoch"]),
+                "validation accuracy of each epoch": " ".join(f"{value:.3f}" for value in accuracies),
+            }
+            add(variant, seed, "cell2text", pd.DataFrame(read_jsonl(folder / "test.jsonl")), **further)
+            add(variant, seed, "aligned", PREDICTIONS.read(folder / "aligned.parquet"))
+
+
+if __name__ == "__main__":
+    main()
