@@ -42,20 +42,29 @@ def _centre(directions: Tensor) -> Tensor:
 class LabelTargets:
     """The names of each slot's labels as one direction each in the space of token embeddings.
 
-    A cell has one direction, the mean of its soft tokens, and it is compared with the labels of one slot at a time:
-    so it can be near the name of its cell type and near that of its tissue at once.
+    A slot has soft tokens of its own, every so-manieth one, and their mean is compared with the slot's labels: so the
+    language model finds the word for the cell type at one place and that for the tissue at another. Where there are
+    fewer soft tokens than slots, or each stands for a gene, all slots share the mean of all.
 
     Parameters
     ----------
     directions
         Unit vectors of the labels of each slot, float32 (labels, width).
+    apart
+        Whether slots have soft tokens of their own.
     """
 
-    def __init__(self, directions: Sequence[Tensor]):
-        self.directions = list(directions)
+    def __init__(self, directions: Sequence[Tensor], apart: bool = False):
+        self.directions, self.apart = list(directions), apart
 
     @classmethod
-    def of(cls, names: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, embeddings: Tensor) -> LabelTargets:
+    def of(
+        cls,
+        names: Sequence[Sequence[str]],
+        tokenizer: PreTrainedTokenizerBase,
+        embeddings: Tensor,
+        apart: bool = False,
+    ) -> LabelTargets:
         """Average the token embeddings of each name.
 
         Parameters
@@ -64,22 +73,23 @@ class LabelTargets:
             Of the labels of each slot, in the order of their class numbers.
         tokenizer, embeddings
             Of the language model; embeddings (vocabulary, width).
+        apart
+            Whether slots have soft tokens of their own.
         """
 
         def direction(name: str) -> Tensor:
             # with the space before it that a name has within a sentence
             return _mean_direction(tokenizer(f" {name}", add_special_tokens=False)["input_ids"], embeddings)
 
-        return cls([torch.stack([direction(name) for name in of_slot]) for of_slot in names])
+        return cls([torch.stack([direction(name) for name in of_slot]) for of_slot in names], apart)
 
     @classmethod
     def of_labels(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
         """Return the targets of the labels of each slot, by id, with their names from ``contracts.TERMS``."""
         names = terms.set_index(["slot", "id"])["name"]
         embeddings = model.language_model.get_input_embeddings().weight.detach()
-        return cls.of(
-            [[names[slot, label] for label in ids] for slot, ids in labels.items()], model.tokenizer, embeddings
-        )
+        by_slot = [[names[slot, label] for label in ids] for slot, ids in labels.items()]
+        return cls.of(by_slot, model.tokenizer, embeddings, apart=not model.projector.tokens_are_genes)
 
     @classmethod
     def of_sentences(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
@@ -109,8 +119,14 @@ class LabelTargets:
         list of Tensor
             For each slot, float32 (cells, labels).
         """
-        mean = _cell_direction(soft, there)
-        return [mean @ directions.T / TEMPERATURE for directions in self.directions]
+        slots = len(self.directions)
+        apart = self.apart and soft.shape[1] >= slots
+        return [
+            _cell_direction(soft[:, slot::slots], there[:, slot::slots]) @ directions.T / TEMPERATURE
+            if apart
+            else _cell_direction(soft, there) @ directions.T / TEMPERATURE
+            for slot, directions in enumerate(self.directions)
+        ]
 
     def loss(self, soft: Tensor, there: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of the labels, the mean over the cells that have one, summed over the slots.

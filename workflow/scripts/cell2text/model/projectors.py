@@ -21,6 +21,8 @@ class _Projector(nn.Module):
         Of the language model's embeddings.
     """
 
+    tokens_are_genes = False  # or else each is free to say something else of the cell
+
     def __init__(self, dimensions: int, width: int):
         super().__init__()
         self.width = width
@@ -101,6 +103,7 @@ class Mlp(_TwoLayers):
     """One soft token for each of a cell's highest ranked genes, as in the paper."""
 
     reads = "gene_vectors"
+    tokens_are_genes = True
 
     def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int = 2):
         super().__init__(dimensions, width, hidden, 1)
