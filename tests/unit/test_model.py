@@ -215,6 +215,21 @@ def test_alignment_scores_are_cosines_over_the_temperature():
     assert numbers.tolist() == [[1, 0], [-1, 0], [0, -1]]
 
 
+def test_slots_have_soft_tokens_of_their_own_where_there_are_enough():
+    directions = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]])]
+    soft = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [9.0, 9.0]]])
+    there = torch.tensor([[True, True, True, False]])
+    soft = soft * there[..., None]
+    first, second = LabelTargets(directions, apart=True).scores(soft, there)  # of tokens 0 and 2, of 1 and 3
+    assert torch.allclose(first, torch.tensor([[1.0, 1.0]]) * 2**-0.5 / 0.05)
+    assert torch.allclose(second, torch.tensor([[1.0]]) / 0.05)
+    shared = LabelTargets(directions).scores(soft, there)
+    for mean, one in zip(shared, LabelTargets(directions, apart=True).scores(soft[:, 1:2], there[:, 1:2]), strict=True):
+        assert mean.shape == one.shape
+    assert torch.allclose(shared[0], torch.tensor([[2.0, 4.0]]) / 20**0.5 / 0.05)
+    assert torch.allclose(one, torch.tensor([[1.0]]) / 0.05)  # too few tokens: both slots read the one there is
+
+
 def test_cells_and_descriptions_are_told_apart_both_ways_and_duplicates_are_all_right():
     targets = DescriptionTargets(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     soft = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]], [[0.6, 0.8], [0.6, 0.8]]])

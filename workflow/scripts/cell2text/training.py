@@ -53,7 +53,6 @@ TUNING_KEYS = {
     "use_rslora": "rslora",
 }
 TOLD_TO_END = 128 + signal.SIGTERM  # the exit code of a run that was told to end and can go on
-BUCKET = 16  # steps among which cells are sorted by the length of their text
 
 
 @dataclass
@@ -102,7 +101,7 @@ class BatchSize:
     cells
         So many, where ``tokens`` is None.
     tokens
-        Else as many as fit into so many tokens, prompts and padding counted in; at least one.
+        Else as many as fit into so many tokens, prompts counted in; at least one.
     prompt
         Tokens of a cell's prompt, soft ones counted in.
     """
@@ -111,23 +110,16 @@ class BatchSize:
     tokens: int | None = None
     prompt: int = 0
 
-    def usual_cells(self, text_lengths: np.ndarray) -> int:
-        """Return how many cells with texts of the mean length make a batch."""
-        if self.tokens is None:
-            return self.cells
-        return max(1, int(self.tokens // (self.prompt + text_lengths.mean())))
-
     def cut(self, rows: np.ndarray, text_lengths: np.ndarray) -> list[np.ndarray]:
-        """Return rows, which are sorted by the length of their texts, as batches."""
+        """Return rows, in their order, as batches."""
         if self.tokens is None:
             return [rows[start : start + self.cells] for start in range(0, len(rows), self.cells)]
-        found = []
-        while len(rows):
-            some = rows[: max(1, self.tokens // (self.prompt + text_lengths[rows[0]]))]  # no more than these
-            padded = np.arange(1, len(some) + 1) * (self.prompt + text_lengths[some])
-            cells = max(1, np.count_nonzero(padded <= self.tokens))
-            found.append(rows[:cells])
-            rows = rows[cells:]
+        found, start = [], 0
+        ends = np.concatenate([[0], np.cumsum(self.prompt + text_lengths[rows])])
+        while start < len(rows):
+            end = max(start + 1, np.searchsorted(ends, ends[start] + self.tokens, side="right") - 1)
+            found.append(rows[start:end])
+            start = end
         return found
 
 
@@ -138,8 +130,12 @@ def plan_epoch(
     seed: int,
     epoch: int,
     weights: np.ndarray | None = None,
+    depths: np.ndarray | None = None,
 ) -> list[list[np.ndarray]]:
-    """Return the steps of an epoch, each the rows of its batches: shuffled, but texts of like length together.
+    """Return the steps of an epoch, each the rows of its batches.
+
+    Cells are mixed, whatever the length of their text: texts of like length mostly tell of like cells, and the model
+    reads no padding in any case.
 
     Parameters
     ----------
@@ -154,33 +150,18 @@ def plan_epoch(
     weights
         How likely each cell is drawn, (cells,), for an epoch of as many cells drawn with replacement; None for each
         cell once.
+    depths
+        Of each cell's type in the Cell Ontology, (cells,), if the first epoch is to go from general to special types
+        (curriculum learning, Bengio et al. 2009, doi 10.1145/1553374.1553380).
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(text_lengths))
     if weights is not None:
         order = random.choice(len(text_lengths), len(text_lengths), p=weights / weights.sum())
-    bucket_cells = BUCKET * step_batches * size.usual_cells(text_lengths)
-    found = []
-    for start in range(0, len(order), bucket_cells):
-        bucket = order[start : start + bucket_cells]
-        found += size.cut(bucket[np.argsort(text_lengths[bucket], kind="stable")], text_lengths)
-    steps = [found[start : start + step_batches] for start in range(0, len(found), step_batches)]
-    return [steps[i] for i in random.permutation(len(steps))]
-
-
-def general_first(steps: list[list[np.ndarray]], depths: np.ndarray) -> list[list[np.ndarray]]:
-    """Return the steps of an epoch from the most general to the most special cell types.
-
-    So an epoch goes from easy to hard (curriculum learning, Bengio et al. 2009, doi 10.1145/1553374.1553380).
-
-    Parameters
-    ----------
-    steps
-        As :func:`plan_epoch` gives them; those of equal depth stay in their order.
-    depths
-        Of each cell's type in the Cell Ontology, (cells,).
-    """
-    return sorted(steps, key=lambda step: depths[np.concatenate(step)].mean())
+    if depths is not None and epoch == 0:
+        order = order[np.argsort(depths[order], kind="stable")]
+    found = size.cut(order, text_lengths)
+    return [found[start : start + step_batches] for start in range(0, len(found), step_batches)]
 
 
 def align(
@@ -357,8 +338,7 @@ class Finetuning:
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         # one batch of a step after another adds to the gradient, so memory is that of one
         step_batches = self.settings["accumulate"] * self.team.size
-        steps = plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights)
-        return steps if self.depths is None or epoch else general_first(steps, self.depths)
+        return plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights, self.depths)
 
     def run(self) -> State:
         """Train until the epochs are done or validation no longer improves; keep the best epoch."""
@@ -444,7 +424,7 @@ class Finetuning:
         align_loss = self.targets.loss(soft, soft_there, aligned_to) * tokens
         (loss + self.settings["align_weight"] * align_loss).backward()
         self.optimiser.take_gradients()
-        size = torch.tensor(len(rows) * self.size.prompt + there.numel(), device=model.device)
+        size = tokens + soft_there.sum() + len(rows) * (len(model.prompt.before) + len(model.prompt.after))
         return torch.stack([value.detach().double() for value in (loss, tokens, align_loss, size)])
 
     @torch.no_grad()

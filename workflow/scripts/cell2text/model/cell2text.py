@@ -167,13 +167,14 @@ class Cell2Text(nn.Module):
         mask = torch.cat([there, there.new_ones(len(soft), after.shape[1]), text_mask], dim=1)
         row = Row.of(before.shape[1], mask, before.dtype)
         hidden = self.decoder(
-            inputs_embeds=torch.cat([before, of_cells.flatten(0, 1)[None]], dim=1),
+            inputs_embeds=torch.cat([before, row.of_cells(of_cells)[None]], dim=1),
             position_ids=row.positions(),
             use_cache=False,
             row=row,
         ).last_hidden_state
         # The hidden state before a token predicts it.
-        return hidden[0, row.prompt :].view_as(of_cells)[:, -text.shape[1] - 1 : -1][text_mask]
+        of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
+        return hidden[0, row.prompt - 1 : -1].index_select(0, of_text.nonzero().squeeze(1))
 
     def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
         """Return the summed negative log likelihood of tokens, (tokens,), given the states before them."""

@@ -1,7 +1,7 @@
 """Attention over many texts that begin with the same prompt, which is read once.
 
-The tokens stand in one row: the prompt, then the rest of each cell. Each of them passes through the layers once;
-only here do cells part, each seeing the prompt and itself.
+The tokens stand in one row without padding: the prompt, then the rest of each cell. Each of them passes through the
+layers once; only here do cells part, each seeing the prompt and itself.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,9 @@ class Row:
     prompt
         Number of tokens of the shared prompt, at the row's beginning; at least one.
     there
-        bool (cells, length): which of a cell's tokens are there. The row holds ``length`` tokens of each cell.
+        bool (cells, length): which of a cell's tokens are there. The row holds these alone.
+    places
+        Where they are among all cells x length, int64 (tokens,).
     hidden
         What is added to the scores of the cells' tokens, (cells, 1, 1, length, keys): 0 where a token may look, else
         minus infinity. The keys are those of the prompt and the cell, filled up to a multiple of ``KEYS``.
@@ -36,6 +38,7 @@ class Row:
 
     prompt: int
     there: Tensor
+    places: Tensor
     hidden: Tensor
     hidden_in_prompt: Tensor
 
@@ -53,12 +56,21 @@ class Row:
             torch.zeros(seen.shape, dtype=dtype, device=there.device).masked_fill_(~seen, float("-inf"))
             for seen in (seen[:, None, None], causal(prompt))
         )
-        return cls(prompt, there, hidden, in_prompt)
+        return cls(prompt, there, there.flatten().nonzero().squeeze(1), hidden, in_prompt)
 
     def positions(self) -> Tensor:
-        """Return the position of each token in its own text, int64 (1, tokens)."""
-        own = (self.there.long().cumsum(1) - 1).clamp(min=0) + self.prompt
-        return torch.cat([torch.arange(self.prompt, device=own.device), own.flatten()])[None]
+        """Return the position of each token in its own text, int64 (1, prompt + tokens)."""
+        own = self.there.long().cumsum(1) - 1 + self.prompt
+        return torch.cat([torch.arange(self.prompt, device=own.device), self.of_cells(own)])[None]
+
+    def of_cells(self, by_cell: Tensor) -> Tensor:
+        """Return the tokens that are there, (tokens, ...), of (cells, length, ...)."""
+        return by_cell.flatten(0, 1).index_select(0, self.places)
+
+    def by_cell(self, tokens: Tensor) -> Tensor:
+        """Undo :meth:`of_cells`: return (cells, length, ...), zero where no token is."""
+        padded = tokens.new_zeros(self.there.numel(), *tokens.shape[1:])
+        return padded.index_copy_(0, self.places, tokens).unflatten(0, self.there.shape)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -117,10 +129,9 @@ class SharedPromptAttention(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved_prompt, *saved_cells)
         ctx.row, ctx.scale = row, scale
-        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        output[:, :prompt] = in_prompt.flatten(1, 2).transpose(1, 2)
-        _by_cell(output.transpose(1, 2), row).copy_(in_cells.flatten(1, 2))
-        return output
+        return torch.cat(
+            [in_prompt.flatten(1, 2)[0].transpose(0, 1), row.of_cells(in_cells.flatten(1, 2).transpose(1, 2))]
+        )[None]
 
     @staticmethod
     @once_differentiable
@@ -140,17 +151,14 @@ class SharedPromptAttention(torch.autograd.Function):
             else:  # keys and values of the prompt serve every cell
                 last = prompt + row.there.shape[1]
                 of_prompt, own = of_prompt + of_cells[:, :, :prompt].sum(0), of_cells[:, :, prompt:last]
-            heads, width = of_prompt.shape[1], of_prompt.shape[3]
-            gradient = of_output.new_empty(1, of_output.shape[1], heads, width).transpose(1, 2)
-            gradient[:, :, :prompt] = of_prompt
-            _by_cell(gradient, row).copy_(own)
-            gradients.append(gradient)
+            gradient = torch.cat([of_prompt[0].transpose(0, 1), row.of_cells(own.transpose(1, 2))])
+            gradients.append(gradient[None].transpose(1, 2))
         return *gradients, None, None
 
 
 def _by_cell(states: Tensor, row: Row) -> Tensor:
     """Return the cells' part of a row, (1, heads, tokens, width), as (cells, heads, length, width)."""
-    return states[0, :, row.prompt :].unflatten(1, row.there.shape).transpose(0, 1)
+    return row.by_cell(states[0, :, row.prompt :].transpose(0, 1)).transpose(1, 2)
 
 
 def _with_prompt(states: Tensor, row: Row) -> Tensor:
