@@ -137,7 +137,7 @@ def main() -> None:
     work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())
     steps = plan_epoch(work.text_lengths, BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
     made = stock_batches(work, steps)
-    tokens = [batch["input_ids"].numel() for batch in made][2:]
+    tokens = [int(batch["attention_mask"].sum()) for batch in made][2:]
     scored = [int((batch["labels"] >= 0).sum()) for batch in made][2:]
     methods = {
         "ours": lambda: our_seconds(work, steps),

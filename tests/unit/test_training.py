@@ -471,6 +471,25 @@ def test_alignment_learns_to_tell_descriptions_apart(files, tiny_model):
     assert not losses(finetune(files, tiny_model, "labels", align_steps=60)).equals(history)
 
 
+def test_the_aligned_projector_finds_each_slot_at_its_own_soft_tokens(files, tiny_model):
+    texts = DESCRIPTIONS.read(files / "descriptions.parquet")
+    tissues = np.where(texts["cell_type_id"] == TYPES[0], "UBERON:0002048", "UBERON:0000178")
+    DESCRIPTIONS.write(texts.assign(tissue_id=tissues), files / "descriptions.parquet")
+    terms = TERMS.read(files / "terms.parquet")
+    lung = terms[terms["slot"] == "tissue"].assign(id="UBERON:0002048", name="lung")
+    TERMS.write(pd.concat([terms, lung], ignore_index=True), files / "terms.parquet")
+    projector = PROJECTOR | {"soft_tokens": 3}  # for cell type, tissue and disease
+    model = finetune(files, tiny_model, "model", align_steps=60, projector=projector)
+    corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
+    CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
+    inputs = [str(path) for path in (model, tiny_model, files / "cells.parquet", files / "terms.parquet")]
+    embeddings = Embeddings([str(files / "embeddings.safetensors")])
+    describe_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
+    told, truth = PREDICTIONS.read(files / "aligned.parquet"), texts["split"] == "validation"
+    assert (told["tissue_id"].to_numpy() == tissues[truth]).mean() > 0.8
+    assert (told["cell_type_id"].to_numpy() == texts.loc[truth, "cell_type_id"].to_numpy()).mean() > 0.8
+
+
 @pytest.mark.parametrize("align_to", ["labels", "descriptions"])
 def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_model, align_to):
     model = finetune(files, tiny_model, "model", align_steps=60, align_to=align_to)

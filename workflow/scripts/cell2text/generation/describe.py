@@ -158,7 +158,9 @@ def describe_aligned(
     :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
     """
     loaded, table = load(model, language_model), TERMS.read(terms)
-    labels, known = loaded.settings["labels"], Terms(table)
+    # in the order in which slots have their soft tokens; the file has them by name
+    labels = {slot: loaded.settings["labels"][slot] for slot in TERM_SLOTS if slot in loaded.settings["labels"]}
+    known = Terms(table)
     to_descriptions = loaded.settings["finetune"].get("align_to") == "descriptions"
     targets_of = LabelTargets.of_sentences if to_descriptions else LabelTargets.of_labels
     targets = targets_of(labels, table, loaded)
