@@ -1,6 +1,7 @@
 """Fine-tuned models that differ in some settings or in the seed, on the same test cells as the baselines of a run.
 
-    .venv/bin/snakemake --cores all --configfile tests/config/studies_2000.yaml corpus embeddings baselines
+    .venv/bin/snakemake --cores all models embeddings \\
+        results/studies-2000/baselines/{majority,knn,pca_logistic}.parquet --configfile tests/config/studies_2000.yaml
     .venv/bin/python tests/benchmarks/compare_models.py tests/config/studies_2000.yaml models.tsv \\
         --variants "" "projector.kind=mlp" "finetune.balance=true finetune.epochs=2" --seeds 42 1
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from snakemake.utils import update_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
@@ -35,9 +37,7 @@ COLUMNS += ["weights to train", "tokens/s", "minutes", "best epoch", "validation
 def settings_of(config: str, variant: str) -> dict:
     """Return the default configuration with that of a file and then a variant's keys put over it."""
     merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    own = yaml.safe_load(Path(config).read_text())
-    for key, value in own.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    update_config(merged, yaml.safe_load(Path(config).read_text()))
     for change in variant.split():
         key, value = change.split("=")
         section, name = key.split(".")

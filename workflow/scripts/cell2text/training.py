@@ -615,8 +615,9 @@ def _finetune(
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
     table = TERMS.read(terms)
-    targets = LabelTargets.of_labels(classes, table, model)
-    if settings["align_to"] == "descriptions":
+    if settings["align_to"] == "labels":
+        targets = LabelTargets.of_labels(classes, table, model)
+    else:
         numbers = pd.factorize(training_rows["text"])[0]
         first = np.unique(numbers, return_index=True)[1]  # a cell of each text
         tokens = model.language_model.get_input_embeddings().weight.detach()

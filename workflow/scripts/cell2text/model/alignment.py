@@ -107,7 +107,7 @@ class LabelTargets:
         return cls(directions)
 
     def scores(self, soft: Tensor, there: Tensor) -> list[Tensor]:
-        """Return the cosine of each cell's mean soft token with each label, over the temperature.
+        """Return the cosine of the mean of a slot's soft tokens with each of its labels, over the temperature.
 
         Parameters
         ----------
@@ -120,13 +120,12 @@ class LabelTargets:
             For each slot, float32 (cells, labels).
         """
         slots = len(self.directions)
-        apart = self.apart and soft.shape[1] >= slots
-        return [
-            _cell_direction(soft[:, slot::slots], there[:, slot::slots]) @ directions.T / TEMPERATURE
-            if apart
-            else _cell_direction(soft, there) @ directions.T / TEMPERATURE
-            for slot, directions in enumerate(self.directions)
-        ]
+        step = slots if self.apart and soft.shape[1] >= slots else 1
+        scores = []
+        for slot, directions in enumerate(self.directions):
+            own = slice(slot % step, None, step)
+            scores.append(_cell_direction(soft[:, own], there[:, own]) @ directions.T / TEMPERATURE)
+        return scores
 
     def loss(self, soft: Tensor, there: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of the labels, the mean over the cells that have one, summed over the slots.
