@@ -103,7 +103,7 @@ def main() -> None:
             generate_descriptions(*files, str(folder / "test.jsonl"), "test", settings["generate"])
             about = read_json(model / "cell2text.json")
             history = HISTORY.read(model / "history.parquet")
-            history = history[history["stage"] == "finetune"]
+            history = history[history["stage"] != "align"]
             accuracies = history["validation_accuracy"].dropna()
             further = {
                 "weights to train": f"{about['trainable_parameters'] / 1e6:.2f} M",

@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 LORA = {"r": 16, "lora_alpha": 32}
 SETTINGS = {
     "align_weight": 1.0,
+    "opening_epochs": 0,
     "epochs": 1,
     "patience": 1,
     "keep_best": "loss",
@@ -135,7 +136,7 @@ def main() -> None:
     targets = LabelTargets.of([classes], model.tokenizer, weight)
     settings = SETTINGS | {"batch_cells": arguments.batch_cells}
     work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())
-    steps = plan_epoch(work.text_lengths, BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
+    steps = plan_epoch(cells.text_lengths(), BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
     made = stock_batches(work, steps)
     tokens = [int(batch["attention_mask"].sum()) for batch in made][2:]
     scored = [int((batch["labels"] >= 0).sum()) for batch in made][2:]

@@ -29,6 +29,7 @@ from cell2text.vectors import Embeddings
 
 SETTINGS = {
     "align_weight": 1.0,
+    "opening_epochs": 0,
     "patience": 10**9,
     "keep_best": "loss",
     "batch_cells": 8,

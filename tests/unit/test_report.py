@@ -494,6 +494,11 @@ def test_training_curve_keeps_stages_apart():
     assert curve["validation"][0]["x"] == 560  # at the last step, the right end
     assert curve["line"].count("L") == 3
     assert training_curve(history(), "align")["last"] == 2.0
+    table = history()
+    table.loc[3:4, "stage"] = "openings"
+    openings, whole = (training_curve(table, stage) for stage in ("openings", "finetune"))
+    assert (openings["steps"], openings["seconds"]) == (2, 1.0) and (whole["steps"], whole["seconds"]) == (2, 2.0)
+    assert openings["line"].startswith("M54 ") and whole["line"].startswith("M54 ")
     assert training_curve(history().iloc[:0], "align") is None
     many = pd.concat([history().iloc[3:]] * 1000, ignore_index=True).assign(step=range(4000))
     assert training_curve(many, "finetune")["line"].count("L") < 600

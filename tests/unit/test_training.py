@@ -35,6 +35,7 @@ from cell2text.generation.greedy import write_texts
 from cell2text.model import cell2text as m
 from cell2text.model.cell2text import load
 from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
+from cell2text.processes import Team
 from cell2text.vectors import Embeddings
 from tests_terms import small_table
 
@@ -43,6 +44,7 @@ SETTINGS = {
     "align_steps": 30,
     "align_to": "labels",
     "align_weight": 1.0,
+    "opening_epochs": 0,
     "epochs": 3,
     "curriculum": False,
     "patience": 3,
@@ -127,11 +129,15 @@ def losses(directory):
 
 @pytest.mark.parametrize(
     ("changes", "steps_of_epochs", "last"),
-    [({}, [6, 6, 6], 9), ({"batch_tokens": 194, "balance": True}, [8, 9, 8], 21)],
+    [
+        ({}, [6, 6, 6], 9),
+        ({"batch_tokens": 194, "balance": True}, [8, 9, 8], 21),
+        ({"opening_epochs": 2, "epochs": 1}, [3, 3, 6], 5),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch, changes, steps_of_epochs, last):
     whole = finetune(files, tiny_model, "whole", **changes)
-    learnt = losses(whole).query("stage == 'finetune'")
+    learnt = losses(whole).query("stage != 'align'")
     assert learnt["epoch"].value_counts(sort=False).to_list() == steps_of_epochs
     scale = warm_up_then_decay(sum(steps_of_epochs))
     rates = [0.01 * scale(step) for step in range(sum(steps_of_epochs))]
@@ -196,6 +202,36 @@ def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
     assert model.settings["best_epoch"] == int(validation.argmin()) + 1
 
 
+def test_openings_are_read_before_whole_texts(files, tiny_model, monkeypatch):
+    tokenizer, read = AutoTokenizer.from_pretrained(tiny_model), []
+    loss = training.Cell2Text.text_loss
+
+    def listen(self, soft, there, text, mask):
+        read.append({tokenizer.decode(ids[there]) for ids, there in zip(text, mask, strict=True)})
+        return loss(self, soft, there, text, mask)
+
+    monkeypatch.setattr(training.Cell2Text, "text_loss", listen)
+    directory = finetune(files, tiny_model, "model", opening_epochs=2, epochs=3, patience=2, learning_rate=0.0)
+    history = losses(directory).query("stage != 'align'")
+    openings, whole = (history[history["stage"] == stage] for stage in ("openings", "finetune"))
+    assert (openings["epoch"].max(), whole["epoch"].min(), len(read)) == (1, 2, len(history))
+    names = {f"This is a {small_table()['name'][i]}." for i in range(3)}
+    texts = {f"{text}{tokenizer.eos_token}" for text in DESCRIPTIONS.read(files / "descriptions.parquet")["text"]}
+    assert set().union(*read[: len(openings)]) == names and set().union(*read[len(openings) :]) == texts
+    assert len(openings) < len(whole)  # for more of them are read at once, with about as many tokens
+    assert openings["tokens"].median() == pytest.approx(whole["tokens"].median(), rel=0.2)
+    validated = history.dropna(subset="validation_loss")
+    assert len(validated) == 5 and validated["validation_loss"].is_unique
+    # an epoch of openings alone is never the best, for it cannot write the rest of a text
+    assert read_json(directory / "cell2text.json")["best_epoch"] >= 3
+
+
+def test_a_text_that_names_no_cell_type_is_its_own_opening():
+    texts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    cells = training.Cells(None, texts, None, ["a", "b"], torch.tensor([2, 0]), None).openings_alone()
+    assert [text.tolist() for text in cells.texts] == [[1, 2], [4, 5]]
+
+
 @pytest.mark.parametrize(("keep_best", "epochs", "best"), [("loss", 4, 2), ("cell_type_accuracy", 6, 4)])
 def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypatch, keep_best, epochs, best):
     told = [(3.0, 0.5), (2.0, 0.5), (2.6, 0.75), (2.5, 0.75), (2.5, 0.75), (1.0, 0.7), (0.5, 1.0)]
@@ -220,7 +256,7 @@ def test_accuracy_is_that_of_greedy_decoding(files, tiny_model, monkeypatch):
     kept = []
     monkeypatch.setattr(training, "_save", lambda work, *rest: kept.append(work))
     finetune(files, tiny_model, "model", epochs=10, patience=10, align_steps=0, align_weight=0.0)
-    work, cells = kept[0], kept[0].validation
+    work, cells = kept[0], kept[0].texts.validation
     loss, accuracy = work.validate()
     assert (loss, accuracy) == (work.state.best_loss, work.state.best_accuracy)
     openings = cells.openings.clone()
@@ -320,6 +356,13 @@ def test_masters_add_up_updates_that_bfloat16_would_lose():
         optimiser.take_gradients()
         optimiser.step(1.0, 1.0)
     assert weight.tolist() == pytest.approx([0.99] * 4, abs=0.004)
+
+
+def test_processes_share_out_what_the_optimiser_keeps():
+    sizes = {"a": 50, "b": 30, "c": 60, "d": 40}
+    parameters = {name: torch.nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    kept = [set(MasterAdamW([(1e-4, parameters)], team=Team(rank, 2)).masters) for rank in range(2)]
+    assert kept == [{"c", "b"}, {"a", "d"}]  # 90 numbers each
 
 
 def test_schedule_rises_then_falls():

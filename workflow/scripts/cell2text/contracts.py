@@ -407,16 +407,16 @@ PREDICTIONS = TableContract(
 HISTORY = TableContract(
     "the course of fine-tuning",
     {
-        "stage": TEXT,  # align or finetune
+        "stage": TEXT,  # align, openings or finetune
         "step": pa.int32(),
         "epoch": pa.int32(),
-        "loss": pa.float64(),  # nats a token of text (finetune) or a cell (align), on training cells
+        "loss": pa.float64(),  # nats a token of text, or a cell (align), on training cells
         "align_loss": pa.float64(),
         "validation_loss": pa.float64(),  # at the end of an epoch, else NaN
         "validation_accuracy": pa.float64(),  # of the cell type, by teacher forcing; as validation_loss
         "learning_rate": pa.float64(),
         "tokens": pa.int64(),  # of the step, prompts and soft tokens counted in
-        "seconds": pa.float64(),  # since the stage began
+        "seconds": pa.float64(),  # since alignment, or fine-tuning, began
     },
 )
 METRICS = ("split", "method", "slot", "metric", "value", "low", "high", "n")

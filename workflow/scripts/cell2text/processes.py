@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,23 @@ class Team:
             distributed.all_reduce(tensor)
         return tensor
 
-    def add_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Give each weight the sum of its gradients over all processes."""
-        if self.size == 1:
-            return
-        for weight in weights:
-            if weight.grad is None:  # this process had no batch in the step
-                weight.grad = torch.zeros_like(weight)
-            distributed.all_reduce(weight.grad)
+    def add_up_for(self, owner: int, tensor: Tensor) -> None:
+        """Put the sum of a tensor over all processes in its place in one of them; in the others it is spoilt."""
+        if self.size > 1:
+            distributed.reduce(tensor, owner)
+
+    def send(self, owner: int, tensor: Tensor) -> None:
+        """Put the tensor of one process, contiguous, in its place in all."""
+        if self.size > 1:
+            distributed.broadcast(tensor, owner)
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if self.size > 1:
             distributed.barrier()
+
+
+ALONE = Team()
 
 
 def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) -> None:
@@ -70,7 +74,7 @@ def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) 
         Number of processes.
     """
     if size == 1:
-        function(Team(), *arguments)
+        function(ALONE, *arguments)
         return
     files = [
         handler.baseFilename for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)

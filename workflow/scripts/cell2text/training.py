@@ -1,5 +1,8 @@
 """Fine-tuning: the projector aligned to the words for a cell, then projector and adapter trained on the texts.
 
+The first epochs read the opening of each text alone, the sentence that names the cell type: there, a pass over the
+cells costs a quarter, and to tell cells apart takes many passes, while the words that follow a name take few.
+
 Every random choice is drawn from the seed and the number of the step, so a run that was killed goes on from
 its last checkpoint through the same batches to the same weights.
 """
@@ -13,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
@@ -91,6 +94,15 @@ class Cells:
         parts = (*self.vectors[rows], padded, there, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
+    def text_lengths(self) -> np.ndarray:
+        """Return the number of tokens of each text, int64 (cells,)."""
+        return np.array([len(text) for text in self.texts])
+
+    def openings_alone(self) -> "Cells":
+        """Return the cells with the opening of their text alone, the whole text where it has none."""
+        cut = [text[:end] if end else text for text, end in zip(self.texts, self.openings.tolist(), strict=True)]
+        return replace(self, texts=cut)
+
 
 @dataclass(frozen=True)
 class BatchSize:
@@ -121,6 +133,26 @@ class BatchSize:
             found.append(rows[start:end])
             start = end
         return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What some epochs of fine-tuning read.
+
+    Parameters
+    ----------
+    name
+        As ``contracts.HISTORY`` has it.
+    train, validation
+        Cells of the two splits, with whole texts or their openings.
+    size
+        Of a batch.
+    """
+
+    name: str
+    train: Cells
+    validation: Cells
+    size: BatchSize
 
 
 def plan_epoch(
@@ -309,21 +341,25 @@ class Finetuning:
         depths: np.ndarray | None = None,
     ):
         self.team, self.depths = team, depths
-        self.model, self.targets, self.train, self.validation = model, targets, train, validation
+        self.model, self.targets, self.train = model, targets, train
         if settings["checkpoint_activations"]:
             model.checkpoint_activations()
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
-        self.text_lengths = np.array([len(text) for text in train.texts])
-        self.size = BatchSize(settings["batch_cells"], settings["batch_tokens"], self._count_prompt())
         self.weights = balance(train.labels[:, 0].numpy()) if settings["balance"] else None
-        self.epoch_steps = [len(self._plan(epoch)) for epoch in range(settings["epochs"])]
+        size = BatchSize(settings["batch_cells"], settings["batch_tokens"], self._count_prompt())
+        self.texts = Stage("finetune", train, validation, size)
+        # of openings, so many cells are read at once that they have as many tokens as a batch of whole texts
+        tokens = size.tokens or round(size.cells * (size.prompt + train.text_lengths().mean()))
+        openings = Stage("openings", train.openings_alone(), validation.openings_alone(), replace(size, tokens=tokens))
+        self.epochs = [openings] * settings["opening_epochs"] + [self.texts] * settings["epochs"]
+        self.epoch_steps = [len(self._plan(epoch)) for epoch in range(len(self.epochs))]
         self.schedule = warm_up_then_decay(sum(self.epoch_steps))
         trainable = model.trainable()
         projector = {name: value for name, value in trainable.items() if name.startswith("projector.")}
         adapter = {name: value for name, value in trainable.items() if name not in projector}
         self.optimiser = MasterAdamW(
-            [(settings["learning_rate"], adapter), (settings["projector_learning_rate"], projector)]
+            [(settings["learning_rate"], adapter), (settings["projector_learning_rate"], projector)], team=team
         )
         self.state = State()
         self.best: dict[str, Tensor] = {}
@@ -338,15 +374,21 @@ class Finetuning:
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         # one batch of a step after another adds to the gradient, so memory is that of one
         step_batches = self.settings["accumulate"] * self.team.size
-        return plan_epoch(self.text_lengths, self.size, step_batches, self.seed, epoch, self.weights, self.depths)
+        stage = self.epochs[epoch]
+        lengths = stage.train.text_lengths()
+        return plan_epoch(lengths, stage.size, step_batches, self.seed, epoch, self.weights, self.depths)
+
+    @property
+    def stage(self) -> Stage:
+        """What is read now; when all is done, whole texts."""
+        return self.epochs[self.state.epoch] if self.state.epoch < len(self.epochs) else self.texts
 
     def run(self) -> State:
-        """Train until the epochs are done or validation no longer improves; keep the best epoch."""
-        total = len(self.train.texts) * self.settings["epochs"]
-        self.progress = Progress(total, "cells", done=total * self.state.step // sum(self.epoch_steps))
+        """Train until the epochs are done or validation no longer improves; keep the best epoch of whole texts."""
+        self.progress = Progress(sum(self.epoch_steps), "steps", self.state.step)
         self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
         with listen_for_stop() as stop:
-            while self.state.epoch < self.settings["epochs"] and not self._stopped_improving():
+            while self.state.epoch < len(self.epochs) and not self._stopped_improving():
                 self._run_epoch(stop)
         best = self.state.best_epoch + 1, self.state.best_loss, self.state.best_accuracy
         log.info("best epoch %d, validation loss %.4f, cell type accuracy %.4f", *best)
@@ -354,7 +396,8 @@ class Finetuning:
         return self.state
 
     def _stopped_improving(self) -> bool:
-        return self.state.epoch - 1 - self.state.best_epoch >= self.settings["patience"]
+        best = max(self.state.best_epoch, self.settings["opening_epochs"] - 1)
+        return self.state.epoch - 1 - best >= self.settings["patience"]
 
     def _run_epoch(self, stop: Event) -> None:
         state = self.state
@@ -363,7 +406,7 @@ class Finetuning:
         for step in steps[state.step - sum(self.epoch_steps[: state.epoch]) :]:
             state.history.append(self._step(step, stop))
             state.step += 1
-            self.progress.advance(sum(map(len, step)), f"loss {state.history[-1]['loss']:.3f}")
+            self.progress.advance(1, f"loss {state.history[-1]['loss']:.3f}")
             if stop.is_set() or (state.step % self.settings["checkpoint_steps"] == 0 and step is not steps[-1]):
                 self.write_checkpoint()
             if stop.is_set():
@@ -371,12 +414,13 @@ class Finetuning:
                 sys.exit(TOLD_TO_END)
         loss, accuracy = self.validate()
         state.history[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
-        told = "epoch %d: validation loss %.4f nats a token, cell type accuracy %.4f"
-        log.info(told, state.epoch + 1, loss, accuracy)
+        told = "epoch %d of %d, %s: validation loss %.4f nats a token, cell type accuracy %.4f"
+        read = "whole texts" if self.stage is self.texts else "openings alone"
+        log.info(told, state.epoch + 1, len(self.epochs), read, loss, accuracy)
         better = loss < state.best_loss
         if self.settings["keep_best"] == "cell_type_accuracy":  # of few cells, it is often the same
             better = (accuracy, -loss) > (state.best_accuracy, -state.best_loss)
-        if better:
+        if better and self.stage is self.texts:
             state.best_loss, state.best_accuracy, state.best_epoch = loss, accuracy, state.epoch
             self.best = {name: value.clone() for name, value in self.optimiser.masters.items()}
         state.epoch += 1
@@ -389,7 +433,6 @@ class Finetuning:
         for number in range(self.team.rank, len(batches), self.team.size):
             sums[:4] += self._learn(batches[number], number)
         sums[4] = stop.is_set()
-        self.team.add_gradients(self.optimiser.masters.values())
         loss, tokens, align_loss, size, ending = self.team.add_up(sums).tolist()
         if ending:  # one process may have been told a step before the others
             stop.set()
@@ -404,7 +447,7 @@ class Finetuning:
         self.optimiser.step(1 / tokens, rate)
         rate *= self.settings["learning_rate"]
         return _row(
-            "finetune", state.step, state.epoch, loss / tokens, align_loss / tokens, rate, int(size), self.start
+            self.stage.name, state.step, state.epoch, loss / tokens, align_loss / tokens, rate, int(size), self.start
         )
 
     def _learn(self, rows: np.ndarray, number: int) -> Tensor:
@@ -417,7 +460,7 @@ class Finetuning:
         """
         model = self.model
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
-        vectors, lengths, text, there, aligned_to = self.train.batch(rows, model.device)
+        vectors, lengths, text, there, aligned_to = self.stage.train.batch(rows, model.device)
         soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # of dropout, where there is any
         loss, tokens = model.text_loss(soft, soft_there, text, there)
@@ -429,7 +472,7 @@ class Finetuning:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Read the validation texts.
+        """Read the validation texts, or their openings.
 
         Returns
         -------
@@ -440,14 +483,14 @@ class Finetuning:
             token of the text is always the likeliest one, given those before it.
         """
         model = self.model.eval()
-        text_lengths = np.array([len(text) for text in self.validation.texts])
-        batches = self.size.cut(np.argsort(text_lengths, kind="stable"), text_lengths)
+        cells, text_lengths = self.stage.validation, self.stage.validation.text_lengths()
+        batches = self.stage.size.cut(np.argsort(text_lengths, kind="stable"), text_lengths)
         sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         for rows in batches[self.team.rank :: self.team.size]:
-            vectors, lengths, text, there, _ = self.validation.batch(rows, model.device)
+            vectors, lengths, text, there, _ = cells.batch(rows, model.device)
             states = model.states_before(*model.projector(vectors, lengths), text, there)
             loss = model.loss_of(states, text[there])
-            opening = (torch.arange(text.shape[1]) < self.validation.openings[rows][:, None]).to(model.device)
+            opening = (torch.arange(text.shape[1]) < cells.openings[rows][:, None]).to(model.device)
             right = torch.ones_like(there)
             right[opening] = model.head(states[opening[there]]).argmax(-1) == text[opening]
             named = opening.any(1)
@@ -458,7 +501,8 @@ class Finetuning:
     def write_checkpoint(self) -> None:
         """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
         tensors = {f"optimiser.{name}": value.contiguous() for name, value in self.optimiser.state().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        if self.state.best_epoch >= 0:
+            tensors |= {f"best.{name}": value for name, value in self.optimiser.collect(self.best).items()}
         metadata = {"fingerprint": self.fingerprint, "state": json.dumps(asdict(self.state))}
         if self.team.leads:
             with whole_file(self.checkpoint_file) as unfinished:
@@ -477,7 +521,8 @@ class Finetuning:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         self.state = State(**json.loads(metadata["state"]))
         self.optimiser.restore(_with_prefix(tensors, "optimiser."))
-        self.best = {name: value.to(self.model.device) for name, value in _with_prefix(tensors, "best.").items()}
+        best = _with_prefix(tensors, "best.")
+        self.best = {name: best[name].to(self.model.device) for name in self.optimiser.masters if best}
         log.info("going on from step %d of epoch %d", self.state.step, self.state.epoch + 1)
         return True
 
@@ -644,7 +689,7 @@ def _finetune(
         len(train.texts),
         len(validation.texts),
         len(classes["cell_type"]),
-        sum(value.numel() for value in work.optimiser.masters.values()) / 1e6,
+        sum(value.numel() for value in work.optimiser.parameters.values()) / 1e6,
         device,
     )
     if not work.take_up_checkpoint():
@@ -666,7 +711,7 @@ def _save(
         "finetune": work.settings,
         "labels": classes,
         "training_cells": len(work.train.texts),
-        "trainable_parameters": sum(value.numel() for value in work.optimiser.masters.values()),
+        "trainable_parameters": sum(value.numel() for value in work.optimiser.parameters.values()),
         "best_epoch": state.best_epoch + 1,
         "validation_loss": state.best_loss,
         "validation_accuracy": state.best_accuracy,

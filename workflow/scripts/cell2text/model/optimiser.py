@@ -5,43 +5,55 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cell2text.processes import ALONE, Team
+
 
 class MasterAdamW:
     """AdamW on float32 copies of the weights, which it writes back after each step.
 
-    In bfloat16 an update smaller than 1/256 of a weight is lost; the masters add such updates up.
+    In bfloat16 an update smaller than 1/256 of a weight is lost; the masters add such updates up. Where several
+    processes train together, each keeps the masters and moments of its share of the weights alone, steps on these and
+    sends them to the others: stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Parameters
     ----------
     groups
-        For each learning rate, the named parameters that take it.
+        For each learning rate, the named parameters that take it; in all processes in the same order.
     clip
         Largest norm of the whole gradient.
+    team
+        The processes that train together. All of them call every method.
     """
 
-    def __init__(self, groups: list[tuple[float, dict[str, nn.Parameter]]], clip: float = 1.0):
+    def __init__(self, groups: list[tuple[float, dict[str, nn.Parameter]]], clip: float = 1.0, team: Team = ALONE):
         self.parameters = {name: value for _, group in groups for name, value in group.items()}
+        self.owners = share_out({name: value.numel() for name, value in self.parameters.items()}, team.size)
         # weights in float32 are their own masters
-        self.masters = {name: value.detach().float() for name, value in self.parameters.items()}
-        self.clip = clip
+        self.masters = {
+            name: value.detach().float() for name, value in self.parameters.items() if self.owners[name] == team.rank
+        }
+        self.gradients: dict[str, Tensor] = {}
+        self.clip, self.team = clip, team
         self.rates = [rate for rate, _ in groups]
         self.adam = torch.optim.AdamW(
-            [{"params": [self.masters[name] for name in group], "lr": rate} for rate, group in groups],
+            [
+                {"params": [self.masters[name] for name in group if name in self.masters], "lr": rate}
+                for rate, group in groups
+            ],
             betas=(0.9, 0.999),
             weight_decay=0.0,
             fused=True,
         )
 
     def take_gradients(self) -> None:
-        """Add the weights' gradients to those of the masters, in float32, and forget the former."""
+        """Add the weights' gradients to the sums that are kept in float32, and forget the former."""
         for name, parameter in self.parameters.items():
-            master = self.masters[name]
             if parameter.grad is None:
                 continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
+            if name in self.gradients:
+                self.gradients[name] += parameter.grad
             else:
-                master.grad += parameter.grad
+                self.gradients[name] = parameter.grad.float()
             parameter.grad = None
 
     def step(self, gradient_scale: float, rate_scale: float) -> None:
@@ -50,14 +62,23 @@ class MasterAdamW:
         Parameters
         ----------
         gradient_scale
-            What the summed gradients are multiplied by, as 1/tokens for a mean over tokens.
+            What the gradients, summed over all processes, are multiplied by, as 1/tokens for a mean over tokens.
         rate_scale
             Of the schedule: this share of each group's learning rate.
         """
-        for master in self.masters.values():
-            if master.grad is not None:
-                master.grad *= gradient_scale
-        nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+        if self.team.size > 1:
+            for name, parameter in self.parameters.items():
+                # a process that had no batch in the step has no gradients
+                if name not in self.gradients:
+                    self.gradients[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                self.team.add_up_for(self.owners[name], self.gradients[name])
+        for name, master in self.masters.items():
+            if name in self.gradients:
+                master.grad = self.gradients[name].mul_(gradient_scale)
+        self.gradients.clear()
+        there = [master.grad for master in self.masters.values() if master.grad is not None]
+        square = self.team.add_up(nn.utils.get_total_norm(there).to(next(iter(self.parameters.values())).device) ** 2)
+        nn.utils.clip_grads_with_norm_(self.masters.values(), self.clip, square.sqrt())
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
@@ -67,37 +88,77 @@ class MasterAdamW:
     @torch.no_grad()
     def take_weights(self) -> None:
         """Take over weights that something else has changed in the model."""
-        for name, parameter in self.parameters.items():
-            self.masters[name].copy_(parameter)
+        for name, master in self.masters.items():
+            master.copy_(self.parameters[name])
 
     @torch.no_grad()
     def write_back(self, weights: dict[str, Tensor]) -> None:
-        """Copy float32 weights into the model's own."""
+        """Copy float32 weights, those of this process' share, into the model's own in all processes."""
         for name, parameter in self.parameters.items():
-            if weights[name].data_ptr() != parameter.data_ptr():
+            if name in self.masters and weights[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(weights[name])
+            self.team.send(self.owners[name], parameter)
+
+    def collect(self, share: dict[str, Tensor], shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """Return tensors of all shares in the process that leads; nothing in the others.
+
+        Parameters
+        ----------
+        share
+            Float32 tensors of the weights of this process' share, by name.
+        shape
+            Of each tensor; that of the weight if None.
+        """
+        if self.team.size == 1:
+            return dict(share)
+        collected = {}
+        for name, parameter in self.parameters.items():
+            there = share[name] if name in share else parameter.new_empty(shape or parameter.shape, dtype=torch.float32)
+            there = there.to(parameter.device).contiguous()
+            self.team.send(self.owners[name], there)
+            if self.team.leads:
+                collected[name] = there.cpu()
+        return collected
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and moments as named tensors."""
-        tensors = {f"master.{name}": value for name, value in self.masters.items()}
-        for name, value in self.masters.items():
-            for key, moment in self.adam.state.get(value, {}).items():
-                tensors[f"{key}.{name}"] = moment
+        """Return masters and moments of all processes as named tensors, in the process that leads."""
+        tensors = {f"master.{name}": value for name, value in self.collect(self.masters).items()}
+        for key, shape in (("step", (1,)), ("exp_avg", None), ("exp_avg_sq", None)):
+            share = {
+                name: self.adam.state[master][key].reshape(shape or master.shape)
+                for name, master in self.masters.items()
+                if master in self.adam.state
+            }
+            tensors |= {f"{key}.{name}": value for name, value in self.collect(share, shape).items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` returned."""
+        """Take back, of what :meth:`state` returned, this process' share."""
         with torch.no_grad():
             for name, value in self.masters.items():
                 value.copy_(tensors[f"master.{name}"])
-                moments = {
-                    key: tensors[f"{key}.{name}"].to(value.device) if key != "step" else tensors[f"{key}.{name}"]
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}.{name}" in tensors
-                }
-                if moments:
-                    self.adam.state[value] = moments
+                if f"step.{name}" in tensors:
+                    self.adam.state[value] = {
+                        "step": tensors[f"step.{name}"].squeeze().to(value.device),
+                        "exp_avg": tensors[f"exp_avg.{name}"].to(value.device),
+                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(value.device),
+                    }
         self.write_back(self.masters)
+
+
+def share_out(sizes: dict[str, int], shares: int) -> dict[str, int]:
+    """Return in which share each tensor is: the largest first, each where the least is so far.
+
+    Examples
+    --------
+    >>> share_out({"a": 5, "b": 9, "c": 3}, 2)
+    {'b': 0, 'a': 1, 'c': 1}
+    """
+    filled, share_of = [0] * shares, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        share_of[name] = filled.index(min(filled))
+        filled[share_of[name]] += sizes[name]
+    return share_of
 
 
 def warm_up_then_decay(total: int, warm_up_share: float = 0.05) -> Callable[[int], float]:

@@ -101,7 +101,10 @@ def training_curve(history: pd.DataFrame, stage: str) -> dict[str, Any] | None:
         return None
     validated = steps[steps["validation_loss"].notna()]
     values = np.concatenate([steps["loss"], validated["validation_loss"]])
-    x = Axis(0, max(int(steps["step"].max()), 1), 54, 560)
+    first, last = int(steps["step"].min()), int(steps["step"].max())
+    # seconds and steps of fine-tuning go on from the openings to the whole texts
+    before = history.loc[history["stage"] == "openings", "seconds"].max() if first else 0
+    x = Axis(first, max(last, first + 1), 54, 560)
     y = Axis(*_room_around(values), 240, 10, logarithmic=True)
     every = math.ceil(len(steps) / MOST_POINTS)
     thinned = steps.groupby(np.arange(len(steps)) // every)[["step", "loss"]].mean()
@@ -121,10 +124,10 @@ def training_curve(history: pd.DataFrame, stage: str) -> dict[str, Any] | None:
         ],
         "x": x.ticks(),
         "y": y.ticks(),
-        "steps": int(steps["step"].max()) + 1,
+        "steps": last - first + 1,
         "first": float(steps["loss"].iloc[0]),
         "last": float(steps["loss"].iloc[-1]),
-        "seconds": float(steps["seconds"].max()),
+        "seconds": float(steps["seconds"].max() - before),
         "tokens": int(steps["tokens"].sum()),
         "averaged": every,
     }

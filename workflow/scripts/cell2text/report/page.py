@@ -133,7 +133,9 @@ def _sections(
             chart for slot in dict.fromkeys(["cell_type", *judged]) if (chart := reliability(results, slot))
         ],
         "examples": choose_examples(results, seed),
-        "curves": [curve for stage in ("align", "finetune") if (curve := training_curve(results.history, stage))],
+        "curves": [
+            curve for stage in ("align", "openings", "finetune") if (curve := training_curve(results.history, stage))
+        ],
         "model": [fact for fact in _flatten(results.model) if not HASH.fullmatch(fact[1])],
         "qc": [study | {"limits": limit_ranges(study)} for study in results.qc],
         "costs": rule_costs(benchmarks),
