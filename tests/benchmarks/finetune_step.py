@@ -136,7 +136,7 @@ def main() -> None:
     targets = LabelTargets.of([classes], model.tokenizer, weight)
     settings = SETTINGS | {"batch_cells": arguments.batch_cells}
     work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())
-    steps = plan_epoch(cells.text_lengths(), BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
+    steps = plan_epoch(cells.text_lengths, BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
     made = stock_batches(work, steps)
     tokens = [int(batch["attention_mask"].sum()) for batch in made][2:]
     scored = [int((batch["labels"] >= 0).sum()) for batch in made][2:]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 
@@ -94,8 +95,9 @@ class Cells:
         parts = (*self.vectors[rows], padded, there, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
+    @cached_property
     def text_lengths(self) -> np.ndarray:
-        """Return the number of tokens of each text, int64 (cells,)."""
+        """The number of tokens of each text, int64 (cells,)."""
         return np.array([len(text) for text in self.texts])
 
     def openings_alone(self) -> "Cells":
@@ -349,10 +351,12 @@ class Finetuning:
         self.weights = balance(train.labels[:, 0].numpy()) if settings["balance"] else None
         size = BatchSize(settings["batch_cells"], settings["batch_tokens"], self._count_prompt())
         self.texts = Stage("finetune", train, validation, size)
-        # of openings, so many cells are read at once that they have as many tokens as a batch of whole texts
-        tokens = size.tokens or round(size.cells * (size.prompt + train.text_lengths().mean()))
-        openings = Stage("openings", train.openings_alone(), validation.openings_alone(), replace(size, tokens=tokens))
-        self.epochs = [openings] * settings["opening_epochs"] + [self.texts] * settings["epochs"]
+        self.epochs = [self.texts] * settings["epochs"]
+        if settings["opening_epochs"]:
+            # so many cells are read at once that they have as many tokens as a batch of whole texts
+            size = replace(size, tokens=size.tokens or round(size.cells * (size.prompt + train.text_lengths.mean())))
+            openings = Stage("openings", train.openings_alone(), validation.openings_alone(), size)
+            self.epochs = [openings] * settings["opening_epochs"] + self.epochs
         self.epoch_steps = [len(self._plan(epoch)) for epoch in range(len(self.epochs))]
         self.schedule = warm_up_then_decay(sum(self.epoch_steps))
         trainable = model.trainable()
@@ -375,7 +379,7 @@ class Finetuning:
         # one batch of a step after another adds to the gradient, so memory is that of one
         step_batches = self.settings["accumulate"] * self.team.size
         stage = self.epochs[epoch]
-        lengths = stage.train.text_lengths()
+        lengths = stage.train.text_lengths
         return plan_epoch(lengths, stage.size, step_batches, self.seed, epoch, self.weights, self.depths)
 
     @property
@@ -483,7 +487,7 @@ class Finetuning:
             token of the text is always the likeliest one, given those before it.
         """
         model = self.model.eval()
-        cells, text_lengths = self.stage.validation, self.stage.validation.text_lengths()
+        cells, text_lengths = self.stage.validation, self.stage.validation.text_lengths
         batches = self.stage.size.cut(np.argsort(text_lengths, kind="stable"), text_lengths)
         sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         for rows in batches[self.team.rank :: self.team.size]:
