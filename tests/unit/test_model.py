@@ -1,12 +1,16 @@
 """The path from vectors to text, on a tiny real language model."""
 
 import copy
+import sys
+from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from peft.tuners import lora
 from torch.nn import functional
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cell2text.errors import InputError
@@ -14,9 +18,10 @@ from cell2text.generation.describe import decode, read_text
 from cell2text.generation.greedy import Written, write_texts
 from cell2text.model import cell2text as m
 from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
-from cell2text.model.fused import FusedLora, FusedNorm, fuse_norms
+from cell2text.model.fused import FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
 from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
+from cell2text.model.shared_prompt import CELLS_IN_CACHE, Row, SharedPromptAttention
 
 CPU = torch.device("cpu")
 LORA = {"r": 4, "lora_alpha": 8}
@@ -74,7 +79,7 @@ def test_batch_mates_change_nothing(build, kind):
 
 
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
-def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind):
+def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind, monkeypatch):
     """One cell at a time through the stock model, prompt and all, against the whole batch in one row."""
     (vectors, lengths), model = cells(kind), build(kind)
     text = torch.randint(5, 300, (4, 9))
@@ -87,6 +92,7 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind):
     model.zero_grad()
 
     model.language_model.set_attn_implementation("eager")
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb.args[0])
     for part in model.modules():
         if type(part) is FusedLora:
             part.__class__ = lora.Linear
@@ -132,6 +138,64 @@ def test_fused_norm_takes_the_place_of_its_equals_alone():
     assert torch.allclose(model["same"](x), stock(x), atol=1e-6)
     ours, theirs = (torch.autograd.grad((norm(x) * direction).sum(), x)[0] for norm in (model["same"], stock))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_rotation_is_that_of_transformers():
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, heads, 5, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    cos, sin = torch.randn(2, 1, 5, 8, dtype=torch.float64)  # no angles: every number has to be at its own place
+    general = getattr(modeling_llama.apply_rotary_pos_emb, "args", [modeling_llama.apply_rotary_pos_emb])[0]
+    for ours, theirs in zip(rotate(None, q, k, cos, sin), general(q, k, cos, sin), strict=True):
+        assert torch.allclose(ours, theirs)
+    assert torch.autograd.gradcheck(lambda q, k: Rotation.apply(cos[:, None], sin[:, None], q, k), (q, k))
+
+
+def test_rotations_that_differ_are_left_alone(monkeypatch):
+    home = ModuleType("home")
+    monkeypatch.setitem(sys.modules, "home", home)
+    layer = type("Layer", (torch.nn.Module,), {"__module__": "home"})()
+    general = getattr(modeling_llama.apply_rotary_pos_emb, "args", [modeling_llama.apply_rotary_pos_emb])[0]
+
+    def other(q, k, cos, sin, unsqueeze_dim=1):
+        return [-x for x in general(q, k, cos, sin, unsqueeze_dim)]
+
+    def further(q, k, cos, sin, positions, unsqueeze_dim=1):
+        return general(q, k, cos, sin, unsqueeze_dim)
+
+    for function in (other, further, general):
+        home.apply_rotary_pos_emb = function
+        fuse_rotations(layer)
+        assert isinstance(home.apply_rotary_pos_emb, partial) == (function is general)
+    fused = home.apply_rotary_pos_emb
+    fuse_rotations(layer)
+    assert home.apply_rotary_pos_emb is fused
+    # of a head that turns in part the general function is asked
+    home.apply_rotary_pos_emb = partial(rotate, lambda *arguments: arguments)
+    arguments = (torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 3, 4), torch.ones(1, 3, 4), 1)
+    assert home.apply_rotary_pos_emb(*arguments) == arguments
+
+
+def test_attention_of_a_row_is_that_of_one_large_mask():
+    torch.manual_seed(0)
+    prompt, cells, length, heads, groups = 3, 2 * CELLS_IN_CACHE + 3, 40, 4, 2
+    there = torch.arange(length) < torch.randint(2, length + 1, (cells,))[:, None]
+    there[:, 1] = False  # as a projector leaves it that has fewer soft tokens for a cell
+    row = Row.of(prompt, there, torch.float64)
+    assert [part.cells for part in row.parts] == [CELLS_IN_CACHE, CELLS_IN_CACHE, 3]
+    tokens = prompt + int(there.sum())
+    q, k, v = (
+        torch.randn(1, tokens, count, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for count in (heads, groups, groups)
+    )
+    # of which cell each token is; the prompt is of all
+    owner = torch.cat([torch.full((prompt,), -1), torch.arange(cells)[:, None].expand(-1, length)[there]])
+    seen = ((owner[None] == owner[:, None]) | (owner == -1)).tril()
+    ours = SharedPromptAttention.apply(q, k, v, row, 0.3)
+    theirs = functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(ours, theirs)
+    direction = torch.randn_like(theirs)
+    for mine, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (ours, theirs)), strict=True):
+        assert torch.allclose(mine, other)
 
 
 def test_prompt_is_the_chat_template_with_the_cell_in_it(build):

@@ -464,6 +464,7 @@ class Finetuning:
         """
         model = self.model
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
+        rows = rows[np.argsort(self.stage.train.text_lengths[rows], kind="stable")]  # attention pads neighbours alone
         vectors, lengths, text, there, aligned_to = self.stage.train.batch(rows, model.device)
         soft, soft_there = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # of dropout, where there is any

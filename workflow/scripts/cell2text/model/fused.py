@@ -4,6 +4,11 @@ A step spends most of its time in many small operations on tensors as large as t
 here does the same in fewer of them; the weights stay where transformers and PEFT keep them.
 """
 
+import sys
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -82,8 +87,8 @@ class LoraProducts(torch.autograd.Function):
             for of_product, weight in zip(of_products, weights, strict=True):
                 add_product(of_x, of_product, weight)
             of_x = of_x.view(ctx.shape)
-        of_downs = (of_low.T.contiguous() @ rows).split([part.shape[1] for part in of_lows])
-        of_ups = [(low.T.contiguous() @ of_product).T for of_product, low in zip(of_products, lows, strict=True)]
+        of_downs = (of_low.T @ rows).split([part.shape[1] for part in of_lows])
+        of_ups = [(low.T @ of_product).T for of_product, low in zip(of_products, lows, strict=True)]
         return of_x, None, *[None] * 2 * count, *of_downs, *of_ups
 
 
@@ -207,3 +212,55 @@ def fuse_norms(model: nn.Module) -> None:
             same = torch.allclose(fused(probe[None]), module(probe[None]), rtol=0.02, atol=1e-3)
         if same:
             model.set_submodule(name, fused)
+
+
+class Rotation(torch.autograd.Function):
+    """Rotary positions: the halves (a, b) of each head are turned to (ac - bs, bc + as) (arXiv 2104.09864)."""
+
+    @staticmethod
+    def forward(ctx, cos: Tensor, sin: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Return the states, (batch, heads, tokens, width), turned by angles, (batch, 1, tokens, width)."""
+        ctx.save_for_backward(cos, sin)
+        return tuple(_turn(x, cos, sin) for x in states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *of_turned: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the states: what was turned is turned back."""
+        cos, sin = ctx.saved_tensors
+        back = sin.roll(sin.shape[-1] // 2, -1).neg_()
+        return None, None, *(_turn(x, cos, back) for x in of_turned)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return turned
+
+
+def rotate(
+    general: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys turned by ``Rotation``, or by the general function where only part of a head turns."""
+    if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+        return general(q, k, cos, sin, unsqueeze_dim)
+    return Rotation.apply(cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), q, k)
+
+
+def fuse_rotations(model: nn.Module) -> None:
+    """Let the model's layers call :func:`rotate` for transformers' function, where that computes the same.
+
+    The function is not a part of the model: it is replaced in the module of transformers that has the layers.
+    """
+    for home in {sys.modules[type(module).__module__] for module in model.modules()}:
+        general = getattr(home, "apply_rotary_pos_emb", None)
+        if general is None or isinstance(general, partial):  # none there, or ours already
+            continue
+        if list(signature(general).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+            continue
+        q, k, angles = torch.linspace(-2, 3, 96).view(3, 1, 2, 2, 8)
+        probe = q, k, angles[:, 0].cos(), angles[:, 0].sin()
+        if all(map(torch.allclose, rotate(general, *probe), general(*probe))):
+            home.apply_rotary_pos_emb = partial(rotate, general)

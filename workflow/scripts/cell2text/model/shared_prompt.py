@@ -4,6 +4,7 @@ The tokens stand in one row without padding: the prompt, then the rest of each c
 layers once; only here do cells part, each seeing the prompt and itself.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,59 @@ from transformers import AttentionInterface
 from cell2text.errors import InputError
 
 NAME = "shared_prompt"
-KEYS = 32  # lines of scores of a multiple of so many numbers fill a CPU's vectors
+# Lines of scores of a multiple of so many numbers fill a CPU's vectors, and those of so many cells its cache.
+KEYS, CELLS_IN_CACHE = 16, 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cells of a row that attend together, padded to the longest of them.
+
+    Parameters
+    ----------
+    tokens
+        Where the row holds them.
+    cells, length
+        Their number, and the padded length.
+    places
+        Where their tokens are among all cells x length, int64 (tokens,).
+    queries, keys
+        Which token of the row each of cells x length is, and each of cells x keys, int64: the keys are those of the
+        prompt and the cell, filled up to a multiple of ``KEYS``. Any token stands for one that is not there.
+    hidden
+        What is added to the scores, (cells, 1, 1, length, keys): 0 where a token may look, else minus infinity.
+    """
+
+    tokens: slice
+    cells: int
+    length: int
+    places: Tensor
+    queries: Tensor
+    keys: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, prompt: int, there: Tensor, start: int, dtype: torch.dtype) -> "Part":
+        """Return the part of cells whose tokens are ``there``, bool (cells, length), from a token of the row on."""
+        places = there.flatten().nonzero().squeeze(1)
+        numbers = (there.flatten().cumsum(0) - 1 + start).view(there.shape).masked_fill_(~there, 0)
+        of_prompt = torch.arange(prompt, device=there.device).expand(len(there), -1)
+        missing = -(prompt + there.shape[1]) % KEYS
+        keys = nn.functional.pad(torch.cat([of_prompt, numbers], dim=1), (0, missing))
+        # Every token sees the prompt, so that no line of scores is empty, even of one that is not there.
+        seen = nn.functional.pad(_causal(there.shape[1], there.device) & there[:, None], (prompt, 0), value=True)
+        seen = nn.functional.pad(seen, (0, missing))[:, None, None]
+        tokens = slice(start, start + len(places))
+        return cls(tokens, *there.shape, places, numbers.flatten(), keys.flatten(), _hide(seen, dtype))
+
+    def of_cells(self, by_cell: Tensor) -> Tensor:
+        """Return the tokens that are there, (tokens, ...), of (cells, length, ...)."""
+        return by_cell.flatten(0, 1).index_select(0, self.places)
+
+    def by_cell(self, tokens: Tensor) -> Tensor:
+        """Undo :meth:`of_cells`: return (cells, length, ...), zero where no token is."""
+        padded = tokens.new_zeros(self.cells * self.length, *tokens.shape[1:])
+        return padded.index_copy_(0, self.places, tokens).unflatten(0, (self.cells, self.length))
 
 
 @dataclass(frozen=True)
@@ -29,34 +82,29 @@ class Row:
         bool (cells, length): which of a cell's tokens are there. The row holds these alone.
     places
         Where they are among all cells x length, int64 (tokens,).
-    hidden
-        What is added to the scores of the cells' tokens, (cells, 1, 1, length, keys): 0 where a token may look, else
-        minus infinity. The keys are those of the prompt and the cell, filled up to a multiple of ``KEYS``.
+    parts
+        The cells, in their order. On a CPU a part is of few, so that cells sorted by length cost little padding.
     hidden_in_prompt
-        The same for the prompt's tokens, (prompt, prompt).
+        What is added to the scores among the prompt's tokens, (prompt, prompt).
     """
 
     prompt: int
     there: Tensor
     places: Tensor
-    hidden: Tensor
+    parts: list[Part]
     hidden_in_prompt: Tensor
 
     @classmethod
     def of(cls, prompt: int, there: Tensor, dtype: torch.dtype) -> "Row":
         """Return the row of cells whose tokens are ``there``, for scores of a dtype."""
-
-        def causal(length: int) -> Tensor:
-            return torch.ones(length, length, dtype=torch.bool, device=there.device).tril()
-
-        # Every token sees the prompt, so that no line of scores is empty, even of one that is not there.
-        seen = nn.functional.pad(causal(there.shape[1]) & there[:, None], (prompt, 0), value=True)
-        seen = nn.functional.pad(seen, (0, -seen.shape[2] % KEYS))
-        hidden, in_prompt = (
-            torch.zeros(seen.shape, dtype=dtype, device=there.device).masked_fill_(~seen, float("-inf"))
-            for seen in (seen[:, None, None], causal(prompt))
-        )
-        return cls(prompt, there, there.flatten().nonzero().squeeze(1), hidden, in_prompt)
+        parts, start = [], prompt
+        for some in (there,) if there.is_cuda else there.split(CELLS_IN_CACHE):
+            if not there.is_cuda:  # where the count would have to be waited for
+                some = some[:, : int(some.any(0).nonzero().max()) + 1]
+            parts.append(Part.of(prompt, some, start, dtype))
+            start = parts[-1].tokens.stop
+        places = there.flatten().nonzero().squeeze(1)
+        return cls(prompt, there, places, parts, _hide(_causal(prompt, there.device), dtype))
 
     def positions(self) -> Tensor:
         """Return the position of each token in its own text, int64 (1, prompt + tokens)."""
@@ -67,10 +115,13 @@ class Row:
         """Return the tokens that are there, (tokens, ...), of (cells, length, ...)."""
         return by_cell.flatten(0, 1).index_select(0, self.places)
 
-    def by_cell(self, tokens: Tensor) -> Tensor:
-        """Undo :meth:`of_cells`: return (cells, length, ...), zero where no token is."""
-        padded = tokens.new_zeros(self.there.numel(), *tokens.shape[1:])
-        return padded.index_copy_(0, self.places, tokens).unflatten(0, self.there.shape)
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _hide(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -115,60 +166,55 @@ class SharedPromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float) -> Tensor:
         """Return the output, (1, tokens, heads, width), for (1, heads or groups, tokens, width)."""
-        prompt, groups = row.prompt, key.shape[1]
-        in_prompt, saved_prompt = attend_plainly(
-            query[:, :, :prompt].unflatten(1, (groups, -1)),
-            key[:, :, :prompt],
-            value[:, :, :prompt],
-            row.hidden_in_prompt,
-            scale,
-        )
-        keys, values = (_with_prompt(part, row) for part in (key, value))
-        in_cells, saved_cells = attend_plainly(
-            _by_cell(query, row).unflatten(1, (groups, -1)), keys, values, row.hidden, scale
-        )
-        ctx.save_for_backward(*saved_prompt, *saved_cells)
+        groups = key.shape[1]
+        tokens = [states[0].transpose(0, 1) for states in (query, key, value)]  # (tokens, heads or groups, width)
+        of_prompt = (states[: row.prompt].transpose(0, 1)[None] for states in tokens)
+        in_prompt, saved = attend_plainly(*_in_groups(of_prompt, groups), row.hidden_in_prompt, scale)
+        output = torch.empty_like(tokens[0], memory_format=torch.contiguous_format)
+        output[: row.prompt] = in_prompt.flatten(1, 2)[0].transpose(0, 1)
+        for part in row.parts:
+            by_cell = (
+                states.index_select(0, which).unflatten(0, (part.cells, -1)).transpose(1, 2)
+                for states, which in zip(tokens, (part.queries, part.keys, part.keys), strict=True)
+            )
+            in_cells, saved_cells = attend_plainly(*_in_groups(by_cell, groups), part.hidden, scale)
+            output[part.tokens] = part.of_cells(in_cells.flatten(1, 2).transpose(1, 2))
+            saved += saved_cells
+        ctx.save_for_backward(*saved)
         ctx.row, ctx.scale = row, scale
-        return torch.cat(
-            [in_prompt.flatten(1, 2)[0].transpose(0, 1), row.of_cells(in_cells.flatten(1, 2).transpose(1, 2))]
-        )[None]
+        return output[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Return the gradients of query, key and value."""
         row, prompt, scale = ctx.row, ctx.row.prompt, ctx.scale
-        saved = ctx.saved_tensors
-        saved_prompt, saved_cells = saved[:4], saved[4:]
-        groups = saved_prompt[1].shape[1]
-        of_heads = of_output.transpose(1, 2)
-        from_prompt = differentiate_plainly(saved_prompt, of_heads[:, :, :prompt].unflatten(1, (groups, -1)), scale)
-        from_cells = differentiate_plainly(saved_cells, _by_cell(of_heads, row).unflatten(1, (groups, -1)), scale)
-        gradients = []
-        for of_prompt, of_cells in zip(from_prompt, from_cells, strict=True):
-            if of_prompt.ndim == 5:  # of the query
-                of_prompt, own = of_prompt.flatten(1, 2), of_cells.flatten(1, 2)
-            else:  # keys and values of the prompt serve every cell
-                last = prompt + row.there.shape[1]
-                of_prompt, own = of_prompt + of_cells[:, :, :prompt].sum(0), of_cells[:, :, prompt:last]
-            gradient = torch.cat([of_prompt[0].transpose(0, 1), row.of_cells(own.transpose(1, 2))])
-            gradients.append(gradient[None].transpose(1, 2))
-        return *gradients, None, None
+        saved, of_output = ctx.saved_tensors, of_output[0]
+        groups = saved[1].shape[1]
+        of_prompt = of_output[:prompt].transpose(0, 1)[None].unflatten(1, (groups, -1))
+        from_prompt = differentiate_plainly(saved[:4], of_prompt, scale)
+        from_prompt = [from_prompt[0].flatten(1, 2), *from_prompt[1:]]
+        gradients = [
+            of_output.new_empty(len(of_output), gradient.shape[1], gradient.shape[3]) for gradient in from_prompt
+        ]
+        for gradient, start in zip(gradients, from_prompt, strict=True):
+            gradient[:prompt] = start[0].transpose(0, 1)
+        for number, part in enumerate(row.parts, 1):
+            of_cells = part.by_cell(of_output[part.tokens]).transpose(1, 2).unflatten(1, (groups, -1))
+            of_q, *of_keys = differentiate_plainly(saved[4 * number : 4 * number + 4], of_cells, scale)
+            gradients[0][part.tokens] = part.of_cells(of_q.flatten(1, 2).transpose(1, 2))
+            for gradient, of_key in zip(gradients[1:], of_keys, strict=True):
+                # keys and values of the prompt serve every cell
+                gradient[:prompt] += of_key[:, :, :prompt].sum(0).transpose(0, 1)
+                own = of_key[:, :, prompt : prompt + part.length]
+                gradient[part.tokens] = part.of_cells(own.transpose(1, 2))
+        return *(gradient.transpose(0, 1)[None] for gradient in gradients), None, None
 
 
-def _by_cell(states: Tensor, row: Row) -> Tensor:
-    """Return the cells' part of a row, (1, heads, tokens, width), as (cells, heads, length, width)."""
-    return row.by_cell(states[0, :, row.prompt :].transpose(0, 1)).transpose(1, 2)
-
-
-def _with_prompt(states: Tensor, row: Row) -> Tensor:
-    """Return the keys or values that each cell sees: the prompt's, its own, and zeros, (cells, groups, keys, width)."""
-    prompt, last = row.prompt, row.prompt + row.there.shape[1]
-    all_keys = states.new_empty(len(row.there), states.shape[1], row.hidden.shape[-1], states.shape[3])
-    all_keys[:, :, :prompt] = states[:, :, :prompt]
-    all_keys[:, :, prompt:last] = _by_cell(states, row)
-    all_keys[:, :, last:] = 0
-    return all_keys
+def _in_groups(states: Iterable[Tensor], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, the heads of the queries by the group that shares keys and values."""
+    q, k, v = states
+    return q.unflatten(1, (groups, -1)), k, v
 
 
 def attend(
