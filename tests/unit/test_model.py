@@ -51,6 +51,12 @@ def cells(kind, count=4, seed=1):
     return vectors * (torch.arange(6) < lengths[:, None])[..., None], lengths
 
 
+def stock_rotation():
+    """Return transformers' own function, whether or not a model has been built that replaces it."""
+    function = modeling_llama.apply_rotary_pos_emb
+    return function.args[0] if isinstance(function, partial) else function
+
+
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
 def test_soft_tokens_have_the_length_of_the_models_own(build, kind):
     model = build(kind)
@@ -92,7 +98,7 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind, mo
     model.zero_grad()
 
     model.language_model.set_attn_implementation("eager")
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb.args[0])
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", stock_rotation())
     for part in model.modules():
         if type(part) is FusedLora:
             part.__class__ = lora.Linear
@@ -144,7 +150,7 @@ def test_rotation_is_that_of_transformers():
     torch.manual_seed(0)
     q, k = (torch.randn(1, heads, 5, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
     cos, sin = torch.randn(2, 1, 5, 8, dtype=torch.float64)  # no angles: every number has to be at its own place
-    general = getattr(modeling_llama.apply_rotary_pos_emb, "args", [modeling_llama.apply_rotary_pos_emb])[0]
+    general = stock_rotation()
     for ours, theirs in zip(rotate(None, q, k, cos, sin), general(q, k, cos, sin), strict=True):
         assert torch.allclose(ours, theirs)
     assert torch.autograd.gradcheck(lambda q, k: Rotation.apply(cos[:, None], sin[:, None], q, k), (q, k))
@@ -154,7 +160,7 @@ def test_rotations_that_differ_are_left_alone(monkeypatch):
     home = ModuleType("home")
     monkeypatch.setitem(sys.modules, "home", home)
     layer = type("Layer", (torch.nn.Module,), {"__module__": "home"})()
-    general = getattr(modeling_llama.apply_rotary_pos_emb, "args", [modeling_llama.apply_rotary_pos_emb])[0]
+    general = stock_rotation()
 
     def other(q, k, cos, sin, unsqueeze_dim=1):
         return [-x for x in general(q, k, cos, sin, unsqueeze_dim)]

@@ -4,7 +4,6 @@ The tokens stand in one row without padding: the prompt, then the rest of each c
 layers once; only here do cells part, each seeing the prompt and itself.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,7 @@ class Part:
         Which token of the row each of cells x length is, and each of cells x keys, int64: the keys are those of the
         prompt and the cell, filled up to a multiple of ``KEYS``. Any token stands for one that is not there.
     hidden
-        What is added to the scores, (cells, 1, 1, length, keys): 0 where a token may look, else minus infinity.
+        What is added to the scores, (cells, 1, length, keys): 0 where a token may look, else minus infinity.
     """
 
     tokens: slice
@@ -56,7 +55,7 @@ class Part:
         keys = nn.functional.pad(torch.cat([of_prompt, numbers], dim=1), (0, missing))
         # Every token sees the prompt, so that no line of scores is empty, even of one that is not there.
         seen = nn.functional.pad(_causal(there.shape[1], there.device) & there[:, None], (prompt, 0), value=True)
-        seen = nn.functional.pad(seen, (0, missing))[:, None, None]
+        seen = nn.functional.pad(seen, (0, missing))[:, None]
         tokens = slice(start, start + len(places))
         return cls(tokens, *there.shape, places, numbers.flatten(), keys.flatten(), _hide(seen, dtype))
 
@@ -125,24 +124,24 @@ def _hide(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return softmax(q k' scale + hidden) v, (batch, groups, heads, queries, width), and what its gradient needs.
+    """Return softmax(q k' scale + hidden) v, (batch, heads, queries, width), and what its gradient needs.
 
     In bfloat16 on CPUs this is much faster than fused attention at the lengths of a description.
 
     Parameters
     ----------
     q
-        (batch, groups, heads, queries, width): the heads of a group share keys and values.
+        (batch, heads, queries, width).
     k, v
-        (batch, groups, keys, width).
+        (batch, groups, keys, width): so many heads, one after the other, share those of a group.
     hidden
-        Added to the scores, (batch, groups, heads, queries, keys) or what broadcasts to it.
+        Added to the scores, (batch, heads, queries, keys) or what broadcasts to it.
     scale
         Of the scores.
     """
-    rows = q.flatten(2, 3) * scale
+    rows = _in_groups(q, k) * scale
     scores = rows @ k.transpose(-1, -2)
-    scores.view(*q.shape[:4], -1).add_(hidden)
+    scores.view(*q.shape[:3], -1).add_(hidden)
     shares = scores.softmax(-1)
     return (shares @ v).view(q.shape), (rows, k, v, shares)
 
@@ -151,7 +150,7 @@ def differentiate_plainly(saved: tuple[Tensor, ...], of_output: Tensor, scale: f
     """Return the gradients of q, k and v of :func:`attend_plainly`."""
     rows, k, v, shares = saved
     shape = of_output.shape
-    of_output = of_output.flatten(2, 3)
+    of_output = _in_groups(of_output, k)
     of_shares = of_output @ v.transpose(-1, -2)
     of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
     of_q = (of_scores @ k).mul_(scale).view(shape)
@@ -160,25 +159,29 @@ def differentiate_plainly(saved: tuple[Tensor, ...], of_output: Tensor, scale: f
     return of_q, of_k, of_v
 
 
+def _in_groups(of_heads: Tensor, k: Tensor) -> Tensor:
+    """Return (batch, heads, queries, width) as (batch, groups, heads of a group x queries, width)."""
+    return of_heads.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+
+
 class SharedPromptAttention(torch.autograd.Function):
     """The attention of a row: the prompt's tokens among themselves, each cell's to the prompt and its own."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, row: Row, scale: float) -> Tensor:
         """Return the output, (1, tokens, heads, width), for (1, heads or groups, tokens, width)."""
-        groups = key.shape[1]
         tokens = [states[0].transpose(0, 1) for states in (query, key, value)]  # (tokens, heads or groups, width)
         of_prompt = (states[: row.prompt].transpose(0, 1)[None] for states in tokens)
-        in_prompt, saved = attend_plainly(*_in_groups(of_prompt, groups), row.hidden_in_prompt, scale)
+        in_prompt, saved = attend_plainly(*of_prompt, row.hidden_in_prompt, scale)
         output = torch.empty_like(tokens[0], memory_format=torch.contiguous_format)
-        output[: row.prompt] = in_prompt.flatten(1, 2)[0].transpose(0, 1)
+        output[: row.prompt] = in_prompt[0].transpose(0, 1)
         for part in row.parts:
             by_cell = (
                 states.index_select(0, which).unflatten(0, (part.cells, -1)).transpose(1, 2)
                 for states, which in zip(tokens, (part.queries, part.keys, part.keys), strict=True)
             )
-            in_cells, saved_cells = attend_plainly(*_in_groups(by_cell, groups), part.hidden, scale)
-            output[part.tokens] = part.of_cells(in_cells.flatten(1, 2).transpose(1, 2))
+            in_cells, saved_cells = attend_plainly(*by_cell, part.hidden, scale)
+            output[part.tokens] = part.of_cells(in_cells.transpose(1, 2))
             saved += saved_cells
         ctx.save_for_backward(*saved)
         ctx.row, ctx.scale = row, scale
@@ -190,31 +193,22 @@ class SharedPromptAttention(torch.autograd.Function):
         """Return the gradients of query, key and value."""
         row, prompt, scale = ctx.row, ctx.row.prompt, ctx.scale
         saved, of_output = ctx.saved_tensors, of_output[0]
-        groups = saved[1].shape[1]
-        of_prompt = of_output[:prompt].transpose(0, 1)[None].unflatten(1, (groups, -1))
-        from_prompt = differentiate_plainly(saved[:4], of_prompt, scale)
-        from_prompt = [from_prompt[0].flatten(1, 2), *from_prompt[1:]]
+        from_prompt = differentiate_plainly(saved[:4], of_output[:prompt].transpose(0, 1)[None], scale)
         gradients = [
             of_output.new_empty(len(of_output), gradient.shape[1], gradient.shape[3]) for gradient in from_prompt
         ]
         for gradient, start in zip(gradients, from_prompt, strict=True):
             gradient[:prompt] = start[0].transpose(0, 1)
         for number, part in enumerate(row.parts, 1):
-            of_cells = part.by_cell(of_output[part.tokens]).transpose(1, 2).unflatten(1, (groups, -1))
+            of_cells = part.by_cell(of_output[part.tokens]).transpose(1, 2)
             of_q, *of_keys = differentiate_plainly(saved[4 * number : 4 * number + 4], of_cells, scale)
-            gradients[0][part.tokens] = part.of_cells(of_q.flatten(1, 2).transpose(1, 2))
+            gradients[0][part.tokens] = part.of_cells(of_q.transpose(1, 2))
             for gradient, of_key in zip(gradients[1:], of_keys, strict=True):
                 # keys and values of the prompt serve every cell
                 gradient[:prompt] += of_key[:, :, :prompt].sum(0).transpose(0, 1)
                 own = of_key[:, :, prompt : prompt + part.length]
                 gradient[part.tokens] = part.of_cells(own.transpose(1, 2))
         return *(gradient.transpose(0, 1)[None] for gradient in gradients), None, None
-
-
-def _in_groups(states: Iterable[Tensor], groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, the heads of the queries by the group that shares keys and values."""
-    q, k, v = states
-    return q.unflatten(1, (groups, -1)), k, v
 
 
 def attend(
