@@ -189,19 +189,24 @@ def test_attention_of_a_row_is_that_of_one_large_mask():
     row = Row.of(prompt, there, torch.float64)
     assert [part.cells for part in row.parts] == [CELLS_IN_CACHE, CELLS_IN_CACHE, 3]
     tokens = prompt + int(there.sum())
+    filled = row.positions().shape[1]
+    assert (filled % 32, filled - tokens) == (0, row.filling) and row.filling
     q, k, v = (
-        torch.randn(1, tokens, count, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        torch.randn(1, filled, count, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for count in (heads, groups, groups)
     )
     # of which cell each token is; the prompt is of all
     owner = torch.cat([torch.full((prompt,), -1), torch.arange(cells)[:, None].expand(-1, length)[there]])
     seen = ((owner[None] == owner[:, None]) | (owner == -1)).tril()
     ours = SharedPromptAttention.apply(q, k, v, row, 0.3)
-    theirs = functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
-    assert torch.allclose(ours, theirs)
-    direction = torch.randn_like(theirs)
-    for mine, other in zip(*(torch.autograd.grad(x, (q, k, v), direction) for x in (ours, theirs)), strict=True):
-        assert torch.allclose(mine, other)
+    without = (part[:, :, :tokens] for part in (q, k, v))
+    theirs = functional.scaled_dot_product_attention(*without, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(ours[:, :tokens], theirs) and not ours[:, tokens:].any()
+    direction = torch.randn_like(ours)
+    of_ours = torch.autograd.grad(ours, (q, k, v), direction)
+    of_theirs = torch.autograd.grad(theirs, (q, k, v), direction[:, :tokens])
+    for mine, other in zip(of_ours, of_theirs, strict=True):
+        assert torch.allclose(mine, other) and not mine[:, :, tokens:].any()
 
 
 def test_prompt_is_the_chat_template_with_the_cell_in_it(build):

@@ -160,21 +160,19 @@ class Cell2Text(nn.Module):
 
     def states_before(self, soft: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Return the hidden state before each token of the texts, (tokens, width); parameters as of `text_loss`."""
-        before, after = (
-            self.embed_tokens(half.to(soft.device))[None] for half in (self.prompt.before, self.prompt.after)
-        )
+        before, after = (self.embed_tokens(half.to(soft.device)) for half in (self.prompt.before, self.prompt.after))
         of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), self.embed_tokens(text)], dim=1)
-        mask = torch.cat([there, there.new_ones(len(soft), after.shape[1]), text_mask], dim=1)
-        row = Row.of(before.shape[1], mask, before.dtype)
+        mask = torch.cat([there, there.new_ones(len(soft), len(after)), text_mask], dim=1)
+        row = Row.of(len(before), mask, before.dtype)
         hidden = self.decoder(
-            inputs_embeds=torch.cat([before, row.of_cells(of_cells)[None]], dim=1),
+            inputs_embeds=row.join(before, of_cells),
             position_ids=row.positions(),
             use_cache=False,
             row=row,
         ).last_hidden_state
         # The hidden state before a token predicts it.
         of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
-        return hidden[0, row.prompt - 1 : -1].index_select(0, of_text.nonzero().squeeze(1))
+        return hidden[0, row.prompt - 1 :].index_select(0, of_text.nonzero().squeeze(1))
 
     def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
         """Return the summed negative log likelihood of tokens, (tokens,), given the states before them."""

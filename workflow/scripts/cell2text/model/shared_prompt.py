@@ -1,7 +1,7 @@
 """Attention over many texts that begin with the same prompt, which is read once.
 
-The tokens stand in one row without padding: the prompt, then the rest of each cell. Each of them passes through the
-layers once; only here do cells part, each seeing the prompt and itself.
+The tokens stand in one row: the prompt, then the rest of each cell, then a few that fill it up. Each of them passes
+through the layers once; only here do cells part, each seeing the prompt and itself.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from cell2text.errors import InputError
 NAME = "shared_prompt"
 # Lines of scores of a multiple of so many numbers fill a CPU's vectors, and those of so many cells its cache.
 KEYS, CELLS_IN_CACHE = 16, 8
+# Rows are filled up to a multiple of so many tokens: oneDNN takes milliseconds for the first product of each new size.
+TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Row:
     ----------
     prompt
         Number of tokens of the shared prompt, at the row's beginning; at least one.
+    filling
+        Number of tokens at its end that belong to no cell.
     there
         bool (cells, length): which of a cell's tokens are there. The row holds these alone.
     places
@@ -88,6 +92,7 @@ class Row:
     """
 
     prompt: int
+    filling: int
     there: Tensor
     places: Tensor
     parts: list[Part]
@@ -103,12 +108,17 @@ class Row:
             parts.append(Part.of(prompt, some, start, dtype))
             start = parts[-1].tokens.stop
         places = there.flatten().nonzero().squeeze(1)
-        return cls(prompt, there, places, parts, _hide(_causal(prompt, there.device), dtype))
+        return cls(prompt, -start % TOKENS, there, places, parts, _hide(_causal(prompt, there.device), dtype))
+
+    def join(self, of_prompt: Tensor, by_cell: Tensor) -> Tensor:
+        """Return the row, (1, tokens, ...), of (prompt, ...) and (cells, length, ...); zeros fill it up."""
+        filling = of_prompt.new_zeros(self.filling, *of_prompt.shape[1:])
+        return torch.cat([of_prompt, self.of_cells(by_cell), filling])[None]
 
     def positions(self) -> Tensor:
-        """Return the position of each token in its own text, int64 (1, prompt + tokens)."""
+        """Return the position of each token in its own text, int64 (1, tokens)."""
         own = self.there.long().cumsum(1) - 1 + self.prompt
-        return torch.cat([torch.arange(self.prompt, device=own.device), self.of_cells(own)])[None]
+        return self.join(torch.arange(self.prompt, device=own.device), own)
 
     def of_cells(self, by_cell: Tensor) -> Tensor:
         """Return the tokens that are there, (tokens, ...), of (cells, length, ...)."""
@@ -139,9 +149,10 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float
     scale
         Of the scores.
     """
-    rows = _in_groups(q, k) * scale
+    rows, k, v = _in_groups(q, k), k.contiguous(), v.contiguous()  # else each product would copy them
     scores = rows @ k.transpose(-1, -2)
-    scores.view(*q.shape[:3], -1).add_(hidden)
+    of_heads = scores.view(*q.shape[:3], -1)
+    torch.add(hidden, of_heads, alpha=scale, out=of_heads)
     shares = scores.softmax(-1)
     return (shares @ v).view(q.shape), (rows, k, v, shares)
 
@@ -154,7 +165,7 @@ def differentiate_plainly(saved: tuple[Tensor, ...], of_output: Tensor, scale: f
     of_shares = of_output @ v.transpose(-1, -2)
     of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
     of_q = (of_scores @ k).mul_(scale).view(shape)
-    of_k = (rows.transpose(-1, -2) @ of_scores).transpose(-1, -2)
+    of_k = (rows.transpose(-1, -2) @ of_scores).mul_(scale).transpose(-1, -2)
     of_v = (of_output.transpose(-1, -2) @ shares).transpose(-1, -2)
     return of_q, of_k, of_v
 
@@ -183,6 +194,7 @@ class SharedPromptAttention(torch.autograd.Function):
             in_cells, saved_cells = attend_plainly(*by_cell, part.hidden, scale)
             output[part.tokens] = part.of_cells(in_cells.transpose(1, 2))
             saved += saved_cells
+        output[len(output) - row.filling :] = 0
         ctx.save_for_backward(*saved)
         ctx.row, ctx.scale = row, scale
         return output[None]
@@ -199,6 +211,7 @@ class SharedPromptAttention(torch.autograd.Function):
         ]
         for gradient, start in zip(gradients, from_prompt, strict=True):
             gradient[:prompt] = start[0].transpose(0, 1)
+            gradient[len(gradient) - row.filling :] = 0
         for number, part in enumerate(row.parts, 1):
             of_cells = part.by_cell(of_output[part.tokens]).transpose(1, 2)
             of_q, *of_keys = differentiate_plainly(saved[4 * number : 4 * number + 4], of_cells, scale)
