@@ -73,12 +73,13 @@ class MasterAdamW:
                     self.gradients[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 self.team.add_up_for(self.owners[name], self.gradients[name])
         for name, master in self.masters.items():
-            if name in self.gradients:
-                master.grad = self.gradients[name].mul_(gradient_scale)
+            master.grad = self.gradients.get(name)
         self.gradients.clear()
         there = [master.grad for master in self.masters.values() if master.grad is not None]
-        square = self.team.add_up(nn.utils.get_total_norm(there).to(next(iter(self.parameters.values())).device) ** 2)
-        nn.utils.clip_grads_with_norm_(self.masters.values(), self.clip, square.sqrt())
+        square = nn.utils.get_total_norm(there).to(next(iter(self.parameters.values())).device) ** 2
+        norm = self.team.add_up(square).sqrt() * gradient_scale
+        if there:  # in one pass: to the mean, and to the largest norm, with torch's guard against a norm of 0
+            torch._foreach_mul_(there, gradient_scale * (self.clip / (norm + 1e-6)).clamp(max=1.0))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
