@@ -5,7 +5,7 @@ Run by `make requirements` inside the virtual environment whose versions are to 
 
 import re
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import yaml
@@ -44,8 +44,8 @@ def named_pins() -> dict[str, str]:
 
 def installed() -> dict[str, str]:
     """Return package -> version in this environment, local suffixes such as +cpu cut off."""
-    versions = {normal_name(d.metadata["Name"]): d.version.split("+")[0] for d in distributions()}
-    return dict(sorted(versions.items()))
+    names = {normal_name(d.metadata["Name"]) for d in distributions()}
+    return {name: version(name).split("+")[0] for name in sorted(names)}
 
 
 def render() -> str:

@@ -3,7 +3,7 @@
 import copy
 import sys
 from functools import partial
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import numpy as np
 import pytest
@@ -17,8 +17,9 @@ from cell2text.errors import InputError
 from cell2text.generation.describe import decode, read_text
 from cell2text.generation.greedy import Written, write_texts
 from cell2text.model import cell2text as m
+from cell2text.model import fused
 from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
-from cell2text.model.fused import FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
+from cell2text.model.fused import FusedGate, FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
 from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
 from cell2text.model.shared_prompt import CELLS_IN_CACHE, Row, SharedPromptAttention
@@ -92,6 +93,7 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind, mo
     there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
     assert sum(type(part) is FusedLora for part in model.modules()) == 14
     assert sum(type(part) is FusedNorm for part in model.modules()) == 5
+    assert sum(type(part) is FusedGate for part in model.modules()) == 2
     ours, tokens = model.text_loss(*model.projector(vectors, lengths), text, there)
     ours.backward()
     gradients = {name: value.grad.clone() for name, value in model.trainable().items()}
@@ -102,6 +104,8 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind, mo
     for part in model.modules():
         if type(part) is FusedLora:
             part.__class__ = lora.Linear
+        if type(part) is FusedGate:
+            part.act_fn, part.forward = torch.nn.SiLU(), MethodType(modeling_llama.LlamaMLP.forward, part)
     theirs = 0
     for i in range(4):
         prompt, mask = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
@@ -144,6 +148,63 @@ def test_fused_norm_takes_the_place_of_its_equals_alone():
     assert torch.allclose(model["same"](x), stock(x), atol=1e-6)
     ours, theirs = (torch.autograd.grad((norm(x) * direction).sum(), x)[0] for norm in (model["same"], stock))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_fused_gates_take_the_place_of_their_equals_alone():
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "mlp_bias": True,
+    }
+    stock = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(**settings))
+    other = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(**settings, hidden_act="gelu"))
+    model = torch.nn.ModuleDict({"same": copy.deepcopy(stock), "other": other})
+    names = set(model.state_dict())
+    fused.fuse_gates(model)
+    assert (type(model["same"]), type(model["other"])) == (FusedGate, modeling_llama.LlamaMLP)
+    assert set(model.state_dict()) == names
+    x = torch.randn(5, 8, requires_grad=True)
+    for ours, theirs in zip(
+        *([y, *torch.autograd.grad(y.sum(), x)] for y in (model["same"](x), stock(x))), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_what_is_compiled_computes_the_same(monkeypatch):
+    torch.manual_seed(0)
+    x, weight, d = torch.randn(3, 70, 64).bfloat16(), torch.randn(64).bfloat16(), torch.randn(3, 70, 64).bfloat16()
+    inverse = fused.normalise(x, weight, 1e-5)[1]
+    functions = [
+        (fused.normalise, (x, weight, 1e-5)),
+        (fused.differentiate_norm, (d, x, weight, inverse)),
+        (fused.gate_by_silu, (x, d)),
+        (fused.differentiate_gate, (d, x, weight.expand_as(x))),
+    ]
+    compiled = [function(*arguments) for function, arguments in functions]
+    monkeypatch.setattr(fused, "can_compile", lambda: False)
+    for (function, arguments), found in zip(functions, compiled, strict=True):
+        exact = function(*(part.float() if torch.is_tensor(part) else part for part in arguments))
+        plain = function(*arguments)
+        for a, b, c in zip(
+            *(parts if isinstance(parts, tuple) else [parts] for parts in (found, plain, exact)), strict=True
+        ):
+            assert torch.allclose(a.float(), c, rtol=0.02, atol=0.02), function
+            assert (a.float() - c).abs().mean() <= 1.01 * (b.float() - c).abs().mean(), function
+
+
+def test_without_a_compiler_a_step_is_as_it_is_written(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("no g++\nand a long story")
+
+    fused.can_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", fail)
+    with caplog.at_level("INFO", logger="cell2text.model"):
+        assert not fused.can_compile()
+    fused.can_compile.cache_clear()
+    assert caplog.messages == ["torch cannot compile here, so a step takes a little longer (no g++)"]
 
 
 def test_rotation_is_that_of_transformers():

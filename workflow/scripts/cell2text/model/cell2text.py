@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from cell2text.contracts import read_json, write_json
 from cell2text.device import pick_device, pick_precision
 from cell2text.errors import InputError
-from cell2text.model.fused import FusedLora, fuse_norms, fuse_rotations, join_siblings
+from cell2text.model.fused import FusedLora, fuse_gates, fuse_norms, fuse_rotations, join_siblings
 from cell2text.model.loss import TextLoss
 from cell2text.model.projectors import build_projector
 from cell2text.model.shared_prompt import NAME, Row
@@ -303,6 +303,7 @@ def build(
     model, tokenizer = load_language_model(language_model, device, NAME, mode == "qlora")
     embeddings = model.get_input_embeddings().weight
     fuse_norms(model)
+    fuse_gates(model)
     fuse_rotations(model)
     tuned = model.requires_grad_(True) if mode == "full" else _add_adapter(model, tuning)
     new = build_projector(projector, dimensions, model.config.hidden_size).to(device)

@@ -4,18 +4,25 @@ A step spends most of its time in many small operations on tensors as large as t
 here does the same in fewer of them; the weights stay where transformers and PEFT keep them.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial, wraps
 from inspect import signature
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-# oneDNN leaves all but one thread idle where more rows than these meet few outputs; blocks of 32 rows fill its tiles.
-ROWS_AT_ONCE, FEW_OUTPUTS, TILE = 544, range(257, 1024), 32
+log = logging.getLogger("cell2text.model")
+
+# oneDNN leaves all but one thread idle where so many rows with so many inputs meet so few outputs. Blocks of rows,
+# multiples of the 32 that fill its tiles, are spread over the threads.
+IDLE_ROWS, IDLE_INPUTS, IDLE_OUTPUTS = range(545, 1472), 512, range(257, 1024)
+TILE = 32
 # Layers that read the same input, one after the other, in every model of transformers that names them so.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -28,10 +35,10 @@ def add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
     total, rows, matrix
         (rows, outputs), (rows, inputs) and (inputs, outputs).
     """
-    count = len(rows)
-    if not rows.is_cuda and matrix.shape[1] in FEW_OUTPUTS:
-        count = -(-count // -(-count // ROWS_AT_ONCE))
-    count = -(-count // TILE) * TILE
+    count, (inputs, outputs) = len(rows), matrix.shape
+    if not rows.is_cuda and count in IDLE_ROWS and inputs >= IDLE_INPUTS and outputs in IDLE_OUTPUTS:
+        blocks = -(-count // (IDLE_ROWS.start - 1))
+        count = -(-count // (blocks * TILE)) * TILE
     for out, block in zip(total.split(count), rows.split(count), strict=True):
         out.addmm_(block, matrix)
 
@@ -153,27 +160,78 @@ def join_siblings(model: nn.Module) -> None:
                     object.__setattr__(layer, "siblings", layers)
 
 
+@cache
+def can_compile() -> bool:
+    """Return whether torch can compile for this CPU, for which it needs a C++ compiler and Python's headers."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a pool of processes would stay
+    try:
+        torch.compile(torch.neg)(torch.ones(2))
+    except (RuntimeError, OSError) as error:
+        told = str(error).strip().partition("\n")[0]
+        log.info("torch cannot compile here, so a step takes a little longer (%s)", told)
+        return False
+    return True
+
+
+def in_one_pass(function: Callable) -> Callable:
+    """Compile a function whose operations are on single numbers or sums of lines, so that each tensor is read once.
+
+    Only for bfloat16 on a CPU, which else rounds and stores after each operation. Elsewhere it runs as it is written.
+    """
+    compiled = torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def run(x: Tensor, *others: Tensor | float) -> Tensor | tuple[Tensor, ...]:
+        fast = x.dtype == torch.bfloat16 and not x.is_cuda and can_compile()
+        return (compiled if fast else function)(x, *others)
+
+    return run
+
+
+@in_one_pass
+def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return x / sqrt(mean(x^2) + epsilon) * weight, and by what x was multiplied, (..., 1)."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
+    inverse = (square / x.shape[-1] + epsilon).rsqrt().to(x.dtype)
+    return x * inverse * weight, inverse
+
+
+@in_one_pass
+def differentiate_norm(of_normal: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Return the gradient of x, given that of :func:`normalise`'s first result."""
+    normal, of_normal = x * inverse, of_normal * weight
+    return (of_normal - normal * (of_normal * normal).mean(-1, keepdim=True)) * inverse
+
+
+@in_one_pass
+def gate_by_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up: SwiGLU (arXiv 2002.05202)."""
+    return functional.silu(gate) * up
+
+
+@in_one_pass
+def differentiate_gate(of_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up, given that of :func:`gate_by_silu`."""
+    return torch.ops.aten.silu_backward(of_product * up, gate), of_product * functional.silu(gate)
+
+
 class RootMeanSquareNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + epsilon) * weight (arXiv 1910.07467); only sums are float32."""
+    """x / sqrt(mean(x^2) + epsilon) * weight (arXiv 1910.07467)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Return the normalised rows, (..., width)."""
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        inverse = square.div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
+        normal, inverse = normalise(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return normal
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_normal: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Return the gradients of x and, where it trains, of the weight."""
         x, weight, inverse = ctx.saved_tensors
-        normal = x * inverse
-        of_weight = (of_normal * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        of_normal = of_normal * weight
-        along = (of_normal * normal) @ x.new_full((x.shape[-1], 1), 1 / x.shape[-1])
-        return of_normal.addcmul_(normal, along, value=-1).mul_(inverse), of_weight, None
+        of_weight = (of_normal * (x * inverse)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return differentiate_norm(of_normal, x, weight, inverse), of_weight, None
 
 
 class FusedNorm(nn.Module):
@@ -210,6 +268,55 @@ def fuse_norms(model: nn.Module) -> None:
         probe = torch.linspace(-2, 3, module.weight.numel(), device=module.weight.device, dtype=module.weight.dtype)
         with torch.no_grad():
             same = torch.allclose(fused(probe[None]), module(probe[None]), rtol=0.02, atol=1e-3)
+        if same:
+            model.set_submodule(name, fused)
+
+
+class Gate(torch.autograd.Function):
+    """silu(gate) * up, which keeps neither silu(gate) nor its gradient."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the product, (..., width)."""
+        ctx.save_for_backward(gate, up)
+        return gate_by_silu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_product: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up."""
+        return differentiate_gate(of_product, *ctx.saved_tensors)
+
+
+class FusedGate(nn.Module):
+    """A model's gated layers computed with ``Gate``, with the same parts under the same names.
+
+    Parameters
+    ----------
+    gated
+        Has ``gate_proj``, ``up_proj`` and ``down_proj``.
+    """
+
+    def __init__(self, gated: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gated.gate_proj, gated.up_proj, gated.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the model's own layers return, (..., width)."""
+        return self.down_proj(Gate.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def fuse_gates(model: nn.Module) -> None:
+    """Put ``FusedGate`` in the place of all gated layers that compute the same; others stay as they are."""
+    for name, module in list(model.named_modules()):
+        if [part for part, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
+            continue
+        weight, fused = module.gate_proj.weight, FusedGate(module)
+        probe = torch.linspace(-2, 3, weight.shape[1], device=weight.device, dtype=weight.dtype)[None]
+        with torch.no_grad():
+            expected = module(probe)
+            same = torch.allclose(fused(probe), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+            same &= torch.allclose(functional.silu(probe), module.act_fn(probe), rtol=0.02, atol=1e-3)
         if same:
             model.set_submodule(name, fused)
 
