@@ -5,7 +5,6 @@ here does the same in fewer of them; the weights stay where transformers and PEF
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from functools import cache, partial, wraps
@@ -163,7 +162,6 @@ def join_siblings(model: nn.Module) -> None:
 @cache
 def can_compile() -> bool:
     """Return whether torch can compile for this CPU, for which it needs a C++ compiler and Python's headers."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a pool of processes would stay
     try:
         torch.compile(torch.neg)(torch.ones(2))
     except (RuntimeError, OSError) as error:
@@ -178,12 +176,12 @@ def in_one_pass(function: Callable) -> Callable:
 
     Only for bfloat16 on a CPU, which else rounds and stores after each operation. Elsewhere it runs as it is written.
     """
-    compiled = torch.compile(function, dynamic=True)
+    compiled = cache(partial(torch.compile, function, dynamic=True))  # called once it is needed: it loads much
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | float) -> Tensor | tuple[Tensor, ...]:
         fast = x.dtype == torch.bfloat16 and not x.is_cuda and can_compile()
-        return (compiled if fast else function)(x, *others)
+        return (compiled() if fast else function)(x, *others)
 
     return run
 
