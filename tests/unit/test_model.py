@@ -161,10 +161,12 @@ def test_fused_gates_take_the_place_of_their_equals_alone():
     }
     stock = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(**settings))
     other = modeling_llama.LlamaMLP(modeling_llama.LlamaConfig(**settings, hidden_act="gelu"))
-    model = torch.nn.ModuleDict({"same": copy.deepcopy(stock), "other": other})
+    packed = copy.deepcopy(stock)
+    packed.gate_proj = torch.nn.Identity()
+    model = torch.nn.ModuleDict({"same": copy.deepcopy(stock), "other": other, "packed": packed})
     names = set(model.state_dict())
     fused.fuse_gates(model)
-    assert (type(model["same"]), type(model["other"])) == (FusedGate, modeling_llama.LlamaMLP)
+    assert [type(model[name]) for name in model] == [FusedGate, modeling_llama.LlamaMLP, modeling_llama.LlamaMLP]
     assert set(model.state_dict()) == names
     x = torch.randn(5, 8, requires_grad=True)
     for ours, theirs in zip(

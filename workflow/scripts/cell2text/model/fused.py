@@ -180,7 +180,7 @@ def in_one_pass(function: Callable) -> Callable:
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | float) -> Tensor | tuple[Tensor, ...]:
-        fast = x.dtype == torch.bfloat16 and not x.is_cuda and can_compile()
+        fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and can_compile()
         return (compiled() if fast else function)(x, *others)
 
     return run
@@ -308,6 +308,8 @@ def fuse_gates(model: nn.Module) -> None:
     """Put ``FusedGate`` in the place of all gated layers that compute the same; others stay as they are."""
     for name, module in list(model.named_modules()):
         if [part for part, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
+            continue
+        if type(module.gate_proj) is not nn.Linear:  # as one of 4 bits, whose weight cannot be asked for its inputs
             continue
         weight, fused = module.gate_proj.weight, FusedGate(module)
         probe = torch.linspace(-2, 3, weight.shape[1], device=weight.device, dtype=weight.dtype)[None]
