@@ -252,6 +252,12 @@ class FusedNorm(nn.Module):
         return RootMeanSquareNorm.apply(x, self.weight, self.epsilon)
 
 
+def _probe(weight: Tensor) -> Tensor:
+    """Return numbers to ask a layer with such a weight: (1, 2, inputs), for what is compiled to serve rows as well."""
+    line = torch.linspace(-2, 3, weight.shape[-1], device=weight.device, dtype=weight.dtype)
+    return line.expand(1, 2, -1).contiguous()
+
+
 def fuse_norms(model: nn.Module) -> None:
     """Put ``FusedNorm`` in the place of each RMSNorm that computes the same; others stay as they are.
 
@@ -263,9 +269,9 @@ def fuse_norms(model: nn.Module) -> None:
         if epsilon is None or [key for key, _ in module.named_parameters()] != ["weight"]:
             continue
         fused = FusedNorm(module.weight, epsilon)
-        probe = torch.linspace(-2, 3, module.weight.numel(), device=module.weight.device, dtype=module.weight.dtype)
+        probe = _probe(module.weight)
         with torch.no_grad():
-            same = torch.allclose(fused(probe[None]), module(probe[None]), rtol=0.02, atol=1e-3)
+            same = torch.allclose(fused(probe), module(probe), rtol=0.02, atol=1e-3)
         if same:
             model.set_submodule(name, fused)
 
@@ -311,8 +317,7 @@ def fuse_gates(model: nn.Module) -> None:
             continue
         if type(module.gate_proj) is not nn.Linear:  # as one of 4 bits, whose weight cannot be asked for its inputs
             continue
-        weight, fused = module.gate_proj.weight, FusedGate(module)
-        probe = torch.linspace(-2, 3, weight.shape[1], device=weight.device, dtype=weight.dtype)[None]
+        fused, probe = FusedGate(module), _probe(module.gate_proj.weight)
         with torch.no_grad():
             expected = module(probe)
             same = torch.allclose(fused(probe), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))

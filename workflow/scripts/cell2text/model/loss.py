@@ -46,7 +46,6 @@ class TextLoss(torch.autograd.Function):
             there = len(states[some])
             filled = nn.functional.pad(states[some], (0, 0, 0, -there % TILE))
             logits = torch.mm(filled, weight.T, out=room[: len(filled)])
-            logits[there:] = 0
             sums = []
             right = targets[some, None].split(together)
             for part, right_tokens in zip(logits[:there].split(together), right, strict=True):
