@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from cell2text.descriptions import Terms
+from cell2text.grammar import Terms
 
 ROWS = [
     ("cell_type", "CL:0000236", "B cell", "A lymphocyte of B lineage."),

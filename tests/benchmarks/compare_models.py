@@ -21,12 +21,14 @@ from snakemake.utils import update_config
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
 from cell2text.config import check_config
-from cell2text.contracts import CELLS, DESCRIPTIONS, HISTORY, PREDICTIONS, TERM_SLOTS, read_json, read_jsonl
+from cell2text.contracts import CELLS, DESCRIPTIONS, HISTORY, PREDICTIONS, TERM_SLOTS
+from cell2text.embedding.vectors import Embeddings
+from cell2text.evaluation.baselines.aligned import predict_aligned
 from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.metrics import known, score_method
-from cell2text.generation.describe import describe_aligned, generate_descriptions
-from cell2text.training import finetune
-from cell2text.vectors import Embeddings
+from cell2text.files import read_json, read_jsonl
+from cell2text.finetuning.finetune import finetune
+from cell2text.generation.generate_descriptions import generate_descriptions
 
 ROOT = Path(__file__).parents[2]
 FIGURES = (("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("tissue", "accuracy"), ("pathways", "jaccard"))
@@ -99,7 +101,7 @@ def main() -> None:
             parts = (language_model, descriptions, terms, embeddings, str(model), settings["projector"])
             finetune(*parts, settings["finetune"], seed, "")
             files = (str(model), language_model, corpus, terms, embeddings)
-            describe_aligned(*files, str(folder / "aligned.parquet"), ["test"])
+            predict_aligned(*files, str(folder / "aligned.parquet"), ["test"])
             generate_descriptions(*files, str(folder / "test.jsonl"), "test", settings["generate"])
             about = read_json(model / "cell2text.json")
             history = HISTORY.read(model / "history.parquet")

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
 from cell2text.contracts import TOKENS  # noqa: E402
 from cell2text.device import pick_device, pick_precision  # noqa: E402
-from cell2text.encoders.ranked_bert import RankedBert, Special  # noqa: E402
-from cell2text.rank_lists import RankedCells  # noqa: E402
+from cell2text.embedding.encoders.ranked_bert import RankedBert, Special  # noqa: E402
+from cell2text.embedding.ranked_cells import RankedCells  # noqa: E402
 
 DATA = ROOT.parent / "shared/data"
 SHAPES = {  # layers, hidden, heads, intermediate, positions, tokens
@@ -56,8 +56,8 @@ def rank_studies(cells, vocabulary):
     import pandas as pd
     from scipy import sparse
 
-    from cell2text.gene_dictionaries import find_dictionaries
-    from cell2text.rank_tokens import rank_counts
+    from cell2text.embedding.rank_genes import rank_counts
+    from cell2text.models.gene_dictionaries import find_dictionaries
 
     genes = find_dictionaries(DATA / "geneformer", vocabulary).table().set_index("gene_id")
     median = np.full(vocabulary, np.nan)

@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
 from cell2text.contracts import DESCRIPTIONS
+from cell2text.embedding.vectors import Embeddings
+from cell2text.finetuning.data import BatchSize, plan_epoch, read_cells
+from cell2text.finetuning.loop import Finetuning
 from cell2text.model.alignment import LabelTargets
-from cell2text.model.cell2text import build
+from cell2text.model.bundle import build
 from cell2text.processes import Team
-from cell2text.training import BatchSize, Finetuning, plan_epoch, read_cells
-from cell2text.vectors import Embeddings
 
 CPU = torch.device("cpu")
 LORA = {"r": 16, "lora_alpha": 32}

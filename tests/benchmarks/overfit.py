@@ -18,14 +18,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
 from cell2text.contracts import DESCRIPTIONS, TERM_SLOTS, TERMS
-from cell2text.descriptions import Terms
 from cell2text.device import pick_device
+from cell2text.embedding.vectors import Embeddings
+from cell2text.finetuning.align import align
+from cell2text.finetuning.data import find_classes, read_cells
+from cell2text.finetuning.loop import Finetuning
 from cell2text.generation.describe import describe_cells
+from cell2text.grammar import Terms
 from cell2text.model.alignment import LabelTargets
-from cell2text.model.cell2text import build
+from cell2text.model.bundle import build
 from cell2text.processes import Team
-from cell2text.training import Finetuning, align, find_classes, read_cells
-from cell2text.vectors import Embeddings
 
 SETTINGS = {
     "align_weight": 1.0,

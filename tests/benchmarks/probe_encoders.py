@@ -24,11 +24,11 @@ from sklearn.linear_model import LogisticRegression
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
 from cell2text.contracts import CELLS  # noqa: E402
-from cell2text.embedding import fit_encoder  # noqa: E402
-from cell2text.encoders import load_encoder  # noqa: E402
-from cell2text.evaluation import figures  # noqa: E402
+from cell2text.embedding.encoders import load_encoder  # noqa: E402
+from cell2text.embedding.fit_encoder import fit_encoder  # noqa: E402
+from cell2text.embedding.ranked_cells import RankedSplit  # noqa: E402
+from cell2text.evaluation import statistics  # noqa: E402
 from cell2text.evaluation.bootstrap import Bootstrap  # noqa: E402
-from cell2text.rank_lists import RankedSplit  # noqa: E402
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C of scikit-learn
 STORED = {"top_k": 64, "cache": False}
@@ -123,10 +123,10 @@ def main():
         vectors, seconds = way()
         said, strength = probe(vectors.loc[cells["cell_id"]].to_numpy(dtype=float), cells)
         said = pd.Series(said, dtype=object)
-        right = figures.mean_statistics((said == truth).to_numpy())
+        right = statistics.mean_statistics((said == truth).to_numpy())
         scores = {
-            "accuracy": resampled.estimate(right, figures.ratio),
-            "macro-F1": resampled.estimate(figures.class_statistics(truth, said, classes), figures.macro_f1),
+            "accuracy": resampled.estimate(right, statistics.ratio),
+            "macro-F1": resampled.estimate(statistics.class_statistics(truth, said, classes), statistics.macro_f1),
         }
         told = ", ".join(f"{what} {value:.3f} [{low:.3f}, {high:.3f}]" for what, (value, low, high) in scores.items())
         print(

@@ -21,7 +21,8 @@ from scipy import sparse
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
-from cell2text.rank_tokens import median_of_each, rank_counts, scale_counts  # noqa: E402
+from cell2text.embedding.measure_genes import median_of_each  # noqa: E402
+from cell2text.embedding.rank_genes import rank_counts, scale_counts  # noqa: E402
 
 LONGEST = 4096  # tokens that Geneformer V2 keeps of a cell
 

@@ -21,7 +21,7 @@ from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
-from cell2text.cell_files import write_cells
+from cell2text.cells.h5ad import write_cells
 from cell2text.progress import Progress
 
 CELL_TYPES = {

@@ -4,12 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.filter_cells import filter_cells
 from cell2text.config import check_config
-from cell2text.contracts import CELLS, SPLITS, read_json
-from cell2text.corpus import sample_cells, split_donors
-from cell2text.counts import fetch_dataset
+from cell2text.contracts import CELLS, SPLITS
+from cell2text.corpus.sample_cells import sample_cells
+from cell2text.corpus.split_donors import split_donors
 from cell2text.errors import InputError
-from cell2text.qc import filter_cells
+from cell2text.files import read_json
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 PAPER = {"natural": 0.3, "cell_type": 0.25, "disease": 0.2, "donor": 0.15, "rare_tissue": 0.1}

@@ -7,9 +7,11 @@ import pytest
 from scipy import sparse
 
 from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
-from cell2text.descriptions import Slots, Terms, parse, render
+from cell2text.corpus.gene_sets import name_pathways, read_gene_sets
+from cell2text.corpus.score_pathways import score_pathways
+from cell2text.corpus.write_descriptions import write_descriptions
+from cell2text.grammar import Slots, Terms, parse, render
 from cell2text.ontology import slot_terms
-from cell2text.pathways import name_pathways, read_gene_sets, score_pathways, write_descriptions
 
 CELLS_TRIED = 50
 

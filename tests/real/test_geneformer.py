@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from cell2text.cell_files import write_cells
+from cell2text.cells.h5ad import write_cells
 from cell2text.contracts import CELLS, TOKENS
-from cell2text.gene_dictionaries import find_dictionaries
-from cell2text.rank_tokens import look_up_genes, rank_genes
+from cell2text.embedding.measure_genes import look_up_genes
+from cell2text.embedding.rank_genes import rank_genes
+from cell2text.models.gene_dictionaries import find_dictionaries
 from tiny_geneformer import V1
 
 DATA = Path(__file__).parents[3] / "shared/data"

@@ -6,8 +6,8 @@ import pytest
 import scanpy as sc
 from scipy import sparse
 
-from cell2text import matrices
-from cell2text.counts import fetch_dataset
+from cell2text.cells import matrices
+from cell2text.cells.fetch_dataset import fetch_dataset
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import anndata as ad
 import numpy as np
 import pytest
 
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.filter_cells import filter_cells
 from cell2text.config import check_config
 from cell2text.contracts import QC
-from cell2text.counts import fetch_dataset
-from cell2text.qc import filter_cells
 
 STUDIES = (
     "brain_darmanis",

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cell2text import cell_files, matrices
-from cell2text.counts import fetch_dataset
+from cell2text.cells import h5ad, matrices
+from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.errors import InputError
 from cell2text.job import run_job
 
@@ -290,7 +290,7 @@ def job(row, path):
 
 
 def full_disk(monkeypatch, out):
-    monkeypatch.setattr(cell_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr(h5ad.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     return out / "s.h5ad", "No space left on device. Free some space"
 
 
@@ -298,7 +298,7 @@ def read_only_disk(monkeypatch, out):
     def refuse(*given, **more):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(cell_files.ad.io, "write_elem", refuse)
+    monkeypatch.setattr(h5ad.ad.io, "write_elem", refuse)
     return out / "s.h5ad", "Read-only file system. Run in a folder that can be written"
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.filter_cells import filter_cells
 from cell2text.contracts import CELLS, PATHWAY_SCORES, SAMPLED_CELLS
-from cell2text.corpus import split_donors
-from cell2text.counts import fetch_dataset
+from cell2text.corpus.score_pathways import score_pathways
+from cell2text.corpus.split_donors import split_donors
+from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.errors import InputError
-from cell2text.pathways import score_pathways, write_descriptions
-from cell2text.qc import filter_cells
 
 COUNTS = np.array([[0, 3, 1], [2, 0, 7]], dtype=np.float32)
 TOTAL = np.array([1000, 2000])

@@ -8,10 +8,14 @@ import scanpy as sc
 import scipy.sparse
 from sklearn.neighbors import KNeighborsClassifier
 
-from cell2text import baselines
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, PREDICTIONS, TERMS
-from cell2text.descriptions import Slots, Terms, describe, parse, render
 from cell2text.errors import InputError
+from cell2text.evaluation.baselines.knn import predict_knn
+from cell2text.evaluation.baselines.majority import predict_majority
+from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
+from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic, read_raw_counts
+from cell2text.evaluation.baselines.slots import read_pooled
+from cell2text.grammar import Slots, Terms, parse, render, with_definition
 from cell2text.ontology import slot_terms
 
 LABELS = Path(__file__).parents[2] / "config/labels/pbmc68k.tsv"
@@ -45,7 +49,7 @@ def write_corpus(folder, cell_types, splits, pathways, **slots):
         table[f"{slot}_id"] = pd.Series(slots.get(slot, [None] * n), dtype=object)
     table["cell_type_id"], table["pathway_ids"] = pd.Series(cell_types, dtype=object), pathways
     filled = [
-        describe(Slots(*row[2:3], None, *row[3:7], tuple(row.pathway_ids)), names)
+        with_definition(Slots(*row[2:3], None, *row[3:7], tuple(row.pathway_ids)), names)
         for row in table.itertuples(index=False)
     ]
     table["definition"] = [one.definition for one in filled]
@@ -98,13 +102,13 @@ def predict(name, folder):
     out = folder / f"{name}.parquet"
     embeddings = [folder / "a.safetensors", folder / "b.safetensors"]
     if name == "majority":
-        baselines.predict_majority(*corpus, out)
+        predict_majority(*corpus, out)
     elif name == "pca_logistic":
-        baselines.predict_pca_logistic(*corpus, [folder / "a.h5ad", folder / "b.h5ad"], out, seed=0)
+        predict_pca_logistic(*corpus, [folder / "a.h5ad", folder / "b.h5ad"], out, seed=0)
     elif name == "knn":
-        baselines.predict_knn(*corpus, embeddings, out)
+        predict_knn(*corpus, embeddings, out)
     else:
-        baselines.predict_nearest_text(corpus[0], embeddings, out)
+        predict_nearest_text(corpus[0], embeddings, out)
     return PREDICTIONS.read(out).set_index("cell_id")
 
 
@@ -187,7 +191,7 @@ def test_no_test_label_reaches_a_baseline(blood, predictions, tmp_path):
 
 def test_knn_votes_as_scikit_learn_does(blood, predictions):
     folder, table, _ = blood
-    pooled = baselines.read_pooled([folder / "a.safetensors", folder / "b.safetensors"], table["cell_id"])
+    pooled = read_pooled([folder / "a.safetensors", folder / "b.safetensors"], table["cell_id"])
     train = (table["split"] == "train").to_numpy()
     vote = KNeighborsClassifier(15).fit(pooled[train], table.loc[train, "cell_type_id"])
     told = predictions["knn"]
@@ -204,12 +208,12 @@ def test_counts_of_studies_with_differing_genes(tmp_path):
     one.write_h5ad(tmp_path / "one.h5ad")
     two.write_h5ad(tmp_path / "two.h5ad")
     files = [tmp_path / "two.h5ad", tmp_path / "one.h5ad"]
-    counts = baselines.read_counts(files, pd.Series(["z", "y"]))
+    counts = read_raw_counts(files, pd.Series(["z", "y"]))
     assert scipy.sparse.issparse(counts.X)
     found = counts.to_df().loc[["y", "z"], ["GENE1", "GENE2", "GENE3"]]
     assert found.to_numpy().tolist() == [[4, 3, 0], [0, 6, 5]]
     with pytest.raises(InputError, match="1 described cells are missing, such as w"):
-        baselines.read_counts(files, pd.Series(["z", "w"]))
+        read_raw_counts(files, pd.Series(["z", "w"]))
 
 
 def test_nearest_text_is_the_whole_row_of_the_nearest_by_cosine(tmp_path):

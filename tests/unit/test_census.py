@@ -12,14 +12,16 @@ import pytest
 import yaml
 from scipy import sparse
 
-from cell2text import census
-from cell2text.census import choose_cells, describe_cells, fetch_shard, find_faults, group_cells, kinds_of
+from cell2text.cells import census
+from cell2text.cells import fetch_census_shard as shard_module
+from cell2text.cells.choose_census_cells import choose_census_cells, find_faults, group_cells, kinds_of
+from cell2text.cells.fetch_census_shard import fetch_census_shard, label_census_cells
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.filter_cells import filter_cells
 from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.contracts import CENSUS_CELLS
-from cell2text.corpus import read_labels
-from cell2text.counts import fetch_dataset
+from cell2text.corpus.sample_cells import read_labels
 from cell2text.errors import InputError
-from cell2text.qc import filter_cells
 
 ROOT = Path(__file__).parents[2]
 B_CELL, T_CELL, BLOOD, LUNG, NORMAL = "CL:0000236", "CL:0000084", "UBERON:0000178", "UBERON:0002048", "PATO:0000461"
@@ -79,13 +81,13 @@ def source(tmp_path_factory):
 
 
 def choose(source, tmp_path, wanted=WANTED, sample=ALL, seed=0):
-    choose_cells(source, wanted, sample, seed, tmp_path / "chosen.parquet")
+    choose_census_cells(source, wanted, sample, seed, tmp_path / "chosen.parquet")
     return CENSUS_CELLS.read(tmp_path / "chosen.parquet")
 
 
 def fetch(source, tmp_path, shard, shards):
     path = tmp_path / f"{shard}.h5ad"
-    fetch_shard(tmp_path / "chosen.parquet", source, shard, shards, path)
+    fetch_census_shard(tmp_path / "chosen.parquet", source, shard, shards, path)
     return ad.read_h5ad(path)
 
 
@@ -160,7 +162,7 @@ def test_a_donor_is_of_its_study():
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards_hold_the_counts_of_the_chosen_cells(source, tmp_path, shards, monkeypatch):
-    monkeypatch.setattr(census, "CELLS_AT_ONCE", 2)
+    monkeypatch.setattr(shard_module, "CELLS_AT_ONCE", 2)
     choose(source, tmp_path, WANTED | {"leave_out_datasets": []}, {"cells": 8, "shares": {"natural": 1}, "caps": {}})
     chosen = CENSUS_CELLS.read(tmp_path / "chosen.parquet")
     assert 3 in set(chosen["soma_joinid"])  # the cell without counts, by this seed
@@ -199,7 +201,7 @@ def test_old_and_unknown_ids_become_live_ones():
         development_stage_ontology_term_id="HsapDv:9999999",
         donor_id=None,
     )
-    cells = describe_cells(chosen.reset_index(names="soma_joinid")[list(CENSUS_CELLS.columns)])
+    cells = label_census_cells(chosen.reset_index(names="soma_joinid")[list(CENSUS_CELLS.columns)])
     assert set(cells["disease_ontology_term_id"]) == {"MONDO:0100096"} and set(cells["disease"]) == {"COVID-19"}
     assert set(cells["development_stage_ontology_term_id"]) == set(cells["development_stage"]) == {"unknown"}
     assert list(cells["donor_id"]) == list(cells["dataset_id"])
@@ -211,7 +213,7 @@ def test_a_fraction_is_no_count(tmp_path, source):
     other = write_census(tmp_path / "soma", counts=counts)
     choose(other, tmp_path)
     with pytest.raises(InputError, match=r"not a whole number: 1\.5 in cell study-2\|8.*Leave the study"):
-        fetch_shard(tmp_path / "chosen.parquet", other, 1, 2, tmp_path / "1.h5ad")
+        fetch_census_shard(tmp_path / "chosen.parquet", other, 1, 2, tmp_path / "1.h5ad")
     assert not (tmp_path / "1.h5ad").exists()
 
 
@@ -223,7 +225,7 @@ def test_a_damaged_copy_is_told_in_one_line(tmp_path, part):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
     with pytest.raises(InputError, match="census://.*cannot be read.*whole copy"):
-        fetch_shard(tmp_path / "chosen.parquet", source, 0, 1, tmp_path / "0.h5ad")
+        fetch_census_shard(tmp_path / "chosen.parquet", source, 0, 1, tmp_path / "0.h5ad")
     assert not (tmp_path / "0.h5ad").exists()
 
 
@@ -238,7 +240,7 @@ def test_mistakes_are_told_in_one_line(source, tmp_path):
         choose(source, tmp_path, WANTED | {"leave_out_assays": ["EFO:9999999"]})
     choose(source, tmp_path)
     with pytest.raises(InputError, match="config: shards: 11 shards, fewer cells"):
-        fetch_shard(tmp_path / "chosen.parquet", source, 0, 11, tmp_path / "0.h5ad")
+        fetch_census_shard(tmp_path / "chosen.parquet", source, 0, 11, tmp_path / "0.h5ad")
 
 
 def test_a_network_that_is_down_is_told_in_one_line(tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
-from cell2text.contracts import CELLS, TOKENS, read_json
-from cell2text.encoders import coexpression, load_encoder
-from cell2text.encoders.coexpression import Coexpression, choose_candidate, find_axes
+from cell2text.contracts import CELLS, TOKENS
+from cell2text.embedding.encoders import coexpression, load_encoder
+from cell2text.embedding.encoders.coexpression import Coexpression, choose_candidate, find_axes
+from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
 from cell2text.errors import InputError
-from cell2text.rank_lists import RankedCells, RankedSplit
+from cell2text.files import read_json
 
 
 def rank(expression, start=0):

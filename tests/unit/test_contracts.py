@@ -6,9 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cell2text import contracts
-from cell2text.contracts import EMBEDDINGS, PATHWAY_SCORES, QC, TERMS, TOKENS, whole_file, write_jsonl
+from cell2text.contracts import EMBEDDINGS, PATHWAY_SCORES, QC, TERMS, TOKENS
+from cell2text.contracts import table as table_contracts
 from cell2text.errors import InputError
+from cell2text.files import whole_file, write_jsonl
 
 
 def tensors(cells=3):
@@ -144,7 +145,7 @@ def test_parts_that_break_off_leave_the_old_file(tmp_path):
 
 
 def test_a_long_table_is_written_in_pieces_with_its_categories_as_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(contracts, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(table_contracts, "ROWS_AT_ONCE", 2)
     rows = [("stage", str(i), f"name {i % 2}", None, None if i else 3.0) for i in range(5)]
     table = pd.DataFrame(rows, columns=list(TERMS.columns))
     TERMS.write(table.assign(name=table["name"].astype("category")), tmp_path / "terms.parquet")

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cell2text import contracts
-from cell2text.audit import audit_split
-from cell2text.cell_labels import CELLXGENE
-from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS, read_json
-from cell2text.corpus import sample_cells, split_donors
+from cell2text.cells.labels import CELLXGENE
+from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS
+from cell2text.contracts import table as table_contracts
+from cell2text.corpus.audit import audit_split
+from cell2text.corpus.sample_cells import sample_cells
+from cell2text.corpus.split_donors import split_donors
 from cell2text.errors import InputError
+from cell2text.files import read_json
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 NATURAL = {"natural": 1}
@@ -132,7 +134,7 @@ def test_diversity_is_written(tmp_path):
 def test_the_table_is_the_same_in_pieces(tmp_path, monkeypatch):
     cells = make_table([f"CL:{i % 3}" for i in range(50)], [f"s|{i // 5}" for i in range(50)])
     whole, _ = split(tmp_path, cells)
-    monkeypatch.setattr(contracts, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(table_contracts, "ROWS_AT_ONCE", 7)
     pieces, _ = split(tmp_path, cells)
     pd.testing.assert_frame_equal(whole, pieces)
 
@@ -142,7 +144,7 @@ def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
     cells["counts_hash"] = [f"h{i % 299}" for i in range(300)]
     SAMPLED_CELLS.write(cells, tmp_path / "sampled.parquet")
     code = (
-        "import sys; from cell2text.corpus import split_donors\n"
+        "import sys; from cell2text.corpus.split_donors import split_donors\n"
         "for how in ('donors', 'cells'): split_donors(sys.argv[1], how, "
         f"{SHARES}, 3, sys.argv[2] + how + '.parquet', sys.argv[2] + how + '.json', held_out=['CL:3', 'CL:5'])"
     )

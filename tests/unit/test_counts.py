@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from cell2text import matrices
-from cell2text.cell_files import read_blocks, read_genes
-from cell2text.counts import BUNDLED, fetch_dataset, recover_counts
+from cell2text.cells import matrices
+from cell2text.cells.counts import recover_counts
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.h5ad import read_blocks, read_genes
+from cell2text.cells.studies import BUNDLED, Study
 from cell2text.errors import InputError
-from cell2text.studies import Study
 
 COUNTS = np.array([[0, 3, 1, 0], [2, 0, 0, 7], [1, 1, 1, 1]], dtype=np.float32)
 GENES = ["CD3D", "MS4A1", "LYZ", "MT-CO1"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cell2text.contracts import TERM_SLOTS
-from cell2text.descriptions import NORMAL, Slots, Terms, describe, find_opening, parse, render
+from cell2text.grammar import NORMAL, Slots, Terms, find_opening, parse, render, with_definition
 from cell2text.ontology import first_sentence, slot_terms
 
 PATHWAYS = [
@@ -27,7 +27,7 @@ IDS = {slot: sorted(TERMS.name[slot]) for slot in TERM_SLOTS}
 
 
 def assert_inverse(slots: Slots):
-    slots = describe(slots, TERMS)
+    slots = with_definition(slots, TERMS)
     text = render(slots, TERMS)
     parsed = parse(text, TERMS)
     assert parsed.slots == slots, text
@@ -145,7 +145,7 @@ any_slots = st.builds(
 @settings(max_examples=500, deadline=None)
 @given(any_slots, st.booleans())
 def test_any_slots_survive_with_and_without_a_definition(slots, defined):
-    told = describe(slots, TERMS) if defined else slots
+    told = with_definition(slots, TERMS) if defined else slots
     text = render(told, TERMS)
     own_words = text.replace(told.definition or "", "")  # the ontology's commas are not always ours
     assert "  " not in own_words.replace(":  ", ": ") and ".." not in own_words and " ," not in own_words

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cell2text import duplicates
-from cell2text.duplicates import find_pairs, hash_counts, join_cells, join_groups
+from cell2text.corpus import duplicates
+from cell2text.corpus.duplicates import find_pairs, hash_counts, join_cells, join_groups
 
 
 def write_cells(path, counts, genes=None):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cell2text.errors import InputError
-from cell2text.gene_dictionaries import find_dictionaries, read_dictionary
+from cell2text.models.gene_dictionaries import find_dictionaries, read_dictionary
 from tiny_geneformer import MEDIANS, TOKENS, dump, write_series
 
 

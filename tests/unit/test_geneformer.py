@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from cell2text.contracts import EMBEDDINGS, TOKENS, read_json
-from cell2text.embedding import embed_shard, read_rows
-from cell2text.encoders import load_encoder
-from cell2text.encoders.geneformer import Geneformer
-from cell2text.encoders.ranked_bert import RankedBert, Special
+from cell2text.contracts import EMBEDDINGS, TOKENS
+from cell2text.embedding.embed_genes import embed_genes, read_rows
+from cell2text.embedding.encoders import load_encoder
+from cell2text.embedding.encoders.geneformer import Geneformer
+from cell2text.embedding.encoders.ranked_bert import RankedBert, Special
+from cell2text.embedding.ranked_cells import RankedCells
 from cell2text.errors import InputError
-from cell2text.model_sources import fetch_encoder
-from cell2text.rank_lists import RankedCells
+from cell2text.files import read_json
+from cell2text.models.fetch_encoder import fetch_encoder
 from tiny_geneformer import GENES, V1, V2, tiny_bert, write_checkpoint
 
 TOP = 6
@@ -163,7 +164,7 @@ def test_the_encoder_of_a_run_links_the_checkpoint_and_reads_its_shards(tmp_path
     TOKENS.write_parts([table[:2], table[2:]], tmp_path / "tokens.parquet")
     found = []
     for shard in range(2):
-        embed_shard(tmp_path / "results/encoder", tmp_path / "tokens.parquet", tmp_path / f"{shard}", shard, 2, TOP)
+        embed_genes(tmp_path / "results/encoder", tmp_path / "tokens.parquet", tmp_path / f"{shard}", shard, 2, TOP)
         found.append(EMBEDDINGS.read(tmp_path / f"{shard}", [*EMBEDDINGS.tensors, "cls"]))
     assert [ids for _, ids in found] == [["c0", "c1"], ["c2", "c3", "c4"]]
     whole = encoder.embed(cells, TOP)

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cell2text.counts import fetch_dataset
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.genes import map_genes, read_gene_table
 from cell2text.errors import InputError
-from cell2text.genes import map_genes, read_gene_table
 
 CD3D, MATR3, MATR3_OTHER, LYZ = "ENSG00000167286", "ENSG00000015479", "ENSG00000280987", "ENSG00000090382"
 NKX, TBXT, C1ORF = "ENSG00000136352", "ENSG00000164458", "ENSG00000000460"

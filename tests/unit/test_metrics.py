@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from cell2text.contracts import CELLS, DESCRIPTIONS, PREDICTIONS, TERM_SLOTS, TERMS, read_json, write_jsonl
-from cell2text.descriptions import Terms
+from cell2text.contracts import CELLS, DESCRIPTIONS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
-from cell2text.evaluation import figures
+from cell2text.evaluation import statistics
 from cell2text.evaluation.bootstrap import Bootstrap
-from cell2text.evaluation.comparison import plot_comparison
+from cell2text.evaluation.compare import compare
 from cell2text.evaluation.evaluate import evaluate
 from cell2text.evaluation.metrics import known, score_method, term_similarities
 from cell2text.evaluation.tables import confusion, per_class
+from cell2text.files import read_json, write_jsonl
+from cell2text.grammar import Terms
 
 B_CELL, NK_CELL, CD4_T = "CL:0000236", "CL:0000623", "CL:0000624"
 NAMES = {B_CELL: "B cell", NK_CELL: "natural killer cell", CD4_T: "CD4-positive, alpha-beta T cell"}
@@ -95,15 +96,15 @@ labels = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcde")), 
 def test_macro_f1_is_that_of_scikit_learn(pairs):
     truth, predicted = (pd.Series(list(column)) for column in zip(*pairs, strict=True))
     classes = pd.Index(sorted(set(truth)))
-    sums = figures.class_statistics(truth, predicted, classes).sum(axis=0)[None]
+    sums = statistics.class_statistics(truth, predicted, classes).sum(axis=0)[None]
     expected = f1_score(truth, predicted, labels=list(classes), average="macro", zero_division=0)
-    assert figures.macro_f1(sums)[0] == pytest.approx(expected)
+    assert statistics.macro_f1(sums)[0] == pytest.approx(expected)
 
 
 def test_sets_of_pathways_by_hand():
     truth = pd.Series([["P1", "P2"], ["P1", "P2"], [], ["P1"], ["P1", "P2"]])
     said = pd.Series([np.array(["P2", "P1"]), ["P1", "P3"], None, [], ["P1", "P1"]])
-    equal, jaccard = figures.set_statistics(truth, said)
+    equal, jaccard = statistics.set_statistics(truth, said)
     assert equal.tolist() == [1, 0, 1, 0, 0]
     assert jaccard.tolist() == pytest.approx([1, 1 / 3, 1, 0, 0.5])
 
@@ -131,8 +132,8 @@ TEXTS = [
 
 def test_bleu_is_that_of_sacrebleu():
     reference, text = (pd.Series(list(column)) for column in zip(*TEXTS * 3, strict=True))
-    counts, overlap = figures.text_statistics(reference, text)
-    assert figures.bleu(counts.sum(axis=0)[None])[0] == pytest.approx(
+    counts, overlap = statistics.text_statistics(reference, text)
+    assert statistics.bleu(counts.sum(axis=0)[None])[0] == pytest.approx(
         sacrebleu.corpus_bleu(list(text), [list(reference)]).score / 100, abs=1e-12
     )
     # the words shared in order, over the mean length: 5 words against 6, of which 4
@@ -159,32 +160,32 @@ def test_a_method_without_text_has_no_text_figures():
 
 def test_bootstrap_is_deterministic_and_brackets_the_value():
     rng = np.random.default_rng(0)
-    values = figures.mean_statistics(rng.random(60) < 0.7)
+    values = statistics.mean_statistics(rng.random(60) < 0.7)
     donors = pd.Series(rng.integers(8, size=60))
-    one = Bootstrap(donors, 500, seed=3).estimate(values, figures.ratio)
-    assert one == Bootstrap(donors, 500, seed=3).estimate(values, figures.ratio)
-    assert one != Bootstrap(donors, 500, seed=4).estimate(values, figures.ratio)
+    one = Bootstrap(donors, 500, seed=3).estimate(values, statistics.ratio)
+    assert one == Bootstrap(donors, 500, seed=3).estimate(values, statistics.ratio)
+    assert one != Bootstrap(donors, 500, seed=4).estimate(values, statistics.ratio)
     assert one[1] < one[0] < one[2]
 
 
 def test_bootstrap_draws_whole_donors():
     # Cells of a donor are all right or all wrong: with two donors a replicate's mean is 0, 1/2 or 1, and each
     # of 0 and 1 comes up in a quarter of the draws. Cells drawn one by one would stay near 1/2.
-    values = figures.mean_statistics(np.repeat([0.0, 1.0], 100))
+    values = statistics.mean_statistics(np.repeat([0.0, 1.0], 100))
     donors = pd.Series(np.repeat(["one", "two"], 100))
     bootstrap = Bootstrap(donors, 400, seed=0)
     assert (bootstrap.unit, bootstrap.units) == ("donor", 2)
-    assert bootstrap.estimate(values, figures.ratio) == (0.5, 0, 1)
+    assert bootstrap.estimate(values, statistics.ratio) == (0.5, 0, 1)
     alone = Bootstrap(pd.Series(["one"] * 200), 400, seed=0)
     assert (alone.unit, alone.units) == ("cell", 200)
-    _, low, high = alone.estimate(values, figures.ratio)
+    _, low, high = alone.estimate(values, statistics.ratio)
     assert 0.4 < low < 0.5 < high < 0.6
 
 
 def test_bootstrap_of_a_mean_has_the_width_that_theory_gives():
     values = np.random.default_rng(1).random(400)
     bootstrap = Bootstrap(pd.Series(["one"] * 400), 2000, seed=0)
-    value, low, high = bootstrap.estimate(figures.mean_statistics(values), figures.ratio)
+    value, low, high = bootstrap.estimate(statistics.mean_statistics(values), statistics.ratio)
     error = 1.96 * values.std() / np.sqrt(400)
     assert value == pytest.approx(values.mean())
     assert (value - low, high - value) == pytest.approx((error, error), rel=0.1)
@@ -294,10 +295,10 @@ def test_comparison_is_the_same_file_each_time_and_needs_test_cells(results):
     metrics = run(results)["metrics"]
     plots = [results / "one.svg", results / "two.svg"]
     for plot in plots:
-        plot_comparison(metrics, plot)
+        compare(metrics, plot)
     assert plots[0].read_bytes() == plots[1].read_bytes()
     assert plots[0].read_text().count("<!-- Cell2Text -->") == 1
     table = pd.read_csv(metrics, sep="\t")
     table[table["split"] == "validation"].to_csv(metrics, sep="\t", index=False)
     with pytest.raises(InputError, match="no main figure of the test cells"):
-        plot_comparison(metrics, results / "three.svg")
+        compare(metrics, results / "three.svg")

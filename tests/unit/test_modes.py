@@ -11,13 +11,13 @@ from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from cell2text.contracts import read_json, write_json
 from cell2text.errors import InputError
-from cell2text.generation.greedy import write_texts
-from cell2text.model import cell2text as m
-from cell2text.model import shared_prompt
-from cell2text.model.fused import FusedLora, FusedNorm
-from cell2text.model.loss import TextLoss
+from cell2text.files import read_json, write_json
+from cell2text.generation.decode import write_texts
+from cell2text.model import bundle, language_model
+from cell2text.model.fast import attention as shared_prompt
+from cell2text.model.fast.layers import FusedLora, FusedNorm
+from cell2text.model.fast.loss import TextLoss
 
 CPU = torch.device("cpu")
 SIZE = {"r": 4, "lora_alpha": 8}
@@ -29,7 +29,7 @@ THERE = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
-    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
+    monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def models(tiny_model, tmp_path_factory):
 
 def build(directory, tuning, seed=0):
     torch.manual_seed(seed)
-    model = m.build(directory, {"kind": "pooled", "soft_tokens": 3, "hidden": 16}, 5, tuning, CPU)
+    model = bundle.build(directory, {"kind": "pooled", "soft_tokens": 3, "hidden": 16}, 5, tuning, CPU)
     with torch.no_grad():  # an adapter that has no effect would hide mistakes
         for name, value in model.trainable().items():
             if "lora_B" in name:
@@ -217,7 +217,7 @@ def test_rslora_divides_by_the_root_of_the_rank(models):
         for model in (plain, stabilised)
     ]
     assert scalings == [{2.0}, {4.0}]
-    assert plain.settings["tuning"] == m.TUNING | SIZE
+    assert plain.settings["tuning"] == language_model.TUNING | SIZE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -278,11 +278,11 @@ def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
     with torch.no_grad():  # other weights than those of the original
         for value in model.trainable().values():
             value.add_(0.02 * torch.randn_like(value))
-    m.save(model, tmp_path, {"seed": 1})
-    again = m.load(tmp_path, models[kind], CPU)
+    bundle.save(model, tmp_path, {"seed": 1})
+    again = bundle.load(tmp_path, models[kind], CPU)
     saved = again.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in model.trainable().items())
-    assert read_json(tmp_path / "cell2text.json")["tuning"] == m.TUNING | tuning
+    assert read_json(tmp_path / "cell2text.json")["tuning"] == language_model.TUNING | tuning
     folder = "language_model" if tuning == FULL else "adapter"
     assert {path.name for path in tmp_path.iterdir()} == {"cell2text.json", "projector.safetensors", folder}
     assert not [path for path in tmp_path.rglob("*.json") if str(models[kind]) in path.read_text()]
@@ -297,18 +297,18 @@ def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
 
 def test_models_saved_before_there_were_modes_have_an_adapter(models, tmp_path):
     model = build(models["untied"], SIZE)
-    m.save(model, tmp_path, {})
+    bundle.save(model, tmp_path, {})
     about = read_json(tmp_path / "cell2text.json")
     del about["tuning"]
     write_json(about, tmp_path / "cell2text.json")
-    loaded = m.load(tmp_path, models["untied"], CPU)
+    loaded = bundle.load(tmp_path, models["untied"], CPU)
     assert loaded.mode == "lora"
     weights = loaded.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.trainable().items())
 
 
 def test_targets_are_written_in_order(models, tmp_path):
-    m.save(build(models["untied"], SIZE), tmp_path, {})
+    bundle.save(build(models["untied"], SIZE), tmp_path, {})
     targets = read_json(tmp_path / "adapter/adapter_config.json")["target_modules"]
     assert len(targets) == 14
     assert targets == sorted(targets)
@@ -317,7 +317,7 @@ def test_targets_are_written_in_order(models, tmp_path):
 @pytest.mark.parametrize(("mode", "file"), [("full", "language_model/model"), ("lora", "adapter/adapter_model")])
 @pytest.mark.parametrize("wrong", ["missing", "surplus"])
 def test_load_refuses_missing_and_surplus_weights(models, tmp_path, mode, file, wrong):
-    m.save(build(models["tied"], {"mode": mode} | (SIZE if mode == "lora" else {})), tmp_path, {})
+    bundle.save(build(models["tied"], {"mode": mode} | (SIZE if mode == "lora" else {})), tmp_path, {})
     path = tmp_path / f"{file}.safetensors"
     weights = load_file(path)
     name = next(name for name in sorted(weights) if "q_proj" in name)
@@ -327,7 +327,7 @@ def test_load_refuses_missing_and_surplus_weights(models, tmp_path, mode, file, 
         weights[name] = weight.clone()
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{wrong} \['{name}"):
-        m.load(tmp_path, models["tied"], CPU)
+        bundle.load(tmp_path, models["tied"], CPU)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +347,9 @@ def test_modes_that_cannot_run_are_told(models, tmp_path, monkeypatch):
         build(models["untied"], SIZE | {"mode": "qlora"})
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match=r"^config: finetune.mode: qlora needs the package bitsandbytes, "):
-        m.build(models["untied"], {}, 5, SIZE | {"mode": "qlora"}, torch.device("cuda"))
-    m.save(build(models["untied"], SIZE), tmp_path, {})
+        bundle.build(models["untied"], {}, 5, SIZE | {"mode": "qlora"}, torch.device("cuda"))
+    bundle.save(build(models["untied"], SIZE), tmp_path, {})
     about = read_json(tmp_path / "cell2text.json")
     write_json(about | {"tuning": about["tuning"] | {"mode": "qlora"}}, tmp_path / "cell2text.json")
     with pytest.raises(InputError, match="qlora needs a GPU"):
-        m.load(tmp_path, models["untied"], CPU)
+        bundle.load(tmp_path, models["untied"], CPU)

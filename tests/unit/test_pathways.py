@@ -9,20 +9,16 @@ import pytest
 import scanpy as sc
 from scipy import sparse
 
-from cell2text import pathways
-from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS, read_json
-from cell2text.descriptions import PATHWAY, Slots, Terms, describe, parse, render
+from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
+from cell2text.corpus import score_pathways as scoring
+from cell2text.corpus import write_descriptions as writing
+from cell2text.corpus.gene_sets import name_pathways, read_gene_sets, readable_name
+from cell2text.corpus.pathways import choose_pathways, fit_sets
+from cell2text.corpus.score_pathways import count_top_genes, score_pathways
+from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.evaluation.similarity import ontology_edges
-from cell2text.pathways import (
-    choose_pathways,
-    count_top_genes,
-    fit_sets,
-    name_pathways,
-    read_gene_sets,
-    readable_name,
-    score_pathways,
-    write_descriptions,
-)
+from cell2text.files import read_json
+from cell2text.grammar import PATHWAY, Slots, Terms, parse, render, with_definition
 
 GENES = [f"G{i:02d}" for i in range(40)]
 
@@ -62,7 +58,7 @@ def distinct_counts(cells, seed=0):
 
 
 def test_the_score_is_the_area_under_the_recovery_curve(tmp_path, monkeypatch):
-    monkeypatch.setattr(pathways, "TOP_SHARE", 0.25)  # the top 10 of 40 genes
+    monkeypatch.setattr(scoring, "TOP_SHARE", 0.25)  # the top 10 of 40 genes
     counts = [range(40, 0, -1)]  # G00 ranks first, G39 last
     scores = score(tmp_path, counts, {"A": ["G00", "G04", "G20"], "B": ["G30", "G31"], "C": GENES[:3]})
     # Ranks 1 and 5 of three genes: (5-1)*1 + (10-5)*2 = 14; ranks 1, 2, 3 would give 1 + 2 + 7*3 = 24.
@@ -72,10 +68,10 @@ def test_the_score_is_the_area_under_the_recovery_curve(tmp_path, monkeypatch):
 def test_the_score_of_a_cell_does_not_depend_on_its_neighbours_or_blocks(tmp_path, monkeypatch):
     # Sparse, so that a few cells alone leave many genes without a count.
     counts = np.random.default_rng(0).poisson(0.2, (20, 40)) + np.eye(20, 40, dtype=int)
-    monkeypatch.setattr(pathways, "count_top_genes", lambda path, corpus: 6)
+    monkeypatch.setattr(scoring, "count_top_genes", lambda path, corpus: 6)
     sets = {"A": GENES[:9], "B": GENES[5:20]}
     whole = score(tmp_path, counts, sets)
-    monkeypatch.setattr(pathways, "CELLS_AT_ONCE", 3)
+    monkeypatch.setattr(scoring, "CELLS_AT_ONCE", 3)
     pd.testing.assert_frame_equal(whole, score(tmp_path, counts, sets))
     some = [f"d|{i}" for i in (7, 3, 11)]
     pd.testing.assert_frame_equal(
@@ -236,10 +232,10 @@ def test_cells_described_in_parts_or_from_several_files_read_the_same(tmp_path, 
             },
             pathways=tuple(row.pathway_ids),
         )
-        assert row.text == render(describe(slots, words), words)
+        assert row.text == render(with_definition(slots, words), words)
         assert len(row.pathway_ids) == 2
 
-    monkeypatch.setattr(pathways, "DESCRIBED_AT_ONCE", 7)
+    monkeypatch.setattr(writing, "DESCRIBED_AT_ONCE", 7)
     shuffled = scores.sample(frac=1, random_state=0)
     parts = [write_scores(tmp_path / f"{i}.parquet", shuffled[i * 25 : (i + 1) * 25]) for i in range(3)]
     files = [tmp_path / name for name in ("again.parquet", "terms2.parquet", "kept2.json")]

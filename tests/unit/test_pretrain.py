@@ -10,12 +10,13 @@ import torch
 from transformers import BertForMaskedLM
 
 from cell2text.contracts import CELLS, TOKENS
-from cell2text.embedding import fit_encoder
-from cell2text.encoders import load_encoder, pretrain
-from cell2text.encoders.pretrain import Batch, Cells, MaskedGenes, Pretrained, batches, draw_losses, shape, ticks
-from cell2text.encoders.ranked_bert import Special
+from cell2text.embedding.encoders import load_encoder, masked_genes, pretrain
+from cell2text.embedding.encoders.masked_genes import Batch, Cells, MaskedGenes, batches
+from cell2text.embedding.encoders.pretrain import Pretrained, draw_losses, shape, ticks
+from cell2text.embedding.encoders.ranked_bert import Special
+from cell2text.embedding.fit_encoder import fit_encoder
+from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
 from cell2text.errors import InputError
-from cell2text.rank_lists import RankedCells, RankedSplit
 
 GENES = 40
 SPECIAL = Special(pad=GENES, mask=GENES + 1, cls=GENES + 2, eos=GENES + 3)
@@ -174,7 +175,7 @@ def test_validation_hides_the_same_genes_each_epoch(tmp_path):
 
 
 def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
-    seen, validate = [], pretrain.Training.validate
+    seen, validate = [], masked_genes.Training.validate
 
     def watch(training):
         seen.append(
@@ -183,7 +184,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
         validate(training)
         return [3.0, 1.0, 2.0][len(seen) - 1]
 
-    monkeypatch.setattr(pretrain.Training, "validate", watch)
+    monkeypatch.setattr(masked_genes.Training, "validate", watch)
     encoder = fit(tmp_path, epochs=3, layer=-1)
     assert_same_weights(dict(encoder.bert.named_parameters()), seen[1])
 
@@ -204,10 +205,10 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("after", [3, 5, 8, 11])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, after):
-    monkeypatch.setattr(pretrain, "CHECKPOINT_STEPS", 3)
+    monkeypatch.setattr(masked_genes, "CHECKPOINT_STEPS", 3)
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole, step, taken = fit(tmp_path / "whole", epochs=3), pretrain.Training._step, []
+    whole, step, taken = fit(tmp_path / "whole", epochs=3), masked_genes.Training._step, []
 
     def counted(training, rows):
         if len(taken) == after:
@@ -215,11 +216,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, after):
         taken.append(training.state.step)
         step(training, rows)
 
-    monkeypatch.setattr(pretrain.Training, "_step", counted)
+    monkeypatch.setattr(masked_genes.Training, "_step", counted)
     with pytest.raises(Killed):
         fit(tmp_path / "killed", epochs=3)
     taken.clear()
-    monkeypatch.setattr(pretrain.Training, "_step", lambda *call: (taken.append(call[0].state.step), step(*call)))
+    monkeypatch.setattr(masked_genes.Training, "_step", lambda *call: (taken.append(call[0].state.step), step(*call)))
     encoder = fit(tmp_path / "killed", epochs=3)
     # four steps an epoch, so checkpoints after 3, 4, 6, 8, 9 and 12
     assert taken == list(range({3: 3, 5: 4, 8: 8, 11: 9}[after], 12))

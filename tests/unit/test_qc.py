@@ -12,21 +12,14 @@ from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from cell2text import cell_files, qc
+from cell2text.cells import doublets, h5ad
+from cell2text.cells.doublets import cut_samples
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.filter_cells import filter_cells, name_samples
+from cell2text.cells.qc import is_ribosomal, judge_cells, limit_samples, measure_cells, scale_limits
+from cell2text.cells.qc_plot import draw_qc
 from cell2text.config import check_config
 from cell2text.contracts import QC
-from cell2text.counts import fetch_dataset
-from cell2text.qc import (
-    cut_samples,
-    draw_figures,
-    filter_cells,
-    is_ribosomal,
-    judge_cells,
-    limit_samples,
-    measure_cells,
-    name_samples,
-    scale_limits,
-)
 
 LIMITS = {"min_genes": 2, "min_counts": 10, "max_mitochondrial_percent": 20}
 # good, few genes, few counts, mitochondrial, unlabelled, at every limit, empty
@@ -134,8 +127,8 @@ def test_each_cell_is_judged_by_the_first_limit_it_fails(tmp_path):
 
 def test_figures_and_limits_are_those_of_the_whole_file_however_it_is_read(tmp_path, monkeypatch, blood, defaults):
     whole = [path.read_bytes() for path in run(tmp_path / "a", blood, defaults, {})[1:]]
-    monkeypatch.setattr(cell_files.read_blocks, "__defaults__", (37,))
-    monkeypatch.setattr("cell2text.contracts.ROWS_AT_ONCE", 700)
+    monkeypatch.setattr(h5ad.read_blocks, "__defaults__", (37,))
+    monkeypatch.setattr("cell2text.contracts.table.ROWS_AT_ONCE", 700)
     assert [path.read_bytes() for path in run(tmp_path / "b", blood, defaults, {})[1:]] == whole
 
 
@@ -265,7 +258,7 @@ def test_samples_are_donors_of_one_study(tmp_path):
 @given(st.lists(st.integers(0, 130), min_size=1, max_size=5), st.integers(0, 99))
 def test_large_samples_are_cut_at_random_into_equal_parts(sizes, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qc, "CELLS_A_RUN", 60)
+        patch.setattr(doublets, "CELLS_A_RUN", 60)
         samples = np.repeat(np.arange(len(sizes)), sizes)
         parts = cut_samples(samples, np.random.default_rng(seed))
     for sample, size in enumerate(sizes):
@@ -291,7 +284,7 @@ def test_cells_made_of_two_score_as_doublets(tmp_path, blood, defaults, monkeypa
     doublet = np.arange(len(counts)) >= cells.n_obs
     path = write_cells(tmp_path / "in.h5ad", counts, LABELS[:1], cells.var["symbol"])
     for most in (1000, 400):
-        monkeypatch.setattr(qc, "CELLS_A_RUN", most)
+        monkeypatch.setattr(doublets, "CELLS_A_RUN", most)
         scores = QC.read(run(tmp_path, path, defaults, {})[1])["doublet_score"]
         assert scores.between(0, 1).all()
         assert roc_auc_score(doublet, scores) > 0.85
@@ -340,7 +333,7 @@ def test_the_plot_shows_every_cell_and_every_limit(tmp_path, monkeypatch):
     kept = np.array([reason == "" for reason in REASONS])
     figures, _ = measure_cells([sparse.csr_matrix(COUNTS)], len(COUNTS), pd.Series(SYMBOLS))
     bounds = limit_samples(figures, one_sample(len(kept)), LIMITS, None)
-    draw_figures(figures, kept, bounds, "study", tmp_path / "qc.svg")
+    draw_qc(figures, kept, bounds, "study", tmp_path / "qc.svg")
     assert [heights[-1].sum() for heights, *_ in drawn] == [len(kept)] * 4
     assert [heights[0].sum() for heights, *_ in drawn] == [kept.sum()] * 4
     assert lines == [10, 2, 20] and not spans
@@ -348,7 +341,7 @@ def test_the_plot_shows_every_cell_and_every_limit(tmp_path, monkeypatch):
     drawn.clear(), lines.clear()
     figures["ribosomal_percent"] = 0.0
     figures["doublet_score"] = [0.1, np.nan, np.nan, np.nan, 0.2, 0.3, np.nan]
-    draw_figures(figures, kept, pd.concat([bounds, bounds * 2, bounds * 1.5]), "study", tmp_path / "qc.svg")
+    draw_qc(figures, kept, pd.concat([bounds, bounds * 2, bounds * 1.5]), "study", tmp_path / "qc.svg")
     assert [heights[-1].sum() for heights, *_ in drawn] == [7, 7, 7, 3]
     assert lines == [10, 20, 2, 4, 20, 40] and spans == [(10, 20), (2, 4), (20, 40)]
 

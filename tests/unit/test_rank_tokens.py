@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from cell2text import rank_tokens
 from cell2text.contracts import CELLS, GENES, TOKENS
+from cell2text.embedding import rank_genes as ranking
+from cell2text.embedding.measure_genes import look_up_genes, measure_genes, median_of_each
+from cell2text.embedding.rank_genes import join_genes, rank_counts, rank_genes
 from cell2text.errors import InputError
-from cell2text.rank_tokens import join_genes, look_up_genes, measure_genes, median_of_each, rank_counts, rank_genes
 
 
 def write_cells(path, dataset, counts, genes):
@@ -124,7 +125,7 @@ def test_quotients_far_apart_and_next_to_each_other_are_in_order(quotients, seed
 
 
 def test_threads_change_nothing(monkeypatch):
-    monkeypatch.setattr(rank_tokens, "CELLS_A_RUN", 7)
+    monkeypatch.setattr(ranking, "CELLS_A_RUN", 7)
     rng = np.random.default_rng(0)
     counts = sparse.random(300, 500, 0.3, "csr", np.float32, rng, lambda size: rng.integers(1, 9, size))
     token, median = rng.permutation(500).astype(np.int32), rng.integers(1, 4, 500).astype(float)
@@ -139,7 +140,7 @@ def test_a_count_that_is_stored_as_nought_is_none():
     tokens, _, ends = rank_counts(counts, np.arange(3, dtype=np.int32), np.ones(3))
     assert tokens.tolist() == [2, 0, 2, 1] and ends.tolist() == [2, 4]
     # 4000, 0 and 6000; 0, 5/11 and 6/11 of 10,000
-    values = [(counts.indices, rank_tokens.scale_counts(counts).astype(np.float32))]
+    values = [(counts.indices, ranking.scale_counts(counts).astype(np.float32))]
     assert median_of_each(lambda: values, 3) == pytest.approx([4000, 50000 / 11, (6000 + 60000 / 11) / 2])
 
 
@@ -186,9 +187,7 @@ def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, 
     medians = {gene: np.median(values[values > 0]) for gene, values in columns.items() if values.any()}
     assert genes["median"].to_dict() == pytest.approx(medians, rel=1e-6)
 
-    monkeypatch.setattr(
-        rank_tokens, "read_blocks", lambda path, ids, blocks=rank_tokens.read_blocks: blocks(path, ids, 7)
-    )
+    monkeypatch.setattr(ranking, "read_blocks", lambda path, ids, blocks=ranking.read_blocks: blocks(path, ids, 7))
     measure_genes(corpus, [cells], tmp_path / "genes2.tsv")
     rank_genes(corpus, cells, tmp_path / "genes2.tsv", tmp_path / "tokens2.parquet")
     assert (tmp_path / "genes.tsv").read_bytes() == (tmp_path / "genes2.tsv").read_bytes()

@@ -11,27 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cell2text.contracts import (
-    CELLS,
-    DESCRIPTIONS,
-    EMBEDDINGS,
-    HISTORY,
-    METRICS,
-    TERM_SLOTS,
-    TERMS,
-    write_json,
-    write_jsonl,
-)
-from cell2text.descriptions import Slots, Terms, render
+from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
+from cell2text.evaluation.methods import title_of
+from cell2text.files import write_json, write_jsonl
+from cell2text.grammar import Slots, Terms, render
 from cell2text.report import cell_map
 from cell2text.report.cell_map import COLOURS, GRID, colours, draw_cells, lay_out
 from cell2text.report.charts import Axis, training_curve, wilson_interval
 from cell2text.report.examples import choose_examples, mark_text
 from cell2text.report.limits import tell_limits
-from cell2text.report.page import render_report, sort_facts
+from cell2text.report.render_report import render_report, sort_facts
 from cell2text.report.results import CALIBRATION, CONFUSION, PER_CLASS, RunFiles, read_results
-from cell2text.report.tables import clearly_best, compare_methods, confusion_matrix, readable
+from cell2text.report.tables import clearly_best, compare_methods, confusion_matrix
 from cell2text.report.timings import rule_costs
 
 METHODS = ["cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
@@ -248,10 +240,10 @@ def test_page_tells_the_run(files, tmp_path):
     text = " ".join(page.text.split())
     assert "demo" in text and "Tiny" in text
     for method in METHODS:
-        assert readable(method) in text
+        assert title_of(method) in text
     # the test split's accuracy with its interval beside the best neighbour's, not the validation split's
     assert "75.0%" in text and "70.0–80.0" in text
-    assert f"best neighbour, {readable('majority')}: 65.0 (60.0–70.0)" in text
+    assert f"best neighbour, {title_of('majority')}: 65.0 (60.0–70.0)" in text
     assert "11.1" not in text
     assert "✗ does not hold" in text and "One donor only." in text
     assert "10 too few genes" in text
@@ -517,11 +509,11 @@ def test_limits_follow_the_scores(files):
     assert "study: a note" in told
     assert "resampling cells, not donors" in told
     assert "3 of 3 cell types have fewer than 10 test cells" in told
-    assert f"intervals of Cell2Text and of {readable('majority')} overlap" in told
+    assert f"intervals of Cell2Text and of {title_of('majority')} overlap" in told
     metrics = results.metrics.copy()
     metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.9, 0.85, 0.95]
     told = " ".join(tell_limits(replace(results, metrics=metrics), {}))
-    assert f"{readable('majority')} is better than Cell2Text" in told
+    assert f"{title_of('majority')} is better than Cell2Text" in told
     metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.1, 0.05, 0.15]
     metrics.loc[metrics["method"] == "pca_logistic", ["value", "low", "high"]] = [0.6, 0.5, 0.69]
     told = " ".join(tell_limits(replace(results, metrics=metrics), {}))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cell2text.sampling import POOLS, apportion, draw_sample, entropy, measure_diversity
+from cell2text.cells.sampling import POOLS, apportion, draw_sample, entropy, measure_diversity
 
 PAPER = {"natural": 0.3, "cell_type": 0.25, "disease": 0.2, "donor": 0.15, "rare_tissue": 0.1}
 

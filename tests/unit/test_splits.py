@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cell2text.contracts import SPLITS
-from cell2text.duplicates import find_pairs
+from cell2text.corpus.duplicates import find_pairs
+from cell2text.corpus.splits import TEST, TRAIN, assign_cells, assign_groups, read_split
 from cell2text.errors import InputError
-from cell2text.splits import TEST, TRAIN, assign_cells, assign_groups, read_split
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 

@@ -11,8 +11,9 @@ import pytest
 import scanpy as sc
 from scipy import io, sparse
 
-from cell2text import matrices
-from cell2text.counts import BUNDLED, fetch_dataset
+from cell2text.cells import matrices
+from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.studies import BUNDLED
 from cell2text.errors import InputError
 
 COUNTS = np.random.default_rng(1).poisson(0.7, (9, 5)).astype(np.float32)

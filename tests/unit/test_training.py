@@ -14,29 +14,24 @@ import torch
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cell2text import training
-from cell2text.contracts import (
-    CELLS,
-    DESCRIPTIONS,
-    EMBEDDINGS,
-    HISTORY,
-    PREDICTIONS,
-    TERMS,
-    TOKENS,
-    read_json,
-    write_json,
-)
-from cell2text.descriptions import Slots, Terms, describe, render
-from cell2text.embedding import embed_shard
-from cell2text.encoders.coexpression import Coexpression
+from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, PREDICTIONS, TERMS, TOKENS
+from cell2text.embedding.embed_genes import embed_genes
+from cell2text.embedding.encoders.coexpression import Coexpression
+from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
-from cell2text.generation.describe import describe_aligned
-from cell2text.generation.greedy import write_texts
-from cell2text.model import cell2text as m
-from cell2text.model.cell2text import load
-from cell2text.model.optimiser import MasterAdamW, warm_up_then_decay
+from cell2text.evaluation.baselines.aligned import predict_aligned
+from cell2text.files import read_json, write_json
+from cell2text.finetuning import align as aligning
+from cell2text.finetuning import finetune as finetune_module
+from cell2text.finetuning.data import BatchSize, Cells, balance, find_depths, plan_epoch, read_cells
+from cell2text.finetuning.loop import Finetuning
+from cell2text.finetuning.optimiser import MasterAdamW, warm_up_then_decay
+from cell2text.generation.decode import write_texts
+from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.model import language_model as lm
+from cell2text.model.bundle import load
+from cell2text.model.cell2text import Cell2Text
 from cell2text.processes import Team
-from cell2text.vectors import Embeddings
 from tests_terms import small_table
 
 TYPES = ["CL:0000236", "CL:0000623", "CL:0001054"]
@@ -80,7 +75,7 @@ def files(tmp_path, tiny_model):
         tmp_path / "embeddings.safetensors",
     )
     terms = Terms(small_table())
-    slots = [describe(Slots(label, None, "UBERON:0000178", "PATO:0000461"), terms) for label in labels]
+    slots = [with_definition(Slots(label, None, "UBERON:0000178", "PATO:0000461"), terms) for label in labels]
     DESCRIPTIONS.write(
         pd.DataFrame(
             {
@@ -104,7 +99,7 @@ def files(tmp_path, tiny_model):
 
 
 def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, processes=1, **changes):
-    training.finetune(
+    finetune_module.finetune(
         str(tiny_model),
         str(files / "descriptions.parquet"),
         str(files / "terms.parquet"),
@@ -143,22 +138,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch, 
     rates = [0.01 * scale(step) for step in range(sum(steps_of_epochs))]
     assert learnt["learning_rate"].to_list() == pytest.approx(rates)
     assert learnt["tokens"].max() <= changes.get("batch_tokens", 4 * (28 + 39))
-    step = training.Finetuning._step
+    step = Finetuning._step
 
     def die(self, rows, stop):
         if self.state.step == last:  # in the middle of an epoch, a step after a checkpoint
             raise KeyboardInterrupt
         return step(self, rows, stop)
 
-    monkeypatch.setattr(training.Finetuning, "_step", die)
+    monkeypatch.setattr(Finetuning, "_step", die)
     with pytest.raises(KeyboardInterrupt):
         finetune(files, tiny_model, "broken", **changes)
     assert not (files / "broken").exists()
     assert (files / "broken.checkpoints/last.safetensors").is_file()
     steps = []
-    monkeypatch.setattr(
-        training.Finetuning, "_step", lambda self, *given: steps.append(self.state.step) or step(self, *given)
-    )
+    monkeypatch.setattr(Finetuning, "_step", lambda self, *given: steps.append(self.state.step) or step(self, *given))
     resumed = finetune(files, tiny_model, "broken", **changes)
     assert steps == list(range(last - 1, sum(steps_of_epochs)))
     assert weights(resumed) == weights(whole)
@@ -167,14 +160,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(files, tiny_model, monkeypatch, 
 
 
 def test_a_checkpoint_of_other_settings_is_not_taken_up(files, tiny_model, monkeypatch):
-    step = training.Finetuning._step
+    step = Finetuning._step
 
     def die(self, rows, stop):
         if self.state.step == 5:
             raise KeyboardInterrupt
         return step(self, rows, stop)
 
-    monkeypatch.setattr(training.Finetuning, "_step", die)
+    monkeypatch.setattr(Finetuning, "_step", die)
     with pytest.raises(KeyboardInterrupt):
         finetune(files, tiny_model, "model")
     monkeypatch.undo()
@@ -204,13 +197,13 @@ def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
 
 def test_openings_are_read_before_whole_texts(files, tiny_model, monkeypatch):
     tokenizer, read = AutoTokenizer.from_pretrained(tiny_model), []
-    loss = training.Cell2Text.text_loss
+    loss = Cell2Text.text_loss
 
     def listen(self, soft, there, text, mask):
         read.append({tokenizer.decode(ids[there]) for ids, there in zip(text, mask, strict=True)})
         return loss(self, soft, there, text, mask)
 
-    monkeypatch.setattr(training.Cell2Text, "text_loss", listen)
+    monkeypatch.setattr(Cell2Text, "text_loss", listen)
     directory = finetune(files, tiny_model, "model", opening_epochs=2, epochs=3, patience=2, learning_rate=0.0)
     history = losses(directory).query("stage != 'align'")
     openings, whole = (history[history["stage"] == stage] for stage in ("openings", "finetune"))
@@ -228,7 +221,7 @@ def test_openings_are_read_before_whole_texts(files, tiny_model, monkeypatch):
 
 def test_a_text_that_names_no_cell_type_is_its_own_opening():
     texts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
-    cells = training.Cells(None, texts, None, ["a", "b"], torch.tensor([2, 0]), None).openings_alone()
+    cells = Cells(None, texts, None, ["a", "b"], torch.tensor([2, 0]), None).openings_alone()
     assert [text.tolist() for text in cells.texts] == [[1, 2], [4, 5]]
 
 
@@ -241,7 +234,7 @@ def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypa
         masters.append({name: value.clone() for name, value in self.optimiser.masters.items()})
         return next(values)
 
-    monkeypatch.setattr(training.Finetuning, "validate", validate)
+    monkeypatch.setattr(Finetuning, "validate", validate)
     directory = finetune(files, tiny_model, "model", epochs=7, patience=2, keep_best=keep_best)
     history, about = losses(directory), read_json(directory / "cell2text.json")
     columns = ["validation_loss", "validation_accuracy"]
@@ -252,9 +245,9 @@ def test_it_stops_when_validation_no_longer_improves(files, tiny_model, monkeypa
 
 
 def test_accuracy_is_that_of_greedy_decoding(files, tiny_model, monkeypatch):
-    monkeypatch.setattr(m, "pick_precision", lambda device: torch.float32)
+    monkeypatch.setattr(lm, "pick_precision", lambda device: torch.float32)
     kept = []
-    monkeypatch.setattr(training, "_save", lambda work, *rest: kept.append(work))
+    monkeypatch.setattr(finetune_module, "_save", lambda work, *rest: kept.append(work))
     finetune(files, tiny_model, "model", epochs=10, patience=10, align_steps=0, align_weight=0.0)
     work, cells = kept[0], kept[0].texts.validation
     loss, accuracy = work.validate()
@@ -286,7 +279,7 @@ def test_an_opening_ends_with_the_token_of_its_full_stop(files, tiny_model, long
     tokenizer = tokenizer_of_long_tokens(told["text"]) if long else AutoTokenizer.from_pretrained(tiny_model)
     model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
     embeddings = Embeddings([str(files / "embeddings.safetensors")])
-    cells = training.read_cells(told, "train", embeddings, {"cell_type": TYPES}, model)
+    cells = read_cells(told, "train", embeddings, {"cell_type": TYPES}, model)
     assert cells.openings[0] == 0
     for text, opening, name in zip(cells.texts[1:], cells.openings[1:], [1, 2, 0] * 7, strict=False):
         sentence = f"This is a {small_table()['name'][name]}."
@@ -296,13 +289,13 @@ def test_an_opening_ends_with_the_token_of_its_full_stop(files, tiny_model, long
 
 
 def test_a_loss_that_is_not_finite_is_told(files, tiny_model, monkeypatch):
-    loss = training.Cell2Text.text_loss
+    loss = Cell2Text.text_loss
 
     def broken(self, *batch):
         total, tokens = loss(self, *batch)
         return total * float("nan"), tokens
 
-    monkeypatch.setattr(training.Cell2Text, "text_loss", broken)
+    monkeypatch.setattr(Cell2Text, "text_loss", broken)
     with pytest.raises(InputError, match=r"not finite at step 1, with cells study\|\d+, study\|\d+, "):
         finetune(files, tiny_model, "model")
 
@@ -312,38 +305,38 @@ def join(steps):
     return np.concatenate([rows for batches in steps for rows in batches])
 
 
-@pytest.mark.parametrize("size", [training.BatchSize(16), training.BatchSize(1, 3000, 30)])
+@pytest.mark.parametrize("size", [BatchSize(16), BatchSize(1, 3000, 30)])
 @pytest.mark.parametrize("step_batches", [1, 3])
 def test_batches_hold_every_cell_once(size, step_batches):
     lengths = np.random.default_rng(0).integers(50, 200, 5000)
-    steps = training.plan_epoch(lengths, size, step_batches, seed=1, epoch=2)
+    steps = plan_epoch(lengths, size, step_batches, seed=1, epoch=2)
     assert sorted(join(steps)) == list(range(5000))
     assert [len(batches) == step_batches for batches in steps[:-1]] == [True] * (len(steps) - 1)
-    again, other = (training.plan_epoch(lengths, size, step_batches, 1, epoch) for epoch in (2, 3))
+    again, other = (plan_epoch(lengths, size, step_batches, 1, epoch) for epoch in (2, 3))
     assert np.array_equal(join(steps), join(again)) and not np.array_equal(join(steps), join(other))
 
 
 def test_batches_mix_texts_of_all_lengths():
     """Texts of one length are those of one cell type: a model that met them together would forget the others."""
     lengths = np.repeat([60, 90, 120, 150], 250)
-    met = [len(set(lengths[rows])) for (rows,) in training.plan_epoch(lengths, training.BatchSize(16), 1, 0, 0)]
+    met = [len(set(lengths[rows])) for (rows,) in plan_epoch(lengths, BatchSize(16), 1, 0, 0)]
     assert np.mean(met) > 3.5
 
 
 def test_batches_of_a_step_are_those_of_a_larger_batch():
     lengths = np.random.default_rng(0).integers(50, 200, 1000)
-    whole = training.plan_epoch(lengths, training.BatchSize(12), 1, 5, 0)
-    parts = training.plan_epoch(lengths, training.BatchSize(4), 3, 5, 0)
+    whole = plan_epoch(lengths, BatchSize(12), 1, 5, 0)
+    parts = plan_epoch(lengths, BatchSize(4), 3, 5, 0)
     assert [np.concatenate(batches).tolist() for batches in parts] == [rows.tolist() for (rows,) in whole]
     assert {len(rows) for batches in parts for rows in batches} == {4}
 
 
 def test_a_batch_is_filled_up_to_its_tokens():
     lengths = np.array([5, 30, 1, 2, 9, 1])  # with a prompt of one token each
-    batches = training.BatchSize(8, 12, 1).cut(np.array([3, 0, 2, 1, 5, 4]), lengths)
+    batches = BatchSize(8, 12, 1).cut(np.array([3, 0, 2, 1, 5, 4]), lengths)
     assert [rows.tolist() for rows in batches] == [[3, 0, 2], [1], [5, 4]]  # 11, too long for any batch, 12 tokens
     lengths = np.random.default_rng(0).integers(50, 200, 5000)
-    found = [rows for (rows,) in training.plan_epoch(lengths, training.BatchSize(1, 3000, 30), 1, 0, 0)]
+    found = [rows for (rows,) in plan_epoch(lengths, BatchSize(1, 3000, 30), 1, 0, 0)]
     tokens = np.array([(30 + lengths[rows]).sum() for rows in found])
     assert tokens.max() <= 3000 and np.median(tokens) > 2850
 
@@ -389,7 +382,7 @@ def test_gene_vectors_made_on_the_fly_are_those_that_are_stored(files, tiny_mode
     for name, top_k in (("stored", 4), ("fresh", 0)):
         for shard in range(2):
             path = files / f"{name}{shard}.safetensors"
-            embed_shard(files / "encoder", files / "tokens.parquet", path, shard, 2, top_k)
+            embed_genes(files / "encoder", files / "tokens.parquet", path, shard, 2, top_k)
     stored = Embeddings([str(files / f"stored{shard}.safetensors") for shard in range(2)])
     fresh = [str(files / f"fresh{shard}.safetensors") for shard in range(2)]
     fresh = Embeddings(fresh, str(files / "encoder"), [str(files / "tokens.parquet")], top_k=4)
@@ -456,7 +449,7 @@ def test_two_processes_learn_as_one_that_accumulates(files, tiny_model, batch_to
 
 
 def test_a_step_is_the_mean_over_the_tokens_of_all_its_batches(files, tiny_model, monkeypatch):
-    monkeypatch.setattr(training, "INPUT_NOISE", 0.0)  # each batch of a step has a noise of its own
+    monkeypatch.setattr(aligning, "INPUT_NOISE", 0.0)  # each batch of a step has a noise of its own
     whole = losses(finetune(files, tiny_model, "whole", batch_cells=4, align_weight=0.0))
     parts = losses(finetune(files, tiny_model, "parts", batch_cells=2, accumulate=2, align_weight=0.0))
     assert parts["tokens"].to_list() == whole["tokens"].to_list()
@@ -473,11 +466,11 @@ def test_layers_computed_anew_teach_the_same(files, tiny_model):
 
 def test_balanced_batches_meet_rare_labels_as_often_as_common_ones():
     labels = np.repeat([0, 1, 2], [900, 90, 10])
-    weights_ = training.balance(labels)
-    drawn = join(training.plan_epoch(np.full(1000, 50), training.BatchSize(16), 1, 0, 0, weights_))
+    weights_ = balance(labels)
+    drawn = join(plan_epoch(np.full(1000, 50), BatchSize(16), 1, 0, 0, weights_))
     assert len(drawn) == 1000
     assert np.all(np.abs(np.bincount(labels[drawn]) - 333) < 60)
-    again = training.plan_epoch(np.full(1000, 50), training.BatchSize(16), 1, 0, 0, weights_)
+    again = plan_epoch(np.full(1000, 50), BatchSize(16), 1, 0, 0, weights_)
     assert np.array_equal(drawn, join(again))
 
 
@@ -485,12 +478,10 @@ def test_a_curriculum_orders_the_batches_of_the_first_epoch_alone(files, tiny_mo
     terms = small_table().assign(depth=[6, 7, 4, *[None] * 5])
     TERMS.write(terms, files / "terms.parquet")
     types = DESCRIPTIONS.read(files / "descriptions.parquet")["cell_type_id"][:21].mask(np.arange(21) == 5)
-    depths = training.find_depths(types, terms)
+    depths = find_depths(types, terms)
     assert depths.tolist() == [6, 7, 4, 6, 7, 0, *[6, 7, 4] * 5]  # a cell of no known type is but a cell
-    step, met = training.Finetuning._step, []
-    monkeypatch.setattr(
-        training.Finetuning, "_step", lambda self, rows, stop: met.append(rows[0]) or step(self, rows, stop)
-    )
+    step, met = Finetuning._step, []
+    monkeypatch.setattr(Finetuning, "_step", lambda self, rows, stop: met.append(rows[0]) or step(self, rows, stop))
     for balanced in (False, True):
         epochs = []
         for curriculum in (False, True):
@@ -528,7 +519,7 @@ def test_the_aligned_projector_finds_each_slot_at_its_own_soft_tokens(files, tin
     CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
     inputs = [str(path) for path in (model, tiny_model, files / "cells.parquet", files / "terms.parquet")]
     embeddings = Embeddings([str(files / "embeddings.safetensors")])
-    describe_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
+    predict_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
     told, truth = PREDICTIONS.read(files / "aligned.parquet"), texts["split"] == "validation"
     assert (told["tissue_id"].to_numpy() == tissues[truth]).mean() > 0.8
     assert (told["cell_type_id"].to_numpy() == texts.loc[truth, "cell_type_id"].to_numpy()).mean() > 0.8
@@ -542,7 +533,7 @@ def test_the_aligned_projector_alone_names_cells_that_lie_far_apart(files, tiny_
     CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
     embeddings = Embeddings([str(files / "embeddings.safetensors")])
     inputs = [str(path) for path in (model, tiny_model, files / "cells.parquet", files / "terms.parquet")]
-    describe_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
+    predict_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
     told = PREDICTIONS.read(files / "aligned.parquet")
     truth = texts[texts["split"] == "validation"]
     assert told["cell_id"].tolist() == truth["cell_id"].tolist()

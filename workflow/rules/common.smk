@@ -8,6 +8,7 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 
 from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.errors import InputError
+from cell2text.evaluation.methods import BASELINES
 from cell2text.provenance import hash_config, library_version
 
 try:
@@ -29,7 +30,6 @@ EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS
 )
 SPLITS = ["validation", "test"]
-BASELINES = ["majority", "pca_logistic", "knn", "nearest_text", "aligned", "shuffled"]
 GENERATIONS = collect(
     "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
 )

@@ -1,14 +1,14 @@
 """Describe each cell by the labels whose names its soft tokens are nearest to."""
 
 from cell2text.contracts import SPLITS
-from cell2text.generation.describe import describe_aligned
+from cell2text.embedding.vectors import Embeddings
+from cell2text.evaluation.baselines.aligned import predict_aligned
 from cell2text.job import run_job
-from cell2text.vectors import Embeddings
 
 
 def main(snakemake):
     """Run the rule."""
-    describe_aligned(
+    predict_aligned(
         snakemake.input.model,
         snakemake.input.language_model,
         snakemake.input.corpus,

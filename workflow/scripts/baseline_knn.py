@@ -1,6 +1,6 @@
 """Predict the slots by the vote of the nearest training cells."""
 
-from cell2text.baselines import predict_knn
+from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.job import run_job
 
 

@@ -1,6 +1,6 @@
 """Call every cell by the most frequent training label."""
 
-from cell2text.baselines import predict_majority
+from cell2text.evaluation.baselines.majority import predict_majority
 from cell2text.job import run_job
 
 

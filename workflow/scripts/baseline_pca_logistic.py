@@ -1,6 +1,6 @@
 """Predict the slots by logistic regression on principal components."""
 
-from cell2text.baselines import predict_pca_logistic
+from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic
 from cell2text.job import run_job
 
 

@@ -1,14 +1,14 @@
 """Describe each cell from another cell's embedding: what a model that does not read its cells would score."""
 
 from cell2text.contracts import SPLITS
-from cell2text.generation.describe import describe_shuffled
+from cell2text.embedding.vectors import Embeddings
+from cell2text.evaluation.baselines.shuffled import predict_shuffled
 from cell2text.job import run_job
-from cell2text.vectors import Embeddings
 
 
 def main(snakemake):
     """Run the rule."""
-    describe_shuffled(
+    predict_shuffled(
         snakemake.input.model,
         snakemake.input.language_model,
         snakemake.input.corpus,

@@ -1,12 +1,12 @@
 """Choose cells of CELLxGENE Census by their labels."""
 
-from cell2text.census import choose_cells
+from cell2text.cells.choose_census_cells import choose_census_cells
 from cell2text.job import run_job
 
 
 def main(snakemake):
     """Run the rule."""
-    choose_cells(
+    choose_census_cells(
         snakemake.params.source,
         wanted=snakemake.params.wanted,
         sample=snakemake.params.sample,

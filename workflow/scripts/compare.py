@@ -1,12 +1,12 @@
 """Plot the methods side by side."""
 
-from cell2text.evaluation.comparison import plot_comparison
+from cell2text.evaluation.compare import compare
 from cell2text.job import run_job
 
 
 def main(snakemake):
     """Run the rule."""
-    plot_comparison(snakemake.input.metrics, snakemake.output.plot)
+    compare(snakemake.input.metrics, snakemake.output.plot)
 
 
 if __name__ == "__main__":

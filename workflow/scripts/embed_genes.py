@@ -1,12 +1,12 @@
 """Embed the genes of one shard of a dataset's cells."""
 
-from cell2text.embedding import embed_shard
+from cell2text.embedding.embed_genes import embed_genes
 from cell2text.job import run_job
 
 
 def main(snakemake):
     """Run the rule."""
-    embed_shard(
+    embed_genes(
         snakemake.input.encoder,
         snakemake.input.tokens,
         snakemake.output.embeddings,

@@ -1,12 +1,12 @@
 """Fetch the counts of one shard of the chosen cells of CELLxGENE Census."""
 
-from cell2text.census import fetch_shard
+from cell2text.cells.fetch_census_shard import fetch_census_shard
 from cell2text.job import run_job
 
 
 def main(snakemake):
     """Run the rule."""
-    fetch_shard(
+    fetch_census_shard(
         snakemake.input.cells,
         snakemake.params.source,
         shard=snakemake.params.shard,

@@ -1,6 +1,6 @@
 """Bring a study into one form: raw counts, CELLxGENE's columns, one id a cell."""
 
-from cell2text.counts import fetch_dataset
+from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.job import run_job
 
 

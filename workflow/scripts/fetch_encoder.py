@@ -1,7 +1,7 @@
 """Fetch a Geneformer checkpoint."""
 
 from cell2text.job import run_job
-from cell2text.model_sources import fetch_encoder
+from cell2text.models.fetch_encoder import fetch_encoder
 
 
 def main(snakemake):

@@ -1,7 +1,7 @@
 """Fetch the language model that the config names and lay it down as safetensors."""
 
 from cell2text.job import run_job
-from cell2text.model_sources import fetch_language_model
+from cell2text.models.fetch_language_model import fetch_language_model
 
 
 def main(snakemake):

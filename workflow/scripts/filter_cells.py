@@ -1,7 +1,7 @@
 """Leave out poor and unlabelled cells, and say why."""
 
+from cell2text.cells.filter_cells import filter_cells
 from cell2text.job import run_job
-from cell2text.qc import filter_cells
 
 
 def main(snakemake):

@@ -2,9 +2,9 @@
 
 import torch
 
+from cell2text.embedding.vectors import Embeddings
+from cell2text.finetuning.finetune import finetune
 from cell2text.job import run_job
-from cell2text.training import finetune
-from cell2text.vectors import Embeddings
 
 
 def main(snakemake):

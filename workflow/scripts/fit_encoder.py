@@ -1,6 +1,6 @@
 """Fit the encoder on the training cells."""
 
-from cell2text.embedding import fit_encoder
+from cell2text.embedding.fit_encoder import fit_encoder
 from cell2text.job import run_job
 
 

@@ -1,8 +1,8 @@
 """Describe the cells of one split and shard with the fine-tuned model."""
 
-from cell2text.generation.describe import generate_descriptions
+from cell2text.embedding.vectors import Embeddings
+from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.job import run_job
-from cell2text.vectors import Embeddings
 
 
 def main(snakemake):

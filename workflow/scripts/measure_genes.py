@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from cell2text.embedding.measure_genes import look_up_genes, measure_genes
 from cell2text.job import run_job
-from cell2text.rank_tokens import look_up_genes, measure_genes
 
 
 def main(snakemake):

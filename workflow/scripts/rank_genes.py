@@ -1,7 +1,7 @@
 """Rank the genes of each cell of a dataset."""
 
+from cell2text.embedding.rank_genes import rank_genes
 from cell2text.job import run_job
-from cell2text.rank_tokens import rank_genes
 
 
 def main(snakemake):

@@ -1,7 +1,7 @@
 """Show what ran and what came of it on one page that opens offline."""
 
 from cell2text.job import run_job
-from cell2text.report.page import render_report
+from cell2text.report.render_report import render_report
 from cell2text.report.results import RunFiles
 
 

@@ -1,6 +1,6 @@
 """Draw the cells of the corpus."""
 
-from cell2text.corpus import sample_cells
+from cell2text.corpus.sample_cells import sample_cells
 from cell2text.job import run_job
 
 

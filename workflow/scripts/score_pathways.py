@@ -1,7 +1,7 @@
 """Score each gene set in each cell of a dataset."""
 
+from cell2text.corpus.score_pathways import score_pathways
 from cell2text.job import run_job
-from cell2text.pathways import score_pathways
 
 
 def main(snakemake):

@@ -1,6 +1,6 @@
 """Split the corpus into training, validation and test, and write down what the split guarantees."""
 
-from cell2text.corpus import split_donors
+from cell2text.corpus.split_donors import split_donors
 from cell2text.job import run_job
 
 

@@ -1,7 +1,7 @@
 """Write the text that describes each cell, from its labels and its most active gene sets."""
 
+from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.job import run_job
-from cell2text.pathways import write_descriptions
 
 
 def main(snakemake):

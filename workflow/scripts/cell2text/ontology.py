@@ -12,8 +12,8 @@ import pandas as pd
 from cellxgene_ontology_guide.supported_versions import CXGSchema
 
 from cell2text.contracts import TERMS
-from cell2text.descriptions import NORMAL
 from cell2text.errors import InputError
+from cell2text.grammar import NORMAL
 
 log = logging.getLogger("cell2text.ontology")
 

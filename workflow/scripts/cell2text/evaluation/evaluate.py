@@ -8,24 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cell2text.contracts import (
-    CELLS,
-    DESCRIPTIONS,
-    METRICS,
-    PREDICTIONS,
-    TERM_SLOTS,
-    TERMS,
-    read_json,
-    read_jsonl,
-    whole_file,
-    write_json,
-)
-from cell2text.descriptions import Terms
+from cell2text.contracts import CELLS, DESCRIPTIONS, METRICS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
-from cell2text.evaluation import FINE_TUNED
 from cell2text.evaluation.bootstrap import Bootstrap
+from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.evaluation.metrics import known, score_method, term_similarities
 from cell2text.evaluation.tables import calibration, confusion, per_class
+from cell2text.files import read_json, read_jsonl, whole_file, write_json
+from cell2text.grammar import Terms
 from cell2text.provenance import hash_file, versions
 
 log = logging.getLogger("cell2text.evaluation")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from cell2text.contracts import TERM_SLOTS
-from cell2text.evaluation import figures
+from cell2text.evaluation import statistics
 from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.similarity import TermGraph, ontology_edges
 from cell2text.ontology import ONTOLOGIES, UNKNOWN
@@ -54,9 +54,9 @@ def score_method(
         Over the same cells.
     """
     rows = []
-    for slot, metric, statistics, figure, n in _all_statistics(truth, predicted, similarities):
+    for slot, metric, sums, figure, n in _all_statistics(truth, predicted, similarities):
         if n:
-            value, low, high = bootstrap.estimate(statistics, figure)
+            value, low, high = bootstrap.estimate(sums, figure)
             rows.append({"slot": slot, "metric": metric, "value": value, "low": low, "high": high, "n": n})
     return rows
 
@@ -84,39 +84,39 @@ def _slot_statistics(
     right = told & (truth == said).to_numpy()
     classes = pd.Index(np.unique(truth.dropna().astype(str)))
     n = int(told.sum())
-    yield slot, "accuracy", figures.mean_statistics(right, told), figures.ratio, n
-    yield slot, "macro_f1", figures.class_statistics(truth, said, classes), figures.macro_f1, n
-    yield slot, "abstention", figures.mean_statistics(said.isna(), told), figures.ratio, n
+    yield slot, "accuracy", statistics.mean_statistics(right, told), statistics.ratio, n
+    yield slot, "macro_f1", statistics.class_statistics(truth, said, classes), statistics.macro_f1, n
+    yield slot, "abstention", statistics.mean_statistics(said.isna(), told), statistics.ratio, n
     for metric, table in similarities.items():
-        near = figures.look_up(table, said, truth)
-        yield slot, metric, figures.mean_statistics(near, told), figures.ratio, n
+        near = statistics.look_up(table, said, truth)
+        yield slot, metric, statistics.mean_statistics(near, told), statistics.ratio, n
     if similarities:
-        near = figures.look_up(similarities["similarity"], said, truth)
+        near = statistics.look_up(similarities["similarity"], said, truth)
         wrong = told & ~right
-        errors = figures.mean_statistics(near, wrong)
-        yield slot, "similarity_among_errors", errors, figures.ratio, int(wrong.sum())
+        errors = statistics.mean_statistics(near, wrong)
+        yield slot, "similarity_among_errors", errors, statistics.ratio, int(wrong.sum())
     sure = told & said.notna().to_numpy() & ~np.isnan(confidence)
-    bins = figures.calibration_statistics(confidence, right, sure)
-    yield slot, "calibration_error", bins, figures.calibration_error, int(sure.sum())
+    bins = statistics.calibration_statistics(confidence, right, sure)
+    yield slot, "calibration_error", bins, statistics.calibration_error, int(sure.sum())
 
 
 def _pathway_statistics(truth: pd.Series, said: pd.Series) -> Iterator[Figure]:
     if not truth.explode().notna().any():
         return
-    equal, jaccard = figures.set_statistics(truth, said)
-    yield "pathways", "subset_accuracy", figures.mean_statistics(equal), figures.ratio, len(truth)
-    yield "pathways", "jaccard", figures.mean_statistics(jaccard), figures.ratio, len(truth)
+    equal, jaccard = statistics.set_statistics(truth, said)
+    yield "pathways", "subset_accuracy", statistics.mean_statistics(equal), statistics.ratio, len(truth)
+    yield "pathways", "jaccard", statistics.mean_statistics(jaccard), statistics.ratio, len(truth)
 
 
 def _text_statistics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Figure]:
     n = len(reference)
     parsed = (predicted["status"] == "parsed").to_numpy()
-    yield "text", "parsed", figures.mean_statistics(parsed), figures.ratio, n
+    yield "text", "parsed", statistics.mean_statistics(parsed), statistics.ratio, n
     text = predicted["text"].fillna("").astype(str)
     if not text.any():
         return
-    counts, overlap = figures.text_statistics(reference, text)
+    counts, overlap = statistics.text_statistics(reference, text)
     equal = (reference == text).to_numpy()
-    yield "text", "bleu", counts, figures.bleu, n
-    yield "text", "rouge_l", figures.mean_statistics(overlap), figures.ratio, n
-    yield "text", "exact_match", figures.mean_statistics(equal), figures.ratio, n
+    yield "text", "bleu", counts, statistics.bleu, n
+    yield "text", "rouge_l", statistics.mean_statistics(overlap), statistics.ratio, n
+    yield "text", "exact_match", statistics.mean_statistics(equal), statistics.ratio, n

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from cell2text.descriptions import Terms
-from cell2text.evaluation.figures import BINS, calibration_statistics, class_statistics
+from cell2text.evaluation.statistics import BINS, calibration_statistics, class_statistics
+from cell2text.grammar import Terms
 
 ABSTAINED = "not determined"
 

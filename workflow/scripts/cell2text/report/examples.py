@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cell2text.contracts import TERM_SLOTS
-from cell2text.descriptions import Terms, parse
+from cell2text.grammar import Terms, parse
 from cell2text.report.results import SLOTS, Results
 
 EXAMPLES = 20

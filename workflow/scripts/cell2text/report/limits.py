@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from cell2text.evaluation.methods import title_of
 from cell2text.report.results import METHOD, Results
-from cell2text.report.tables import best_neighbour, readable
+from cell2text.report.tables import best_neighbour
 
 FEW_CELLS = 10
 
@@ -58,7 +59,7 @@ def _texts(results: Results) -> Iterator[str]:
         bleu = results.metric(blind, "text", "bleu")
         if own and bleu:
             yield (
-                f"The texts share a template: {readable(blind)}, which knows nothing of the cell, reaches a "
+                f"The texts share a template: {title_of(blind)}, which knows nothing of the cell, reaches a "
                 f"BLEU of {100 * bleu['value']:.0f}, so Cell2Text's {100 * own['value']:.0f} says less than "
                 "its accuracy does."
             )

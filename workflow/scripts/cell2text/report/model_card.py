@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from cell2text.contracts import SPLITS, whole_file
-from cell2text.evaluation.comparison import NAMES
+from cell2text.contracts import SPLITS
+from cell2text.evaluation.methods import METHODS
+from cell2text.files import whole_file
 from cell2text.report.limits import tell_limits
 from cell2text.report.results import Results
 
@@ -76,11 +77,11 @@ def _scores(results: Results) -> Iterator[str]:
     yield ""
     yield f"| method | {' | '.join(SCORES)} |"
     yield "|---|" + "---|" * len(SCORES)
-    for method, name in NAMES.items():
+    for method, about in METHODS.items():
         scores = [results.metric(method, *figure) for figure in SCORES.values()]
         if all(scores):
             told = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
-            yield f"| {name} | {' | '.join(told)} |"
+            yield f"| {about.title} | {' | '.join(told)} |"
 
 
 def _limits(results: Results, notes: dict[str, str]) -> Iterator[str]:

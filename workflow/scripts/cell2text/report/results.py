@@ -8,20 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cell2text.contracts import (
-    CELLS,
-    DESCRIPTIONS,
-    EMBEDDINGS,
-    HISTORY,
-    METRICS,
-    TERM_SLOTS,
-    TERMS,
-    read_json,
-    read_jsonl,
-)
-from cell2text.descriptions import PATHWAY, Terms
+from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
-from cell2text.evaluation import FINE_TUNED
+from cell2text.evaluation.methods import FINE_TUNED
+from cell2text.files import read_json, read_jsonl
+from cell2text.grammar import PATHWAY, Terms
 
 METHOD = FINE_TUNED
 SLOTS = (*TERM_SLOTS, "pathways")

@@ -8,18 +8,9 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from cell2text.contracts import TERM_SLOTS
-from cell2text.evaluation.comparison import NAMES
+from cell2text.evaluation.methods import METHODS, title_of
 from cell2text.report.results import METHOD, SLOTS, Results
 
-WHAT = {
-    METHOD: "the fine-tuned model reads a cell and writes its description",
-    "majority": "each slot's most frequent term among the training cells",
-    "pca_logistic": "a linear classifier on the principal components of the log counts",
-    "knn": "vote of the training cells with the nearest embeddings",
-    "nearest_text": "the description of the nearest training cell, copied",
-    "aligned": "the label whose words the projector places the cell nearest to, without the language model",
-    "shuffled": "the fine-tuned model, each cell given another's embedding: must fall to chance",
-}
 COLUMNS = {
     "Cell type accuracy": ("cell_type", "accuracy"),
     "Macro-F1": ("cell_type", "macro_f1"),
@@ -40,19 +31,15 @@ def compare_methods(results: Results) -> list[dict[str, Any]]:
     """
     present = set(results.metrics["method"])
     rows = []
-    for method in [name for name in WHAT if name in present] + sorted(present - set(WHAT)):
+    for method in [name for name in METHODS if name in present] + sorted(present - set(METHODS)):
         figures = [results.metric(method, slot, metric) for slot, metric in COLUMNS.values()]
-        rows.append({"method": method, "name": readable(method), "what": WHAT.get(method, ""), "figures": figures})
+        what = METHODS[method].summary if method in METHODS else ""
+        rows.append({"method": method, "name": title_of(method), "what": what, "figures": figures})
     for column in range(len(COLUMNS)):
         best = clearly_best([row["figures"][column] for row in rows])
         if best is not None:
             rows[best]["figures"][column]["best"] = True
     return rows
-
-
-def readable(method: str) -> str:
-    """Return a method's name as the comparison's plot writes it."""
-    return NAMES.get(method, method)
 
 
 def clearly_best(figures: list[dict[str, float] | None]) -> int | None:

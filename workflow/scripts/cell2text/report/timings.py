@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from cell2text.contracts import read_jsonl
+from cell2text.files import read_jsonl
 
 
 def rule_costs(benchmarks: str | Path, left_out: str = "render_report") -> list[dict[str, Any]]:

@@ -1,0 +1,131 @@
+"""Counts of one shard of the cells chosen from CELLxGENE Census, in the form of every other dataset."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from cell2text.cells.census import ASSAY, IDS, open_census, read_term
+from cell2text.cells.genes import GeneMap, map_genes
+from cell2text.cells.h5ad import CELLS_AT_ONCE, write_cells
+from cell2text.cells.labels import CELLXGENE
+from cell2text.contracts import CENSUS_CELLS
+from cell2text.errors import InputError
+from cell2text.ontology import UNKNOWN, name_of
+from cell2text.progress import Progress
+
+log = logging.getLogger("cell2text.census")
+
+
+def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: int, path: str | Path) -> None:
+    """Fetch the counts of one shard of the chosen cells and write them in the form of ``counts.fetch_dataset``.
+
+    A shard is a stretch of the Census, so no part of its arrays is read for two shards. ``dataset_id`` is the
+    Census's own, and a cell's id ``{dataset_id}|{soma_joinid}``.
+
+    Parameters
+    ----------
+    cells_file
+        The chosen cells (``contracts.CENSUS_CELLS``).
+    source
+        As in ``choose_census_cells``.
+    shard, shards
+        Which piece, from 0, of how many.
+    path
+        Where to write.
+
+    Raises
+    ------
+    InputError
+        If the Census cannot be read, there is no cell for the shard, or a count is no whole number.
+    """
+    cells = CENSUS_CELLS.read(cells_file, categories=list(CENSUS_CELLS.columns)[1:])
+    first, last = (len(cells) * edge // shards for edge in (shard, shard + 1))
+    cells = cells.iloc[first:last].reset_index(drop=True)
+    if cells.empty:
+        raise InputError("config: shards", f"{shards} shards, fewer cells chosen from {source}", "Lower `shards`")
+    obs = label_census_cells(cells)
+    with open_census(source) as human:
+        genes = read_census_genes(human, source)
+        blocks = read_census_counts(human, cells["soma_joinid"].to_numpy(), obs.index, genes, source)
+        write_cells(path, blocks, [obs.index], obs, genes.genes, {"source": source})
+    log.info("%s: shard %d, %d cells, %d genes", source, shard, len(obs), len(genes.genes))
+
+
+def label_census_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen cells in CELLxGENE's columns, each a categorical, with names looked up from the ids.
+
+    The study stands in for a donor that it does not name.
+
+    Parameters
+    ----------
+    cells
+        Rows of ``contracts.CENSUS_CELLS``.
+    """
+    cells = cells.astype(dict.fromkeys(cells.columns[1:], object)).fillna("unknown")
+    known = pd.DataFrame({"dataset_id": cells["dataset_id"]})
+    unnamed = cells["donor_id"].str.lower().isin(UNKNOWN)
+    known["donor_id"] = cells["donor_id"].mask(unnamed, cells["dataset_id"])
+    known[ASSAY] = cells[ASSAY]
+    for slot, column in IDS.items():
+        known[column] = cells[column].map({term: read_term(slot, term) for term in cells[column].unique()})
+        known[CELLXGENE[slot]] = known[column].map({term: name_of(slot, term) for term in known[column].unique()})
+    known.index = pd.Index(cells["dataset_id"] + "|" + cells["soma_joinid"].astype(str), name="cell_id")
+    return known.astype("category")
+
+
+def read_census_genes(human: Any, source: str) -> GeneMap:
+    """Return what becomes of the genes of the Census, in the order of its counts."""
+    columns = ["soma_joinid", "feature_id", "feature_name"]
+    genes = human.ms["RNA"].var.read(column_names=columns).concat().to_pandas().sort_values("soma_joinid")
+    return map_genes(genes.set_index("feature_id"), source)
+
+
+def read_census_counts(
+    human: Any, joinids: np.ndarray, cell_ids: pd.Index, genes: GeneMap, source: str
+) -> Iterator[sparse.csr_matrix]:
+    """Yield the counts of cells, float32, a block at a time.
+
+    Parameters
+    ----------
+    human
+        SOMA experiment of the human cells.
+    joinids
+        ``soma_joinid`` of the cells, ascending.
+    cell_ids
+        Ids of the same cells, for messages.
+    genes
+        As ``read_census_genes`` gives them.
+    source
+        The source, for messages.
+
+    Raises
+    ------
+    InputError
+        If a count is no whole number.
+    """
+    counts = human.ms["RNA"].X["raw"].read((joinids,))
+    progress = Progress(len(joinids), "cells")
+    done = 0
+    for stored, _ in counts.blockwise(axis=0, size=CELLS_AT_ONCE, reindex_disable_on_axis=[1]).scipy():
+        # some releases declare room for more genes than they have
+        shape = stored.shape[0], len(genes.column)
+        block = sparse.csr_matrix((stored.data, stored.indices, stored.indptr), shape, np.float32)
+        block.eliminate_zeros()
+        wrong = (block.data < 0) | (block.data != np.rint(block.data))
+        if wrong.any():
+            position = int(np.argmax(wrong))
+            cell = cell_ids[done + np.searchsorted(block.indptr, position, side="right") - 1]
+            raise InputError(
+                f"{source}: X/raw",
+                f"not a whole number: {block.data[position]:g} in cell {cell}",
+                "Leave the study or its assay out under `census` in the config",
+            )
+        block.sort_indices()
+        yield genes.gather(block)
+        done += block.shape[0]
+        progress.advance(block.shape[0])

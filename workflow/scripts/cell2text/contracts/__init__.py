@@ -1,0 +1,120 @@
+"""The files between the stages: what each table, tensor file and text file holds.
+
+A contract is checked when a file is written and when it is read, and a file appears whole or not at all.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from cell2text.contracts.table import TableContract
+from cell2text.contracts.tensor import TensorContract
+
+TEXT, TEXTS = pa.string(), pa.list_(pa.string())
+# The slots of a description that hold one ontology term each, in the order in which they are told.
+TERM_SLOTS = ("cell_type", "tissue", "disease", "sex", "stage")
+SPLITS = ("train", "validation", "test")
+QC = TableContract(
+    "the QC figures of every cell",
+    {
+        "cell_id": TEXT,
+        "dataset_id": TEXT,
+        "donor": TEXT,
+        "n_counts": pa.float64(),
+        "n_genes": pa.int32(),
+        "mitochondrial_percent": pa.float32(),
+        "ribosomal_percent": pa.float32(),
+        "doublet_score": pa.float32(),  # missing where the cell was not scored
+        "kept": pa.bool_(),
+        "reason": TEXT,
+    },
+    key="cell_id",
+)
+# One row for each cell to fetch; what is not known is "unknown".
+CENSUS_CELLS = TableContract(
+    "the cells chosen from the Census",
+    {
+        "soma_joinid": pa.int64(),
+        "dataset_id": TEXT,
+        "donor_id": TEXT,
+        "assay_ontology_term_id": TEXT,
+        "cell_type_ontology_term_id": TEXT,
+        "tissue_ontology_term_id": TEXT,
+        "disease_ontology_term_id": TEXT,
+        "sex_ontology_term_id": TEXT,
+        "development_stage_ontology_term_id": TEXT,
+    },
+    key="soma_joinid",
+)
+_LABELS = {f"{slot}{suffix}": TEXT for slot in TERM_SLOTS for suffix in ("_id", "")}
+SAMPLED_CELLS = TableContract(
+    "the sampled cells",
+    {
+        "cell_id": TEXT,
+        "dataset_id": TEXT,
+        "donor": TEXT,
+        "assay_id": TEXT,
+        **_LABELS,
+        "counts_hash": TEXT,  # equal where two cells have the same counts of the same genes
+        "n_counts": pa.float64(),
+    },
+    key="cell_id",
+)
+CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, key="cell_id")
+PATHWAY_SCORES = TableContract("AUCell scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
+TERMS = TableContract(
+    "the terms that a slot may hold",
+    # depth: is_a steps from a cell type to the root of the Cell Ontology; null for other slots
+    {"slot": TEXT, "id": TEXT, "name": TEXT, "definition": TEXT, "depth": pa.int32()},
+)
+_SLOTS = {**{f"{slot}_id": TEXT for slot in TERM_SLOTS}, "pathway_ids": TEXTS}
+DESCRIPTIONS = TableContract(
+    "reference descriptions",
+    {"cell_id": TEXT, "split": TEXT, **_SLOTS, "definition": TEXT, "text": TEXT},
+    key="cell_id",
+)
+# genes.tsv: token (from 0, in order of gene_id), Ensembl id or else symbol, symbol, non-zero median of
+# counts per 10,000 over the training cells
+GENES = ("token", "gene_id", "symbol", "median")
+TOKENS = TableContract(
+    "ranked genes",
+    {"cell_id": TEXT, "tokens": pa.list_(pa.int32()), "expression": pa.list_(pa.float32())},
+    key="cell_id",
+)
+EMBEDDINGS = TensorContract(
+    "gene embeddings",
+    {
+        "gene_vectors": (np.dtype("float16"), 3),
+        "lengths": (np.dtype("int32"), 1),
+        "pooled": (np.dtype("float32"), 2),
+    },
+    further={"cls": (np.dtype("float32"), 2)},
+)
+# What a method says of a cell. Generations and baselines share it, so one evaluation scores them all.
+PREDICTIONS = TableContract(
+    "predicted descriptions",
+    {
+        "cell_id": TEXT,
+        "split": TEXT,
+        **_SLOTS,
+        "text": TEXT,
+        "status": TEXT,
+        **{f"{slot}_confidence": pa.float32() for slot in TERM_SLOTS},
+    },
+    key="cell_id",
+)
+HISTORY = TableContract(
+    "the course of fine-tuning",
+    {
+        "stage": TEXT,  # align, openings or finetune
+        "step": pa.int32(),
+        "epoch": pa.int32(),
+        "loss": pa.float64(),  # nats a token of text, or a cell (align), on training cells
+        "align_loss": pa.float64(),
+        "validation_loss": pa.float64(),  # at the end of an epoch, else NaN
+        "validation_accuracy": pa.float64(),  # of the cell type, by teacher forcing; as validation_loss
+        "learning_rate": pa.float64(),
+        "tokens": pa.int64(),  # of the step, prompts and soft tokens counted in
+        "seconds": pa.float64(),  # since alignment, or fine-tuning, began
+    },
+)
+METRICS = ("split", "method", "slot", "metric", "value", "low", "high", "n")

@@ -1,0 +1,103 @@
+"""What a safetensors file must hold, checked on write and on read."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cell2text.errors import InputError
+from cell2text.files import whole_file
+
+
+@dataclass(frozen=True)
+class TensorContract:
+    """Tensors of a safetensors file; row i of each belongs to the i-th of the ``cell_ids`` in its header.
+
+    Parameters
+    ----------
+    what
+        What the file holds, for messages.
+    tensors
+        Type and number of dimensions of each tensor.
+    further
+        Alike, of tensors that a file may hold or not.
+    """
+
+    what: str
+    tensors: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
+    further: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
+
+    def write(self, tensors: dict[str, np.ndarray], cell_ids: list[str], path: str | Path) -> None:
+        """Check tensors and write them whole.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing, surplus, of another type or shape.
+        """
+        from safetensors.numpy import save_file
+
+        self._check(tensors, len(cell_ids), path)
+        # safetensors writes the memory as it lies: a matrix in Fortran order would come back scrambled
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"cell_ids": json.dumps(cell_ids)})
+
+    def read(self, path: str | Path, names: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Return the named tensors (all of them by default) and the cell ids of their rows.
+
+        Raises
+        ------
+        InputError
+            If the file is not what this contract describes.
+        """
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            cell_ids = json.loads((file.metadata() or {}).get("cell_ids", "[]"))
+            wanted = list(self.tensors if names is None else names)
+            missing = set(wanted) - set(file.keys())
+            if missing:
+                raise InputError(path, f"not {self.what}: missing {sorted(missing)}", "Delete it and run again")
+            tensors = {name: file.get_tensor(name) for name in wanted}
+        try:
+            self._check(tensors, len(cell_ids), path, some=True)
+        except ValueError as error:
+            raise InputError(path, str(error), "Delete the file and run the workflow again") from error
+        return tensors, cell_ids
+
+    def read_cells(
+        self, paths: Iterable[str | Path], cell_ids: Iterable[str], names: Iterable[str]
+    ) -> dict[str, np.ndarray]:
+        """Return the named tensors for the given cells, in their order, from any number of files.
+
+        Raises
+        ------
+        InputError
+            If a cell is in none of the files.
+        """
+        paths, names, cell_ids = sorted(map(str, paths)), list(names), pd.Index(cell_ids)
+        parts = [self.read(path, names) for path in paths]
+        row = pd.Index([cell for _, cells in parts for cell in cells]).get_indexer(cell_ids)
+        if (row < 0).any():
+            raise InputError(
+                ", ".join(paths),
+                f"{(row < 0).sum()} described cells are missing, such as {cell_ids[row < 0][0]}",
+                "Delete the files and run the workflow again",
+            )
+        return {name: np.concatenate([tensors[name] for tensors, _ in parts])[row] for name in names}
+
+    def _check(self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, some: bool = False) -> None:
+        known = self.tensors | self.further
+        if not set(tensors) <= set(known) or not (some or set(self.tensors) <= set(tensors)):
+            raise ValueError(f"{path}: not {self.what}: has {sorted(tensors)}, not {sorted(self.tensors)}")
+        for name, tensor in tensors.items():
+            dtype, dimensions = known[name]
+            if tensor.dtype != dtype or tensor.ndim != dimensions or len(tensor) != cells:
+                raise ValueError(
+                    f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, not {dtype} with {dimensions} "
+                    f"dimensions and {cells} cells"
+                )

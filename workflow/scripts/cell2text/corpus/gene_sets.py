@@ -1,0 +1,107 @@
+"""Gene sets: read from GMT files and named in words."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from cell2text.errors import InputError
+from cell2text.grammar import PATHWAY
+
+COLLECTIONS = ("HALLMARK", "REACTOME", "KEGG_MEDICUS", "KEGG", "BIOCARTA", "PID", "WP", "GOBP", "GOCC", "GOMF")
+ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\w+",
+        "AKT AMPK ATM ATP ATR BCR BMP DNA EGF EGFR ERBB ERK FGF GPCR GTP IFN IGF JAK KRAS MAPK MHC MRNA MTOR MYC "
+        "NADH NFKB NK NKT PDGF PPAR PTEN RAS RHO RNA RRNA SRC STAT TCA TCR TGF TLR TNF TNFA TRNA UV VEGF WNT",
+    )
+)
+
+
+def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
+    """Return id -> gene symbols of a GMT file: a set a line, id, a name or link, then genes.
+
+    Raises
+    ------
+    InputError
+        If a line has no gene, an id repeats, or there is no line.
+    """
+    sets: dict[str, list[str]] = {}
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, *rest = [field.strip() for field in line.split("\t")]
+        genes = sorted({gene for gene in rest[1:] if gene})
+        if not genes:
+            raise InputError(
+                f"{path} line {number}", "no gene in the set", "Write id, name and genes with tabs between"
+            )
+        if name in sets:
+            raise InputError(f"{path} line {number}", f"the set {name} is there twice", "Keep one of the two")
+        sets[name] = genes
+    if not sets:
+        raise InputError(path, "no gene set in it", "Name a GMT file under `pathways: gene_sets`")
+    return sets
+
+
+def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
+    """Return the rows that gene sets have among the terms (``contracts.TERMS``), which lack ``depth``.
+
+    A set without a line in the table is named after its id (``readable_name``) and has no description.
+
+    Parameters
+    ----------
+    ids
+        Gene sets to name.
+    path
+        TSV with ``id``, ``name`` and ``description``; None where there is none.
+
+    Raises
+    ------
+    InputError
+        If a column is missing, two sets share a name, or a name would break the grammar of the text.
+    """
+    columns = ["id", "name", "description"]
+    table = pd.DataFrame(columns=columns)
+    if path is not None:
+        table = pd.read_csv(path, sep="	", dtype=str, keep_default_na=False)
+    if not set(columns) <= set(table):
+        raise InputError(path, f"columns {', '.join(table)}", f"Give the columns {', '.join(columns)}")
+    told = table.drop_duplicates("id").set_index("id").reindex(ids)
+    readable = pd.Series({name: readable_name(name) for name in ids})
+    whole = pd.Series({name: " ".join(name.replace("_", " ").split()) for name in ids})
+    # APOPTOSIS of two collections stay apart by the name of the collection
+    names = told["name"].fillna(readable.where(~readable.duplicated(keep=False), whole))
+    descriptions = told["description"].fillna("")
+    where = path or "config: pathways: gene_sets"
+    if names.duplicated().any():
+        raise InputError(
+            where, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name"
+        )
+    for column, values in (("name", names), ("description", descriptions)):
+        broken = values[values.str.contains("; then ", regex=False)]
+        if len(broken):
+            raise InputError(
+                f"{where}: {column}", f"{broken.iloc[0]!r} holds '; then ', which parts gene sets", "Reword it"
+            )
+    return pd.DataFrame({"slot": PATHWAY, "id": ids, "name": names.to_numpy(), "definition": descriptions.to_numpy()})
+
+
+def readable_name(gene_set: str) -> str:
+    """Return the name of a gene set in words, where its id is one of MSigDB's, in capitals and underscores.
+
+    The collection's name is left out. Words with a digit and common abbreviations keep their capitals.
+
+    Examples
+    --------
+    >>> readable_name("HALLMARK_TNFA_SIGNALING_VIA_NFKB"), readable_name("HALLMARK_UV_RESPONSE_DN")
+    ('TNFA signaling via NFKB', 'UV response down')
+    >>> readable_name("Regulation of TP53 Activity"), readable_name("my_CD8_signature")
+    ('Regulation of TP53 Activity', 'my CD8 signature')
+    """
+    found = re.fullmatch(rf"({'|'.join(COLLECTIONS)})_+([A-Z0-9][A-Z0-9_]*)", gene_set)
+    words = (found[2] if found else gene_set).replace("_", " ").split()
+    return " ".join(
+        word if not found or word in ABBREVIATIONS or re.search(r"\d", word) else {"DN": "down"}.get(word, word.lower())
+        for word in words
+    )

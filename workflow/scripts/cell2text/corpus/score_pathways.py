@@ -1,0 +1,106 @@
+"""AUCell scores of gene sets in each cell of a dataset."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata as ad
+import decoupler as dc
+import numba
+import numpy as np
+import pandas as pd
+
+from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
+from cell2text.contracts import PATHWAY_SCORES
+from cell2text.corpus.gene_sets import read_gene_sets
+from cell2text.errors import InputError
+from cell2text.progress import Progress
+
+log = logging.getLogger("cell2text.pathways")
+
+CELLS_AT_ONCE = 1000
+TOP_SHARE = 0.05  # of a cell's ranked genes, AUCell's own default
+
+
+def score_pathways(
+    cells_file: str | Path,
+    corpus_file: str | Path,
+    gene_sets_file: str | Path,
+    min_genes: int,
+    path: str | Path,
+) -> None:
+    """Score each gene set in each of a dataset's cells with AUCell (Aibar et al., Nature Methods 2017).
+
+    The score is the area under the recovery curve over a cell's top genes, as decoupler computes it. All
+    genes of the file are ranked by their counts (to normalise a cell would not change the order), so the score
+    of a cell does not depend on the cells beside it. Genes with equal counts, at the last of the top genes
+    too, stand in an order that decoupler draws once, with a fixed seed, for all cells.
+
+    Parameters
+    ----------
+    cells_file
+        Filtered counts of the dataset.
+    corpus_file
+        The corpus; only its cells are scored.
+    gene_sets_file
+        GMT with gene symbols.
+    min_genes
+        A set with fewer genes measured is not scored: its column holds NaN.
+    path
+        Where to write the scores (``contracts.PATHWAY_SCORES``), in the order of the dataset, a block at a time.
+
+    Raises
+    ------
+    InputError
+        If no set has enough genes.
+    """
+    sets = read_gene_sets(gene_sets_file)
+    symbols = read_genes(cells_file)["symbol"]
+    measured = set(symbols)
+    usable = {name: genes for name, genes in sets.items() if len(measured & set(genes)) >= min_genes}
+    if not usable:
+        raise InputError(
+            gene_sets_file,
+            f"no set has {min_genes} genes that {Path(cells_file).stem} measures ({symbols.iloc[0]}, ...)",
+            "Give gene sets with the symbols of human genes",
+        )
+    left_out = [name for name in sets if name not in usable]
+    if left_out:
+        log.info("Fewer than %d genes measured, not scored: %s", min_genes, ", ".join(left_out))
+    # decoupler shares out the few sets of one cell at a time; waking a second thread costs more than it does.
+    numba.set_num_threads(1)
+    net = pd.DataFrame([(name, gene) for name, genes in usable.items() for gene in genes], columns=["source", "target"])
+    rows, training = find_cells(cells_file, corpus_file), find_cells(cells_file, corpus_file, "train")
+    top_genes = count_top_genes(cells_file, training if training.any() else rows)
+    progress = Progress(int(rows.sum()), "cells")
+    # A symbol that two genes share goes with the first of them.
+    own = ~symbols.duplicated().to_numpy()
+    var = pd.DataFrame(index=symbols[own].to_numpy())
+
+    def score() -> Iterator[pd.DataFrame]:
+        for ids, counts in read_blocks(cells_file, rows, CELLS_AT_ONCE):
+            block = ad.AnnData(counts[:, own], obs=pd.DataFrame(index=ids), var=var)
+            dc.mt.aucell(block, net, tmin=min_genes, empty=False, n_up=top_genes)
+            scores = block.obsm["score_aucell"].reindex(columns=list(sets)).astype("float32")
+            yield scores.reset_index(names="cell_id")
+            progress.advance(len(ids))
+
+    PATHWAY_SCORES.write_parts(score(), path, rest=sets)
+
+
+def count_top_genes(path: str | Path, rows: np.ndarray) -> int:
+    """Return over how many top genes of a cell AUCell integrates: 5% of the genes, or fewer.
+
+    A cell with fewer genes than that would fill the rest of its ranks with genes it does not express, so
+    the number is at most what 95% of the cells express.
+
+    Parameters
+    ----------
+    path
+        Filtered counts of the dataset.
+    rows
+        Which of its cells to ask: those in training, or all where none is.
+    """
+    expressed = [np.diff(counts.indptr) for _, counts in read_blocks(path, rows)]
+    limit = np.quantile(np.concatenate(expressed), 0.05) if expressed else 0
+    return max(2, int(min(np.ceil(TOP_SHARE * len(read_genes(path))), limit)))

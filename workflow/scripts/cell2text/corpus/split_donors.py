@@ -1,0 +1,113 @@
+"""The split of the corpus into training, validation and test cells, and its audit."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cell2text.contracts import CELLS, SAMPLED_CELLS, SPLITS, TERM_SLOTS
+from cell2text.corpus.audit import audit_split
+from cell2text.corpus.duplicates import find_pairs, join_cells
+from cell2text.corpus.splits import GROUPS, TEST, assign_cells, assign_groups, read_split
+from cell2text.errors import InputError
+from cell2text.files import write_json
+
+log = logging.getLogger("cell2text.corpus")
+
+# Columns of few values: held as categories, for a corpus may have millions of cells.
+CATEGORIES = ["dataset_id", "donor", "assay_id", *(f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", ""))]
+
+
+def split_donors(
+    cells_file: str | Path,
+    split: str,
+    shares: Mapping[str, float],
+    seed: int,
+    path: str | Path,
+    audit_file: str | Path,
+    held_out: Sequence[str] = (),
+    diversity_file: str | Path | None = None,
+) -> None:
+    """Put each cell in training, validation or test, and write down what the split guarantees.
+
+    Parameters
+    ----------
+    cells_file
+        The sampled cells.
+    split
+        What stays together: ``"donors"``, ``"studies"``, or, by name only, single ``"cells"``; or a table of
+        the user's that says it all (``splits.read_split``).
+    shares
+        Share of the cells that each split should have, those of held-out types aside.
+    seed
+        Seed of the draw.
+    path, audit_file
+        Where to write the corpus (``contracts.CELLS``), in the order of the ids, and the audit (JSON).
+    held_out
+        Cell types, by id, whose cells all go to the test.
+    diversity_file
+        How diverse the cells were before and after sampling; the audit repeats it.
+
+    Raises
+    ------
+    InputError
+        If a split would be empty, a cell type has too few cells, or one to hold out has none.
+    """
+    cells = SAMPLED_CELLS.read(cells_file, categories=CATEGORIES)
+    # so that the split depends on the cells alone, and not on the order in which they came
+    cells = cells.iloc[pc.sort_indices(pa.array(cells["cell_id"])).to_numpy()].reset_index(drop=True)
+    pairs = find_pairs(cells)
+    held = _find_held_out(cells, held_out, pairs)
+    codes = np.full(len(cells), TEST)
+    if not held.all():
+        codes[~held] = _assign(cells[~held], _pairs_among(pairs, ~held), split, shares, np.random.default_rng(seed))
+    empty = [name for code, name in enumerate(SPLITS) if code not in codes]
+    if empty:
+        raise InputError(
+            "config: split_shares",
+            f"no cell is left for {' and '.join(empty)}",
+            "Raise the share or add cells",
+        )
+    cells["split"] = pd.Categorical.from_codes(codes, SPLITS)
+    audit = audit_split(cells, split, shares if split in (*GROUPS, "cells") else {}, held_out)
+    if diversity_file is not None:
+        audit["diversity"] = pd.read_csv(diversity_file, sep="\t").to_dict("records")
+    log.info("%s", ", ".join(f"{name} {audit['cells'][name]}" for name in SPLITS))
+    for guarantee in audit["guarantees"]:
+        log.info("%s: %s (%s)", guarantee["claim"], "holds" if guarantee["holds"] else "fails", guarantee["detail"])
+    for limit in audit["limits"]:
+        log.info("%s", limit)
+    CELLS.write(cells[list(CELLS.columns)], path)
+    write_json(audit, audit_file)
+
+
+def _assign(
+    cells: pd.DataFrame, pairs: pd.DataFrame, split: str, shares: Mapping[str, float], rng: np.random.Generator
+) -> np.ndarray:
+    if split in GROUPS:
+        return assign_groups(cells, GROUPS[split], pairs, shares, rng)
+    return assign_cells(cells, pairs, shares, rng) if split == "cells" else read_split(split, cells)
+
+
+def _find_held_out(cells: pd.DataFrame, held_out: Sequence[str], pairs: pd.DataFrame) -> np.ndarray:
+    """Return which cells are of a type to hold out, or are likely the same cell as one that is."""
+    absent = sorted(set(held_out) - set(cells["cell_type_id"].unique()))
+    if absent:
+        raise InputError(
+            "config: held_out_cell_types",
+            f"no cell of {', '.join(absent)} in the corpus",
+            "Name Cell Ontology ids that the corpus has",
+        )
+    one = join_cells(len(cells), pairs)
+    return np.isin(one, one[cells["cell_type_id"].isin(held_out)])
+
+
+def _pairs_among(pairs: pd.DataFrame, kept: np.ndarray) -> pd.DataFrame:
+    """Return the pairs of kept cells, by their position among these."""
+    position = np.cumsum(kept) - 1
+    pairs = pairs[kept[pairs["first"]] & kept[pairs["second"]]]
+    return pairs.assign(first=position[pairs["first"]], second=position[pairs["second"]])

@@ -1,0 +1,120 @@
+"""The reference description of each cell, from its labels and its most active gene sets."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
+from cell2text.corpus.gene_sets import name_pathways
+from cell2text.corpus.pathways import choose_pathways, fit_sets
+from cell2text.errors import InputError
+from cell2text.files import write_json
+from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.ontology import slot_terms
+from cell2text.progress import Progress
+
+log = logging.getLogger("cell2text.pathways")
+
+DESCRIBED_AT_ONCE = 1 << 16
+
+
+def write_descriptions(
+    corpus_file: str | Path,
+    score_files: Iterable[str | Path],
+    pathways_file: str | Path | None,
+    min_active_share: float,
+    per_cell: int,
+    descriptions_file: str | Path,
+    terms_file: str | Path,
+    kept_file: str | Path,
+) -> None:
+    """Write each cell's slots and its description, the terms they draw on, and the gene sets kept.
+
+    The scores are read a part at a time. Of a cell only the numbers of its terms and gene sets are held, and
+    cells with the same slots share one text.
+
+    Parameters
+    ----------
+    corpus_file
+        The corpus (``contracts.CELLS``).
+    score_files
+        AUCell scores of each dataset.
+    pathways_file
+        TSV that gives each gene set ``id``, ``name`` and ``description``; None where there is none.
+    min_active_share
+        Sets active in no more than this share of the training cells are not told.
+    per_cell
+        Gene sets told of a cell, at most.
+    descriptions_file, terms_file, kept_file
+        The three files to write (``contracts.DESCRIPTIONS``, ``contracts.TERMS``, JSON).
+
+    Raises
+    ------
+    InputError
+        If names of gene sets cannot be told apart in a text, or no set is kept.
+    """
+    columns = [f"{slot}_id" for slot in TERM_SLOTS]
+    corpus = CELLS.read(corpus_file, ["cell_id", "split", *columns], categories=["split", *columns])
+    cells, training = pd.Index(corpus["cell_id"]), (corpus["split"] == "train").to_numpy()
+    score_files = list(score_files)
+
+    def read_scores() -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
+        for file in score_files:
+            for part in PATHWAY_SCORES.read_parts(file):
+                yield cells.get_indexer(part.pop("cell_id")), part
+
+    def read_training() -> Iterator[pd.DataFrame]:
+        return (scores[training[rows]] for rows, scores in read_scores())
+
+    kept = fit_sets(read_training, per_cell, min_active_share)
+    if kept.empty:
+        raise InputError(
+            "config: pathways: min_active_share",
+            f"no gene set is active in more than {min_active_share:.3%} of the training cells",
+            "Lower it, or give other gene sets",
+        )
+    log.info("%d gene sets kept", len(kept))
+    told = np.full((len(cells), per_cell), -2, dtype=np.int32)
+    for rows, scores in read_scores():
+        told[rows] = choose_pathways(scores, kept, per_cell)
+    if (told == -2).any():
+        raise ValueError(f"{cells[(told == -2).any(axis=1)][0]} has no scores")
+    table = pd.concat(
+        [*(slot_terms(slot) for slot in TERM_SLOTS), name_pathways(list(kept.index), pathways_file)], ignore_index=True
+    )
+    DESCRIPTIONS.write_parts(_describe(corpus, told, list(kept.index), Terms(table)), descriptions_file)
+    TERMS.write(table, terms_file)
+    write_json(kept.rename_axis("id").reset_index().to_dict("records"), kept_file)
+
+
+def _describe(corpus: pd.DataFrame, told: np.ndarray, sets: list[str], terms: Terms) -> Iterator[pa.Table]:
+    """Yield the rows of the descriptions, each distinct set of slots rendered once a part."""
+    slots = [corpus[f"{slot}_id"] for slot in TERM_SLOTS]
+    numbers = np.column_stack([*(column.cat.codes for column in slots), told])
+    # what is not known has the number -1, the last
+    ids = [[*column.cat.categories, None] for column in slots] + [[*sets, None]] * told.shape[1]
+    progress = Progress(len(corpus), "cells")
+    for start in range(0, len(corpus), DESCRIBED_AT_ONCE):
+        part = slice(start, start + DESCRIBED_AT_ONCE)
+        distinct, which = np.unique(numbers[part], axis=0, return_inverse=True)
+        described = []
+        for row in distinct:
+            known = [names[number] for names, number in zip(ids, row, strict=True)]
+            pathways = tuple(name for name in known[len(slots) :] if name)
+            described.append(
+                with_definition(Slots(**dict(zip(TERM_SLOTS, known, strict=False)), pathways=pathways), terms)
+            )
+        columns = {f"{slot}_id": [getattr(slots, slot) for slots in described] for slot in TERM_SLOTS}
+        columns["pathway_ids"] = [list(slots.pathways) for slots in described]
+        columns["definition"] = [slots.definition for slots in described]
+        columns["text"] = [render(slots, terms) for slots in described]
+        cells = {name: pa.array(corpus[name][part].astype(object), pa.string()) for name in ("cell_id", "split")}
+        types = DESCRIPTIONS.columns
+        yield pa.table(
+            cells | {name: pa.array(values, types[name]).take(pa.array(which)) for name, values in columns.items()}
+        )
+        progress.advance(len(which))

@@ -1,0 +1,385 @@
+"""Masked gene modelling: batches with hidden genes, the loss, and a training loop that resumes."""
+
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertForMaskedLM
+
+from cell2text.embedding.encoders.ranked_bert import Special
+from cell2text.embedding.ranked_cells import RankedSplit
+from cell2text.errors import InputError
+from cell2text.files import whole_file
+from cell2text.finetuning.optimiser import warm_up_then_decay
+from cell2text.progress import Progress
+
+log = logging.getLogger("cell2text.encoders")
+
+CHOSEN = 0.15  # of a cell's genes, to be guessed
+MASKED, REPLACED = 0.8, 0.1  # of those; the rest stay as they are
+CHECKPOINT_STEPS = 200
+BUCKET = 16  # batches among which cells are sorted by their number of genes
+ROWS = 1000  # of the history, about
+WEIGHT_DECAY, CLIP = 0.01, 1.0
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Ranked genes of all cells of a split, one cell after another.
+
+    Parameters
+    ----------
+    tokens
+        int32 (genes of all cells,).
+    offsets
+        Where each cell starts and the last one ends, int64 (cells + 1,).
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def read(cls, split: RankedSplit, room: int) -> "Cells":
+        """Return the first ``room`` genes of each cell; cells without genes are left out."""
+        tokens, lengths = bytearray(), [np.empty(0, dtype=np.int64)]  # bytes grow in place, arrays would be copied
+        for part in split:
+            ranks = np.arange(len(part.tokens)) - np.repeat(part.offsets[:-1], part.lengths)
+            tokens += part.tokens[ranks < room].tobytes()
+            lengths.append(np.minimum(part.lengths, room))
+        lengths = np.concatenate(lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths[lengths > 0])])
+        return cls(np.frombuffer(tokens, dtype=np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Genes of each cell, int64 (cells,)."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cells with some of their genes hidden.
+
+    Parameters
+    ----------
+    ids
+        What the model reads, int64 (cells, tokens).
+    attended
+        Which of them are no padding, bool (cells, tokens).
+    chosen
+        Which of them are to be guessed, bool (cells, tokens).
+    genes
+        What they were, int64 (cells, tokens).
+    """
+
+    ids: np.ndarray
+    attended: np.ndarray
+    chosen: np.ndarray
+    genes: np.ndarray
+
+    @classmethod
+    def of(cls, cells: Cells, rows: np.ndarray, special: Special, random: np.random.Generator) -> "Batch":
+        """Hide genes of some cells as Devlin et al. (2019) hide words: of each cell 15 %, one at least."""
+        lengths = cells.lengths[rows]
+        places = np.arange(lengths.max())
+        there = places < lengths[:, None]
+        genes = np.full((len(rows), len(places) + special.around), special.pad, dtype=np.int64)
+        # special tokens come after the genes, padding first
+        vocabulary = special.pad
+        inner = genes[:, 1:-1]
+        inner[there] = cells.tokens[(cells.offsets[rows][:, None] + places)[there]]
+        genes[:, 0] = special.cls
+        genes[np.arange(len(rows)), lengths + 1] = special.eos
+        draws = np.where(there, random.random(there.shape), 2.0)
+        last = np.maximum(1, np.rint(CHOSEN * lengths).astype(np.int64)) - 1
+        chosen = np.zeros(genes.shape, dtype=bool)
+        chosen[:, 1:-1] = draws <= np.sort(draws, axis=1)[np.arange(len(rows)), last][:, None]
+        fate, others = random.random(genes.shape), random.integers(vocabulary, size=genes.shape)
+        hidden = np.where(fate < MASKED, special.mask, np.where(fate < MASKED + REPLACED, others, genes))
+        return cls(np.where(chosen, hidden, genes), genes != special.pad, chosen, genes)
+
+    def share(self, process: int, processes: int) -> "Batch":
+        """Return the cells of one of several processes."""
+        mine = slice(process, None, processes)
+        return Batch(self.ids[mine], self.attended[mine], self.chosen[mine], self.genes[mine])
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return what :class:`MaskedGenes` takes."""
+        # without padding there is nothing to mask, and attention is faster without one
+        attended = None if self.attended.all() else torch.from_numpy(self.attended.astype(np.int64)).to(device)
+        places, genes = (torch.from_numpy(values) for values in (np.flatnonzero(self.chosen), self.genes[self.chosen]))
+        return torch.from_numpy(self.ids).to(device), attended, places.to(device), genes.to(device)
+
+
+class MaskedGenes(nn.Module):
+    """The model and its loss, computed at the chosen places alone: the vocabulary is large.
+
+    Parameters
+    ----------
+    model
+        BERT with its head.
+    """
+
+    def __init__(self, model: BertForMaskedLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, attended: Tensor | None, places: Tensor, genes: Tensor) -> Tensor:
+        """Return the summed negative log likelihood of the hidden genes, in nats.
+
+        Parameters
+        ----------
+        ids, attended
+            Tokens and which of them are no padding, int64 (cells, tokens); None where all are.
+        places, genes
+            Where genes are to be guessed, in the flattened ``ids``, and which they are, int64 (chosen,).
+        """
+        states = self.model.bert(input_ids=ids, attention_mask=attended).last_hidden_state
+        logits = self.model.cls(states.flatten(0, 1)[places])
+        return nn.functional.cross_entropy(logits.float(), genes, reduction="sum")
+
+
+def batches(lengths: np.ndarray, batch_cells: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the rows of each batch of an epoch: shuffled, but cells of like length together.
+
+    Parameters
+    ----------
+    lengths
+        Genes of each cell, (cells,).
+    batch_cells
+        Cells of a batch at most; batches differ by one cell at most.
+    seed, epoch
+        The same pair gives the same batches.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    bucket = np.arange(len(order)) // (BUCKET * batch_cells)
+    # every other bucket falls, so that a batch across two of them holds like lengths too
+    order = order[np.lexsort((lengths[order] * (1 - 2 * (bucket % 2)), bucket))]
+    found = np.array_split(order, math.ceil(len(order) / batch_cells))
+    return [found[i] for i in random.permutation(len(found))]
+
+
+@dataclass
+class State:
+    """How far training has come.
+
+    Parameters
+    ----------
+    step, epoch
+        Steps and epochs that are done.
+    best_loss, best_epoch
+        Lowest validation loss so far and the epoch, from 0, that ended with it.
+    history
+        A row each few steps: the last step and its epoch, from 1; mean ``loss`` since the row before;
+        ``validation_loss`` at the end of an epoch, else NaN; ``learning_rate``; ``seconds`` since the start.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    history: list[dict] = field(default_factory=list)
+
+
+class Training:
+    """Masked gene modelling (Devlin et al. 2019; Theodoris et al., Nature 2023).
+
+    Parameters
+    ----------
+    model
+        With random weights.
+    special
+        Its special tokens.
+    train, validation
+        Cells of the two splits.
+    settings
+        The config's ``encoder`` section.
+    seed
+        Of batches, hidden genes and dropout.
+    checkpoints
+        Folder for checkpoints.
+    fingerprint
+        Of everything that the result depends on; a checkpoint with another one is not taken up.
+    accelerator
+        Places the model; with several processes each takes its share of every batch.
+    """
+
+    def __init__(
+        self,
+        model: BertForMaskedLM,
+        special: Special,
+        train: Cells,
+        validation: Cells,
+        settings: dict[str, Any],
+        seed: int,
+        checkpoints: Path,
+        fingerprint: str,
+        accelerator: Accelerator,
+    ):
+        self.special, self.train, self.validation = special, train, validation
+        self.settings, self.seed, self.accelerator = settings, seed, accelerator
+        self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
+        self.masked_genes = accelerator.prepare(MaskedGenes(model))
+        self.parameters = dict(model.named_parameters())
+        # biases and the scales of layer norms do not decay
+        groups = [
+            {
+                "params": [value for value in self.parameters.values() if (value.ndim > 1) is decays],
+                "weight_decay": decay,
+            }
+            for decays, decay in ((True, WEIGHT_DECAY), (False, 0.0))
+        ]
+        self.adam = torch.optim.AdamW(groups, lr=settings["learning_rate"], fused=True)
+        self.steps_an_epoch = math.ceil(len(train) / settings["batch_cells"])
+        steps = self.steps_an_epoch * settings["epochs"]
+        self.schedule = warm_up_then_decay(steps)
+        self.row_steps = max(1, steps // ROWS)
+        self.state = State()
+        self.best: dict[str, Tensor] = {}
+        self._forget_losses()
+
+    def run(self) -> State:
+        """Train until the epochs are done and keep the weights of the best one."""
+        state = self.state
+        done = round(len(self.train) * state.step / self.steps_an_epoch)
+        self.progress = Progress(len(self.train) * self.settings["epochs"], "cells", done=done)
+        self.start = time.monotonic() - (state.history[-1]["seconds"] if state.history else 0)
+        while state.epoch < self.settings["epochs"]:
+            self._run_epoch()
+        log.info("best epoch %d, validation loss %.4f", state.best_epoch + 1, state.best_loss)
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(self.best[name])
+        return state
+
+    def _run_epoch(self) -> None:
+        state = self.state
+        rows = batches(self.train.lengths, self.settings["batch_cells"], self.seed, state.epoch)
+        self.masked_genes.train()
+        for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
+            self._step(batch)
+            state.step += 1
+            at_end, at_checkpoint = state.step % self.steps_an_epoch == 0, state.step % CHECKPOINT_STEPS == 0
+            if at_end or at_checkpoint or state.step % self.row_steps == 0:
+                self._add_row()
+            if self.accelerator.is_main_process:
+                self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}" if state.history else "")
+            if at_checkpoint and not at_end:
+                self.write_checkpoint()
+        loss = self.validate()
+        self._check(loss)
+        state.history[-1]["validation_loss"] = loss
+        log.info("epoch %d: validation loss %.4f nats a hidden gene", state.epoch + 1, loss)
+        if loss < state.best_loss:
+            state.best_loss, state.best_epoch = loss, state.epoch
+            self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
+        state.epoch += 1
+        self.write_checkpoint()
+
+    def _step(self, rows: np.ndarray) -> None:
+        accelerator = self.accelerator
+        random = np.random.default_rng([self.seed, self.state.step, 1])
+        batch = Batch.of(self.train, rows, self.special, random)
+        chosen = int(batch.chosen.sum())
+        torch.manual_seed(int(random.integers(1 << 62)) + accelerator.process_index)  # of dropout
+        loss = self._loss(batch)
+        # gradients are averaged over processes, but the loss is a mean over the genes of all of them
+        accelerator.backward(loss * (accelerator.num_processes / chosen))
+        accelerator.clip_grad_norm_(self.parameters.values(), CLIP)
+        for group in self.adam.param_groups:
+            group["lr"] = self.settings["learning_rate"] * self.schedule(self.state.step)
+        self.adam.step()
+        self.adam.zero_grad()
+        # added up where it is: to ask for the number would make a GPU wait each step
+        self.loss, self.chosen = self.loss + loss.detach(), self.chosen + chosen
+
+    def _loss(self, batch: Batch) -> Tensor:
+        accelerator = self.accelerator
+        share = batch.share(accelerator.process_index, accelerator.num_processes)
+        return self.masked_genes(*share.inputs(accelerator.device))
+
+    def _add_row(self) -> None:
+        loss = float(self.accelerator.reduce(self.loss)) / self.chosen
+        self._check(loss)
+        self.state.history.append(
+            {
+                "step": self.state.step,
+                "epoch": self.state.epoch + 1,
+                "loss": loss,
+                "validation_loss": math.nan,
+                "learning_rate": self.adam.param_groups[0]["lr"],
+                "seconds": time.monotonic() - self.start,
+            }
+        )
+        self._forget_losses()
+
+    def _forget_losses(self) -> None:
+        self.loss, self.chosen = torch.zeros((), device=self.accelerator.device), 0
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise InputError(
+                "config: encoder.learning_rate",
+                f"the loss is not finite at step {self.state.step}",
+                "Lower the learning rate",
+            )
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the mean negative log likelihood of a hidden gene of the validation cells, in nats."""
+        self.masked_genes.eval()
+        order = np.argsort(self.validation.lengths, kind="stable")
+        total, chosen = torch.zeros((), device=self.accelerator.device), 0
+        parts = math.ceil(len(order) / self.settings["batch_cells"])
+        for part, rows in enumerate(np.array_split(order, parts)):
+            batch = Batch.of(self.validation, rows, self.special, np.random.default_rng([self.seed, part, 2]))
+            total, chosen = total + self._loss(batch), chosen + int(batch.chosen.sum())
+        return float(self.accelerator.reduce(total)) / chosen
+
+    def write_checkpoint(self) -> None:
+        """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
+        if self.accelerator.is_main_process:
+            tensors = {f"weight.{name}": value.detach() for name, value in self.parameters.items()}
+            tensors |= {f"best.{name}": value for name, value in self.best.items()}
+            for name, value in self.parameters.items():
+                tensors |= {f"{key}.{name}": moment for key, moment in self.adam.state[value].items()}
+            metadata = {"fingerprint": self.fingerprint, "state": json.dumps(asdict(self.state))}
+            with whole_file(self.checkpoint_file) as unfinished:
+                save_file(tensors, unfinished, metadata=metadata)
+        self.accelerator.wait_for_everyone()
+
+    def take_up_checkpoint(self) -> None:
+        """Go back to the last checkpoint, where there is one of this very run."""
+        if not self.checkpoint_file.is_file():
+            return
+        with safe_open(self.checkpoint_file, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["fingerprint"] != self.fingerprint:
+                log.info("the checkpoint belongs to other settings or data: starting anew")
+                return
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        device = self.accelerator.device
+        self.state = State(**json.loads(metadata["state"]))
+        for name, value in self.parameters.items():
+            with torch.no_grad():
+                value.copy_(tensors[f"weight.{name}"])
+            self.adam.state[value] = {
+                key: tensors[f"{key}.{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            if f"best.{name}" in tensors:
+                self.best[name] = tensors[f"best.{name}"].to(device)
+        log.info("going on from step %d of epoch %d", self.state.step, self.state.epoch + 1)

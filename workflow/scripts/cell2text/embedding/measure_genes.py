@@ -1,0 +1,143 @@
+"""The token and the typical expression of each gene: measured in training cells, or an encoder's own."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numba
+import numpy as np
+import pandas as pd
+
+from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
+from cell2text.contracts import GENES
+from cell2text.embedding.rank_genes import read_gene_tokens, scale_counts
+from cell2text.errors import InputError
+from cell2text.files import whole_file
+from cell2text.progress import Progress
+
+log = logging.getLogger("cell2text.rank_tokens")
+
+FEWEST_KNOWN = 0.1  # of a dataset's genes, that an encoder must know
+Values = tuple[np.ndarray, np.ndarray]  # genes by position, and a positive float32 of each
+
+
+def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
+    """Write each gene's token and its non-zero median of counts per 10,000 over the training cells.
+
+    Genes of all datasets are counted in by id; one without a count in training is left out. Tokens count
+    from 0 in the order of ids. The medians are exact for any number of cells; the files are read four times
+    for it and never held (see ``median_of_each``).
+
+    Parameters
+    ----------
+    corpus_file
+        The corpus (``contracts.CELLS``).
+    cell_files
+        Filtered counts of each dataset.
+    path
+        Where to write the table (``contracts.GENES``), as TSV.
+    """
+    cell_files = list(cell_files)
+    genes = name_genes(cell_files)
+    training = {file: find_cells(file, corpus_file, "train") for file in cell_files}
+    progress = Progress(4 * sum(int(rows.sum()) for rows in training.values()), "cells")
+
+    def read() -> Iterator[Values]:
+        for file in cell_files:
+            position = genes.index.get_indexer(read_genes(file).index).astype(np.int32)
+            for ids, counts in read_blocks(file, training[file]):
+                yield position[counts.indices], scale_counts(counts).astype(np.float32)
+                progress.advance(len(ids))
+
+    median = median_of_each(read, len(genes))
+    seen = genes.assign(median=median)[median > 0].reset_index(names="gene_id")
+    log.info("%d of %d genes are seen in training", len(seen), len(genes))
+    with whole_file(path) as unfinished:
+        seen.assign(token=np.arange(len(seen)))[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+
+
+def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
+    """Write the tokens and medians that an encoder's dictionary gives the genes of some files.
+
+    Parameters
+    ----------
+    dictionary
+        The encoder's gene table (``contracts.GENES``), with a row for each name of a gene.
+    cell_files
+        Filtered counts of each dataset.
+    path
+        Where to write the rows of the genes that any of them measures, under the names that it uses.
+
+    Raises
+    ------
+    InputError
+        If the encoder knows less than a tenth of a dataset's genes.
+    """
+    known = read_gene_tokens(dictionary)
+    cell_files = list(cell_files)
+    for file in cell_files:
+        genes = read_genes(file).index
+        share = genes.isin(known.index).mean()
+        log.info("%s: the encoder knows %.1f%% of %d genes", Path(file).stem, 100 * share, len(genes))
+        if share < FEWEST_KNOWN:
+            raise InputError(
+                f"{file}: var",
+                f"the encoder knows {share:.1%} of the genes ({genes[0]}, ...)",
+                "Give Ensembl ids, or a gene table under `genes` in the config",
+            )
+    measured = name_genes(cell_files)
+    with whole_file(path) as unfinished:
+        seen = known[known.index.isin(measured.index)].reset_index().sort_values(["token", "gene_id"])
+        seen[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+
+
+def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
+    """Return the ``symbol`` of each gene that any file measures, as the first of them has it, by gene id."""
+    genes = pd.DataFrame({"symbol": pd.Series(dtype=str)})
+    by_ensembl_id = set()
+    for file in cell_files:
+        table = read_genes(file)
+        by_ensembl_id.add(table.index.str.startswith("ENSG").any())
+        genes = pd.concat([genes, table[~table.index.isin(genes.index)]])
+    if len(by_ensembl_id) > 1:
+        log.warning("Some datasets name genes by Ensembl id, others by symbol: these are not matched")
+    return genes.sort_index()
+
+
+def median_of_each(read: Callable[[], Iterable[Values]], genes: int) -> np.ndarray:
+    """Return the exact median of each gene's values (float64); 0 for a gene without any.
+
+    Radix selection, whose memory depends on the number of genes alone (3 kB each). The bits of positive floats
+    sort as the floats do, so each reading settles one byte more of a gene's two middle values, the highest
+    byte first: among the values that begin with the bytes settled before, it counts how many go on with which
+    byte.
+
+    Parameters
+    ----------
+    read
+        Yields all values, some at a time; called four times. Zeros are passed over.
+    genes
+        How many genes there are.
+    """
+    middle = np.zeros((2, genes), dtype=np.uint32)  # of an odd number of values both are the same
+    for shift in (24, 16, 8, 0):
+        found = np.zeros((2, genes, 256), dtype=np.int32)
+        for gene, value in read():
+            _count_bytes(gene, value.view(np.uint32), middle, shift, found)
+        upto = found.cumsum(axis=2, dtype=np.int32)
+        if shift == 24:
+            number = upto[0, :, -1].astype(np.int64)
+            rank = np.stack([(number - 1) // 2, number // 2])
+        byte = (upto <= rank[:, :, None]).sum(axis=2).clip(max=255)
+        rank -= np.take_along_axis(upto - found, byte[:, :, None], axis=2)[:, :, 0]
+        middle = (middle << np.uint32(8)) | byte.astype(np.uint32)
+    return np.where(number > 0, middle.view(np.float32).astype(float).mean(axis=0), 0)
+
+
+@numba.njit(cache=True)
+def _count_bytes(gene, bits, middle, shift, found) -> None:
+    for i in range(len(gene)):
+        for side in range(2):
+            rest = bits[i] >> shift
+            if bits[i] and rest >> 8 == middle[side, gene[i]]:
+                found[side, gene[i], rest & 255] += 1

@@ -1,0 +1,1 @@
+"""Simple methods that describe the same cells, so that every score of the model has a neighbour."""

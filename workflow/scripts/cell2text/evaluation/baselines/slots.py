@@ -1,0 +1,114 @@
+"""What simple methods say of the same cells, so that every figure of the language model has a neighbour.
+
+Each learns from the training cells alone and writes ``contracts.PREDICTIONS`` for the validation and test
+cells, text included.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from cell2text.contracts import EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS
+from cell2text.errors import InputError
+from cell2text.grammar import Slots, Terms, render, with_definition
+
+# From the rows of the training cells with a known label, and the code of each label, to the probability of
+# each code in each cell to be described. A row of zeros abstains.
+Classifier = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def predict_slots(described: pd.DataFrame, classify: Classifier) -> pd.DataFrame:
+    """Return ids, confidences and gene sets of the cells to be described.
+
+    A slot with one label in training gets that label with confidence 1, a slot with none gets nothing. Gene
+    sets are predicted one against the rest, and as many told as a training cell has at most.
+    """
+    training, told = training_rows(described), cells_to_describe(described)
+    for slot in TERM_SLOTS:
+        probabilities, labels = _predict(training[f"{slot}_id"], len(told), classify)
+        confidence, best = probabilities.max(axis=1, initial=0), probabilities.argmax(axis=1)
+        told[f"{slot}_id"] = np.where(confidence > 0, labels[best], None)
+        told[f"{slot}_confidence"] = np.where(confidence > 0, confidence, np.nan)
+    told["pathway_ids"] = _predict_pathways(training["pathway_ids"], len(told), classify)
+    return told
+
+
+def _predict(labels: pd.Series, cells: int, classify: Classifier) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability of each label in each cell, (cells, labels), and the labels, sorted."""
+    codes, names = pd.factorize(labels, sort=True)
+    names = np.array(names, dtype=object)
+    if len(names) == 0:
+        return np.zeros((cells, 1)), np.array([None], dtype=object)
+    if len(names) == 1:
+        return np.ones((cells, 1)), names
+    rows = np.flatnonzero(codes >= 0)
+    return classify(rows, codes[rows]), names
+
+
+def _predict_pathways(sets: pd.Series, cells: int, classify: Classifier) -> list[list[str]]:
+    """Return the most probable gene sets of each cell, most probable first."""
+    sets = sets.reset_index(drop=True)
+    members = sets.explode().dropna()
+    most, names = int(sets.map(len).max()), np.array(sorted(members.unique()), dtype=object)
+    probability = np.zeros((cells, len(names)))
+    for column, name in enumerate(names):
+        active = pd.Series(sets.index.isin(members.index[members == name]))
+        probabilities, _ = _predict(active, cells, classify)
+        probability[:, column] = probabilities[:, -1]
+    order = np.argsort(-probability, axis=1, kind="stable")[:, :most]
+    likely = np.take_along_axis(probability, order, axis=1) > 0
+    return [names[chosen[kept]].tolist() for chosen, kept in zip(order, likely, strict=True)]
+
+
+def read_pooled(files: list[str], cell_ids: pd.Series) -> np.ndarray:
+    """Return the pooled embedding of the given cells, in their order, shape (cells, dimensions).
+
+    Raises
+    ------
+    InputError
+        If a cell is in none of the files.
+    """
+    return EMBEDDINGS.read_cells(files, cell_ids, ["pooled"])["pooled"]
+
+
+def refuse_missing(wanted: pd.Series, given: pd.Index, files: list[str]) -> None:
+    """Raise an InputError that names the files if a wanted cell is not among the given ones."""
+    missing = pd.Index(wanted).difference(given)
+    if len(missing):
+        raise InputError(
+            ", ".join(map(str, files)),
+            f"{len(missing)} described cells are missing, such as {missing[0]}",
+            "Delete the files and run the workflow again",
+        )
+
+
+def is_training(described: pd.DataFrame) -> np.ndarray:
+    """Return which rows of ``contracts.DESCRIPTIONS`` are training cells: bool (cells,)."""
+    return (described["split"] == "train").to_numpy()
+
+
+def training_rows(described: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the training cells."""
+    return described[is_training(described)]
+
+
+def cells_to_describe(described: pd.DataFrame) -> pd.DataFrame:
+    """Return id and split of the validation and test cells, which every baseline describes."""
+    return described.loc[~is_training(described), ["cell_id", "split"]].reset_index(drop=True)
+
+
+def write_predictions(told: pd.DataFrame, terms: str, predictions: str) -> None:
+    """Render the text of each cell from its slots and write the predictions."""
+    names = Terms(TERMS.read(terms))
+
+    @cache
+    def text(*slots: str | None, pathways: tuple[str, ...]) -> str:
+        return render(
+            with_definition(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names), names
+        )
+
+    ids = told[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
+    told["text"] = [text(*row, pathways=tuple(sets)) for row, sets in zip(ids, told["pathway_ids"], strict=True)]
+    PREDICTIONS.write(told.assign(status="parsed")[list(PREDICTIONS.columns)], predictions)

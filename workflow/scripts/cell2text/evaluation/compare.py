@@ -1,0 +1,80 @@
+"""The figure that sets the methods side by side."""
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cell2text.contracts import METRICS
+from cell2text.errors import InputError
+from cell2text.evaluation.methods import FINE_TUNED, title_of
+from cell2text.files import whole_file
+
+_PANELS = {
+    ("cell_type", "accuracy"): "Cell type\naccuracy",
+    ("cell_type", "macro_f1"): "Cell type\nmacro-F1",
+    ("cell_type", "similarity"): "Cell type\nontology similarity",
+    ("pathways", "jaccard"): "Gene programmes\nJaccard index",
+}
+# Blue and grey differ in lightness as well as hue, so they stay apart for every kind of colour vision.
+_OURS, _OTHERS, _INK, _FAINT = "#0072B2", "#666666", "#222222", "#E3E3E3"
+
+
+def compare(metrics: str, plot: str) -> None:
+    """Plot the main figures of every method on the test cells, with their intervals, as SVG.
+
+    Methods stand in order of cell type accuracy; figures that a run lacks are left out.
+
+    Raises
+    ------
+    InputError
+        If the table holds none of the figures for the test cells.
+    """
+    table = pd.read_csv(metrics, sep="\t", usecols=list(METRICS))
+    table = table[table["split"] == "test"].set_index(["slot", "metric", "method"]).sort_index()
+    panels = [panel for panel in _PANELS if panel in table.index.droplevel("method")]
+    if not panels:
+        raise InputError(metrics, "no main figure of the test cells", "Give the test split some labelled cells")
+    methods = table.loc[panels[0]].sort_values("value", kind="stable").index.to_list()
+    # A fixed salt and no date make equal tables give equal files.
+    with matplotlib.rc_context({"svg.hashsalt": "cell2text", "font.family": "DejaVu Sans", "font.size": 9}):
+        figure = Figure(figsize=(2.2 + 2.1 * len(panels), 1.15 + 0.36 * len(methods)), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            _plot_panel(axis, table.loc[panel].reindex(methods), _PANELS[panel])
+        axes[0].set_yticks(range(len(methods)), [title_of(method) for method in methods])
+        for label, method in zip(axes[0].get_yticklabels(), methods, strict=True):
+            label.set(color=_colour(method), weight=_weight(method))
+        cells = int(table.loc[panels[0]]["n"].max())
+        figure.supxlabel(f"{cells:,} test cells; bars are 95% bootstrap intervals", fontsize=8, color=_OTHERS)
+        with whole_file(plot) as unfinished:
+            figure.savefig(unfinished, format="svg", metadata={"Date": None, "Title": "Methods side by side"})
+
+
+def _plot_panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Draw a dot, its interval and its value for each method, from below in the order of the rows."""
+    heights, colours = range(len(rows)), [_colour(method) for method in rows.index]
+    axis.hlines(heights, rows["low"], rows["high"], colors=colours, linewidth=2, alpha=0.55)
+    axis.scatter(rows["value"], heights, s=36, c=colours, zorder=3)
+    for height, (method, value) in enumerate(rows["value"].items()):
+        if pd.notna(value):
+            style = {"color": _colour(method), "weight": _weight(method), "fontsize": 7.5}
+            axis.text(value, height + 0.2, f"{value:.2f}", ha="center", va="bottom", **style)
+        if method == FINE_TUNED:
+            axis.axhspan(height - 0.35, height + 0.6, color=_OURS, alpha=0.07, linewidth=0)
+    axis.set_title(title, fontsize=9.5, color=_INK, loc="left")
+    axis.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(rows) - 0.3))
+    axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    axis.grid(axis="x", color=_FAINT, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelcolor=_OTHERS)
+    axis.spines[:].set_visible(False)
+
+
+def _colour(method: str) -> str:
+    return _OURS if method == FINE_TUNED else _OTHERS
+
+
+def _weight(method: str) -> str:
+    return "bold" if method == FINE_TUNED else "normal"

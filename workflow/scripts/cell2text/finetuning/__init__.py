@@ -1,0 +1,1 @@
+"""Fine-tuning: alignment of the projector, then projector and language model together."""

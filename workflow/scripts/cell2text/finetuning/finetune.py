@@ -1,0 +1,172 @@
+"""Fine-tuning: the projector aligned to the words for a cell, then projector and adapter trained on the texts.
+
+The first epochs read the opening of each text alone, the sentence that names the cell type: there, a pass over the
+cells costs a quarter, and to tell cells apart takes many passes, while the words that follow a name take few.
+
+Every random choice is drawn from the seed and the number of the step, so a run that was killed goes on from
+its last checkpoint through the same batches to the same weights.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS
+from cell2text.device import pick_device
+from cell2text.embedding.vectors import Embeddings
+from cell2text.files import read_json
+from cell2text.finetuning.align import align
+from cell2text.finetuning.data import find_classes, find_depths, read_cells
+from cell2text.finetuning.loop import Finetuning, State
+from cell2text.model.alignment import DescriptionTargets, LabelTargets
+from cell2text.model.bundle import build, save
+from cell2text.model.cell2text import INSTRUCTION
+from cell2text.processes import Team, run_in_processes
+from cell2text.provenance import hash_config, hash_file
+
+log = logging.getLogger("cell2text.training")
+
+CELLS_TO_SCALE_BY = 4096  # whose vectors give the projector its centre and spread
+# What `model.build` calls the keys of the config's `finetune` section that say what of the language model learns.
+TUNING_KEYS = {
+    "mode": "mode",
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "targets": "lora_targets",
+    "lora_dropout": "lora_dropout",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+}
+
+
+def finetune(
+    language_model: str,
+    descriptions: str,
+    terms: str,
+    embeddings: Embeddings,
+    directory: str,
+    projector: dict,
+    settings: dict,
+    seed: int,
+    library: str,
+    processes: int = 1,
+) -> None:
+    """Fine-tune a language model to describe cells, and save adapter, projector and history.
+
+    Parameters
+    ----------
+    language_model
+        A Hugging Face directory.
+    descriptions, terms
+        Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
+    embeddings
+        Of the cells.
+    directory
+        Where the model goes. Checkpoints lie beside it, in ``{directory}.checkpoints``, until it is there.
+    projector, settings
+        The config's ``projector`` and ``finetune`` sections.
+    seed
+        Of weights, batches and noise.
+    library
+        Version of the code, part of the checkpoint's fingerprint.
+    processes
+        How many train together, each on a GPU of its own.
+
+    Raises
+    ------
+    InputError
+        If the loss is not finite.
+    """
+    arguments = (language_model, descriptions, terms, embeddings, directory, projector, settings, seed, library)
+    run_in_processes(_finetune, processes, *arguments)
+
+
+def _finetune(
+    team: Team,
+    language_model: str,
+    descriptions: str,
+    terms: str,
+    embeddings: Embeddings,
+    directory: str,
+    projector: dict,
+    settings: dict,
+    seed: int,
+    library: str,
+) -> None:
+    torch.manual_seed(seed)
+    device = pick_device()
+    texts = DESCRIPTIONS.read(descriptions)
+    training_rows = texts[texts["split"] == "train"]
+    tuning = {name: settings[key] for name, key in TUNING_KEYS.items() if key in settings}
+    model = build(language_model, projector, embeddings.dimensions(), tuning, device)
+    classes = find_classes(training_rows)
+    train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
+    some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
+    vectors, lengths = train.vectors[np.sort(some)]
+    if model.projector.reads == "gene_vectors":
+        vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
+    model.projector.fit_inputs(vectors.to(device))
+    table = TERMS.read(terms)
+    if settings["align_to"] == "labels":
+        targets = LabelTargets.of_labels(classes, table, model)
+    else:
+        numbers = pd.factorize(training_rows["text"])[0]
+        first = np.unique(numbers, return_index=True)[1]  # a cell of each text
+        tokens = model.language_model.get_input_embeddings().weight.detach()
+        train.aligned_to = torch.from_numpy(numbers)
+        targets = DescriptionTargets.of([train.texts[row] for row in first], tokens)
+    source = read_json(Path(language_model, "source.json"))
+    fingerprint = hash_config(
+        {
+            "projector": projector,
+            "settings": settings,
+            "seed": seed,
+            "library": library,
+            "language_model": source,
+            "top_k": embeddings.top_k,
+            "processes": team.size,
+            "files": [hash_file(path) for path in (descriptions, *embeddings.files)],
+        }
+    )
+    checkpoints = Path(f"{directory}.checkpoints")
+    depths = find_depths(training_rows["cell_type_id"], table) if settings["curriculum"] else None
+    work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team, depths)
+    log.info(
+        "%d training and %d validation cells, %d cell types, %.1f million weights to train, on %s",
+        len(train.texts),
+        len(validation.texts),
+        len(classes["cell_type"]),
+        sum(value.numel() for value in work.optimiser.parameters.values()) / 1e6,
+        device,
+    )
+    if not work.take_up_checkpoint():
+        work.state.history = align(model, targets, train, settings["align_steps"], seed, device)
+        work.optimiser.take_weights()
+    state = work.run()
+    if team.leads:
+        _save(work, state, Path(directory), source, classes, seed)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _save(
+    work: Finetuning, state: State, directory: Path, source: dict, classes: dict[str, list[str]], seed: int
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
+    about = {
+        "language_model": source,
+        "finetune": work.settings,
+        "labels": classes,
+        "training_cells": len(work.train.texts),
+        "trainable_parameters": sum(value.numel() for value in work.optimiser.parameters.values()),
+        "best_epoch": state.best_epoch + 1,
+        "validation_loss": state.best_loss,
+        "validation_accuracy": state.best_accuracy,
+        "seed": seed,
+        "instruction": INSTRUCTION,
+    }
+    save(work.model, directory, about)

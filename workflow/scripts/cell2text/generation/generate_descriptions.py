@@ -1,0 +1,51 @@
+"""The cells of one split and shard, described by the fine-tuned model."""
+
+import logging
+
+import pandas as pd
+
+from cell2text.contracts import TERMS
+from cell2text.embedding.vectors import Embeddings
+from cell2text.files import write_jsonl
+from cell2text.generation.describe import cells_in, describe_cells
+from cell2text.grammar import Terms
+from cell2text.model.bundle import load
+
+log = logging.getLogger("cell2text.generation")
+
+
+def generate_descriptions(
+    model: str,
+    language_model: str,
+    corpus: str,
+    terms: str,
+    embeddings: Embeddings,
+    generations: str,
+    split: str,
+    settings: dict,
+) -> None:
+    """Describe the cells of a split that lie in the given shards of embeddings.
+
+    Parameters
+    ----------
+    model, language_model
+        Directories of the fine-tuned and the original model.
+    corpus, terms
+        Files of ``contracts.CELLS`` and ``contracts.TERMS``.
+    embeddings
+        Of the cells.
+    generations
+        Where the JSONL goes; one object a cell, with the fields of ``contracts.PREDICTIONS``.
+    split
+        Of the cells to describe.
+    settings
+        The config's ``generate`` section.
+    """
+    loaded = load(model, language_model).ready_to_write()
+    cells = cells_in(embeddings.files, corpus, split)
+    vectors = embeddings.vectors(cells["cell_id"].to_list(), loaded.projector.reads)
+    said = describe_cells(loaded, vectors, Terms(TERMS.read(terms)), settings)
+    rows = [{"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], said, strict=True)]
+    counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index().to_dict()
+    log.info("%d cells of %s: %s", len(rows), split, counts)
+    write_jsonl(rows, generations)

@@ -1,0 +1,236 @@
+"""One grammar for descriptions, both ways: slots are rendered as text and text is parsed to slots.
+
+A description tells up to seven slots, in this order::
+
+    This is a {cell type}. By definition: {definition} The sample is {tissue} from a {sex} donor at the
+    {stage}, with {disease}. Most active gene programmes: {name} ({what it is}); then {name} ({what it is}).
+
+A slot that is not known is left out together with the words that lead to it, so the rest still reads well; a
+stage or disease without tissue and sex is that of "a donor".
+Slots hold ontology ids; names are only how the text writes them.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from cell2text.contracts import TERM_SLOTS
+
+NORMAL = "PATO:0000461"  # the id that CELLxGENE gives to the absence of disease
+PATHWAY = "pathway"
+_HEALTHY = "without known disease"
+_THEN = "; then "
+_GRAMMAR = re.compile(
+    r"(?:This is an? (?P<cell_type>.+?)\."
+    r"(?: By definition: (?P<definition>.+?\.))?(?= The sample | Most active |$))?"
+    r"(?: ?The sample is (?P<tissue>(?!from a |at the |with |without ).+?)?"
+    r"(?: ?from a (?:(?P<sex>female|male) )?donor)?(?: ?at the (?P<stage>.+?))?"
+    r"(?:, (?:with (?P<disease>.+?)|(?P<healthy>without known disease)))?\.(?= Most active |$))?"
+    r"(?: ?Most active gene programmes: (?P<pathways>.+)\.)?"
+)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What is told of a cell: an ontology id a slot, or None where it is not known.
+
+    Parameters
+    ----------
+    cell_type, tissue, disease, sex, stage
+        Ids of the Cell Ontology, UBERON, MONDO (or PATO:0000461, normal), PATO and HsapDv.
+    definition
+        Text that defines the cell type.
+    pathways
+        Ids of the most active gene sets, most active first.
+    """
+
+    cell_type: str | None = None
+    definition: str | None = None
+    tissue: str | None = None
+    disease: str | None = None
+    sex: str | None = None
+    stage: str | None = None
+    pathways: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a text says.
+
+    Parameters
+    ----------
+    slots
+        The slots that could be read.
+    status
+        ``"parsed"`` when the whole text follows the grammar and every name in it is a known term;
+        ``"partial"`` when some slot could not be read; ``"failed"`` when there is no cell type.
+    spans
+        Start and end of each term's name in the text, by slot.
+    """
+
+    slots: Slots
+    status: str
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Terms:
+    """The terms that each slot may hold: id, name and definition.
+
+    Parameters
+    ----------
+    table
+        A table that follows ``contracts.TERMS``. For pathways the definition is the sentence that explains
+        the gene set.
+    """
+
+    def __init__(self, table: pd.DataFrame):
+        self.name: dict[str, dict[str, str]] = {}
+        self.id: dict[str, dict[str, str]] = {}
+        self.definition: dict[str, dict[str, str | None]] = {}
+        for slot, rows in table.groupby("slot", sort=True):
+            self.name[slot] = dict(zip(rows["id"], rows["name"], strict=True))
+            self.id[slot] = dict(zip(rows["name"], rows["id"], strict=True))
+            self.definition[slot] = {
+                key: text if isinstance(text, str) and text else None
+                for key, text in zip(rows["id"], rows["definition"], strict=True)
+            }
+        # Longest first: "Regulation of TP53 Activity" must not be read as "Regulation of TP53".
+        self.pathways_by_length = sorted(self.id.get(PATHWAY, {}), key=lambda name: (-len(name), name))
+
+
+def with_definition(slots: Slots, terms: Terms) -> Slots:
+    """Return the slots with the definition of their cell type filled in."""
+    return replace(slots, definition=terms.definition["cell_type"].get(slots.cell_type))
+
+
+def render(slots: Slots, terms: Terms) -> str:
+    """Return the description of a cell.
+
+    Raises
+    ------
+    KeyError
+        If an id is not among the terms of its slot.
+    """
+    sentences = []
+    if slots.cell_type:
+        name = terms.name["cell_type"][slots.cell_type]
+        sentences.append(f"This is {_article(name)} {name}.")
+        if slots.definition:
+            sentences.append(f"By definition: {slots.definition}")
+    sample = _render_sample(slots, terms)
+    if sample:
+        sentences.append(f"The sample is {sample}.")
+    if slots.pathways:
+        told = _THEN.join(_render_pathway(pathway, terms) for pathway in slots.pathways)
+        sentences.append(f"Most active gene programmes: {told}.")
+    return " ".join(sentences)
+
+
+def _render_sample(slots: Slots, terms: Terms) -> str:
+    words = []
+    if slots.tissue:
+        words.append(terms.name["tissue"][slots.tissue])
+    if slots.sex:
+        words.append(f"from a {terms.name['sex'][slots.sex]} donor")
+    elif not slots.tissue and (slots.stage or slots.disease):
+        words.append("from a donor")
+    if slots.stage:
+        words.append(f"at the {terms.name['stage'][slots.stage]}")
+    clauses = [" ".join(words)]
+    if slots.disease:
+        clauses.append(_HEALTHY if slots.disease == NORMAL else f"with {terms.name['disease'][slots.disease]}")
+    return ", ".join(clauses)
+
+
+def _render_pathway(pathway: str, terms: Terms) -> str:
+    meaning = terms.definition[PATHWAY][pathway]
+    return terms.name[PATHWAY][pathway] + (f" ({meaning})" if meaning else "")
+
+
+def _article(name: str) -> str:
+    """Return ``a`` or ``an``, by how the name is spoken: an acinar cell, a unipolar neuron, an NK cell."""
+    first = re.split(r"[\s\-,/]", name, maxsplit=1)[0]
+    if first.isupper() or (len(first) > 1 and first[:2].isupper()) or len(first) == 1:
+        return "an" if first[0] in "AEFHILMNORSX8" else "a"  # letters said one by one: "an M", "a B"
+    if re.match(r"(?i)(uni|eu|us|ur[aeio]|ub|ut)", first):
+        return "a"
+    return "an" if first[0].lower() in "aeiou8" or first == "Fc" else "a"
+
+
+def parse(text: str, terms: Terms) -> Parsed:
+    """Read the slots of a description back.
+
+    ``parse(render(slots)).slots == slots`` for every term of the ontologies. A name that is no term leaves
+    its slot empty.
+    """
+    match = _GRAMMAR.fullmatch(text.strip())
+    if match is None:
+        return _parse_pieces(text, terms)
+    return _read(match, terms)
+
+
+def find_opening(text: str) -> str:
+    """Return the sentence of a description that names the cell type, its first; empty where none is named.
+
+    Examples
+    --------
+    >>> find_opening("This is a B cell. The sample is blood.")
+    'This is a B cell.'
+    """
+    match = _GRAMMAR.fullmatch(text)
+    return text[: match.end("cell_type") + 1] if match and match["cell_type"] else ""
+
+
+def _parse_pieces(text: str, terms: Terms) -> Parsed:
+    """Read what can be read of a text that leaves the grammar: its first sentence holds the cell type."""
+    text = text.strip()
+    first = re.match(r"This is an? (?P<cell_type>.+?)\.(?= |$)", text)
+    cell_type = terms.id["cell_type"].get(first["cell_type"]) if first else None
+    if cell_type is None:
+        return Parsed(Slots(), "failed")
+    rest = re.search(r"The sample is .*", text)
+    match = _GRAMMAR.fullmatch(rest[0]) if rest else None
+    read = _read(match, terms) if match else Parsed(Slots(), "partial")
+    spans = (
+        {slot: (start + rest.start(), end + rest.start()) for slot, (start, end) in read.spans.items()} if rest else {}
+    )
+    spans["cell_type"] = first.span("cell_type")
+    return Parsed(replace(read.slots, cell_type=cell_type), "partial", spans)
+
+
+def _read(match: re.Match[str], terms: Terms) -> Parsed:
+    found: dict[str, str | None] = {"definition": match["definition"]}
+    spans: dict[str, tuple[int, int]] = {}
+    complete = True
+    for slot in TERM_SLOTS:
+        name = match[slot]
+        if name is None:
+            continue
+        found[slot] = terms.id.get(slot, {}).get(name)
+        spans[slot] = match.span(slot)
+        complete &= found[slot] is not None
+    if match["healthy"]:
+        found["disease"] = NORMAL
+        spans["disease"] = match.span("healthy")
+    pathways = _read_pathways(match["pathways"], terms) if match["pathways"] else ()
+    complete &= None not in pathways
+    slots = Slots(**found, pathways=tuple(pathway for pathway in pathways if pathway))
+    if slots.cell_type is None:
+        return Parsed(slots, "failed", spans)
+    return Parsed(slots, "parsed" if complete else "partial", spans)
+
+
+def _read_pathways(text: str, terms: Terms) -> Iterable[str | None]:
+    """Return the id of each gene set named, or None for one that is not known."""
+    return tuple(_read_pathway(piece, terms) for piece in text.split(_THEN))
+
+
+def _read_pathway(piece: str, terms: Terms) -> str | None:
+    if piece in terms.id.get(PATHWAY, {}):
+        return terms.id[PATHWAY][piece]
+    for name in terms.pathways_by_length:
+        if piece.startswith(f"{name} ("):
+            return terms.id[PATHWAY][name]
+    return None

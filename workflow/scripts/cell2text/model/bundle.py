@@ -1,0 +1,135 @@
+"""A model built, saved and loaded: projector, and adapter or weights of the language model."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cell2text.device import pick_device
+from cell2text.errors import InputError
+from cell2text.files import read_json, write_json
+from cell2text.model.cell2text import Cell2Text
+from cell2text.model.fast.attention import NAME
+from cell2text.model.fast.layers import fuse_gates, fuse_norms, fuse_rotations
+from cell2text.model.language_model import MODES, TUNING, add_adapter, load_language_model
+from cell2text.model.projectors import build_projector
+
+
+def build(
+    language_model: str | Path, projector: dict, dimensions: int, tuning: dict, device: torch.device
+) -> Cell2Text:
+    """Return a new model: the projector untrained, the language model as it was, an adapter without effect yet.
+
+    Parameters
+    ----------
+    language_model
+        A Hugging Face directory.
+    projector
+        The config's ``projector`` section.
+    dimensions
+        Of the encoder's vectors.
+    tuning
+        ``mode``, one of ``MODES``. For an adapter also ``r`` and ``lora_alpha``, ``targets`` ("all-linear" or a list
+        of ends of layers' names), and further options of PEFT's LoraConfig: ``lora_dropout``, ``use_dora`` (arXiv
+        2402.09353), ``use_rslora`` (arXiv 2312.03732). ``TUNING`` holds what may be left out.
+    device
+        Where to put it.
+
+    Raises
+    ------
+    InputError
+        If the mode is unknown or cannot run here, or the targets are no layers of the language model.
+    """
+    tuning = TUNING | tuning
+    mode = tuning["mode"]
+    if mode not in MODES:
+        raise InputError("config: finetune.mode", f"{mode} is none of {', '.join(MODES)}", "Set one of them")
+    model, tokenizer = load_language_model(language_model, device, NAME, mode == "qlora")
+    embeddings = model.get_input_embeddings().weight
+    fuse_norms(model)
+    fuse_gates(model)
+    fuse_rotations(model)
+    tuned = model.requires_grad_(True) if mode == "full" else add_adapter(model, tuning)
+    new = build_projector(projector, dimensions, model.config.hidden_size).to(device)
+    new.start_at(embeddings.detach())
+    return Cell2Text(tuned, tokenizer, new, {"projector": projector, "dimensions": dimensions, "tuning": tuning})
+
+
+def save(model: Cell2Text, directory: str | Path, about: dict) -> None:
+    """Write what was trained and ``cell2text.json``, all that is needed beside the original language model.
+
+    That is the projector, and the adapter in ``adapter/`` or the whole language model in ``language_model/``.
+
+    Parameters
+    ----------
+    model
+        A model as :func:`build` makes it.
+    directory
+        An existing directory.
+    about
+        Further facts for ``cell2text.json``, such as the language model's source and the training settings.
+    """
+    directory = Path(directory)
+    if model.mode == "full":
+        model.language_model.save_pretrained(directory / "language_model")
+    else:
+        _save_adapter(model.language_model, directory / "adapter")
+    projector = {name: value.contiguous().cpu() for name, value in model.projector.state_dict().items()}
+    save_file(projector, directory / "projector.safetensors")
+    write_json({**model.settings, **about}, directory / "cell2text.json")
+
+
+def _save_adapter(adapted: PeftModel, directory: Path) -> None:
+    adapted.save_pretrained(directory)
+    (directory / "README.md").unlink(missing_ok=True)
+    config = read_json(directory / "adapter_config.json")
+    # PEFT notes where the base model lay on this machine, which says nothing elsewhere, and the targets as a set.
+    config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+    write_json(config, directory / "adapter_config.json")
+
+
+def load(directory: str | Path, language_model: str | Path, device: torch.device | None = None) -> Cell2Text:
+    """Read what :func:`save` wrote, ready for generation.
+
+    Parameters
+    ----------
+    directory
+        Where it was written.
+    language_model
+        Directory of the original language model; of a model trained in full, only its tokenizer is read.
+    device
+        Where to put it; a GPU if there is one.
+
+    Raises
+    ------
+    InputError
+        If a weight is missing or surplus, or the model is of 4 bits and cannot run here.
+    """
+    directory = Path(directory)
+    device = device or pick_device()
+    about = read_json(directory / "cell2text.json")
+    mode = about.get("tuning", TUNING)["mode"]
+    weights = directory / "language_model" if mode == "full" else None
+    model, tokenizer = load_language_model(language_model, device, "sdpa", mode == "qlora", weights)
+    projector = build_projector(about["projector"], about["dimensions"], model.config.hidden_size)
+    try:
+        projector.load_state_dict(load_file(directory / "projector.safetensors"), strict=True)
+    except RuntimeError as error:
+        raise InputError(directory / "projector.safetensors", str(error), "Fine-tune again") from error
+    tuned = model if mode == "full" else _load_adapter(model, directory / "adapter")
+    return Cell2Text(tuned, tokenizer, projector.to(device), about).eval()
+
+
+def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    adapted = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
+    saved = set(load_file(directory / "adapter_model.safetensors"))
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if saved != expected:
+        raise InputError(
+            directory,
+            f"weights missing {sorted(expected - saved)[:3]}, surplus {sorted(saved - expected)[:3]}",
+            "Fine-tune again with this language model",
+        )
+    return adapted

@@ -1,0 +1,1 @@
+"""Models fetched once, from where the config says, as safetensors."""
