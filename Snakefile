@@ -37,7 +37,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        # All that a user takes away: a deleted one is made again, and what follows from it.
+        # All results for the user: a deleted one is recreated, with everything that depends on it.
         GENERATIONS,
         "<results>/model",
         "<results>/evaluation/metrics.tsv",

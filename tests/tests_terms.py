@@ -1,4 +1,4 @@
-"""A handful of terms, for tests that need no ontology."""
+"""A few terms, for tests that need no ontology."""
 
 import pandas as pd
 

@@ -1,4 +1,4 @@
-"""Tiny Geneformers in the official layout, random weights and dictionaries of their own."""
+"""Tiny Geneformers in the official layout, with random weights and their own dictionaries."""
 
 import pickle
 
@@ -44,14 +44,14 @@ def tiny_bert(special, positions=20, seed=0, genes=GENES):
     model = BertForMaskedLM(config)
     with torch.no_grad():
         for weights in model.parameters():
-            weights.normal_(0, 0.15)  # as initialised, attention would hardly matter
+            weights.normal_(0, 0.15)  # with the default initialisation, attention would have almost no effect
     return model.eval()
 
 
 def write_checkpoint(folder, special, as_bin=False, symbols=(), **options):
-    """Lay down a folder as the official repository has it; return the folder and the model.
+    """Write a folder in the layout of the official repository; return the folder and the model.
 
-    There is a gene for each of the symbols, or else there are forty, the fourth of them CD3E.
+    It has one gene per symbol, or by default forty genes, the fourth of them CD3E.
     """
     options |= {"genes": len(symbols)} if symbols else {}
     model = tiny_bert(special, **options)

@@ -29,6 +29,7 @@ from cell2text.evaluation.metrics import known, score_method
 from cell2text.files import read_json, read_jsonl
 from cell2text.finetuning.finetune import finetune
 from cell2text.generation.generate_descriptions import generate_descriptions
+from cell2text.settings import FinetuneSettings, GenerateSettings, ProjectorSettings
 
 ROOT = Path(__file__).parents[2]
 FIGURES = (("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("tissue", "accuracy"), ("pathways", "jaccard"))
@@ -98,11 +99,11 @@ def main() -> None:
             settings = settings_of(arguments.config, variant)
             folder = arguments.table.with_suffix("") / f"{variant.replace(' ', ',') or 'default'}-{seed}"
             model = folder / "model"
-            parts = (language_model, descriptions, terms, embeddings, str(model), settings["projector"])
-            finetune(*parts, settings["finetune"], seed, "")
+            sections = ProjectorSettings(**settings["projector"]), FinetuneSettings(**settings["finetune"])
+            finetune(language_model, descriptions, terms, embeddings, str(model), *sections, seed, "")
             files = (str(model), language_model, corpus, terms, embeddings)
             predict_aligned(*files, str(folder / "aligned.parquet"), ["test"])
-            generate_descriptions(*files, str(folder / "test.jsonl"), "test", settings["generate"])
+            generate_descriptions(*files, str(folder / "test.jsonl"), "test", GenerateSettings(**settings["generate"]))
             about = read_json(model / "cell2text.json")
             history = HISTORY.read(model / "history.parquet")
             history = history[history["stage"] != "align"]

@@ -1,11 +1,12 @@
-"""Cells embedded a second, beside a loop that pads each batch in file order, on the same model and cells.
+"""Cells embedded per second, compared with a loop over padded batches in file order.
 
     python tests/benchmarks/embed_genes.py [--shape v1-10m] [--cells N] [--tokens parquet ...] [--rounds N]
 
-The loop is what the common extractor does: batches of ten cells in the order of the file, each padded to its longest
-cell, float32, all layers. Weights are random: they do not change the speed. Cells are those of files of ranked genes
-(``contracts.TOKENS``); without files, the studies beside the project ranked by Geneformer's dictionaries, or, where
-they are absent, random genes. On a GPU the share of its measured rate of bfloat16 matrix products is told as well.
+The loop does the same as the usual extractor of embeddings: batches of ten cells in file order, padded to the longest
+cell, float32, all layers. The weights are random, which does not affect the speed. Cells come from files of ranked
+genes (``contracts.TOKENS``); without files, from the studies next to the project, ranked with Geneformer's
+dictionaries, or else they have random genes. On a GPU, the share of the measured peak rate of bfloat16 matrix products
+is reported, too.
 """
 
 import argparse
@@ -35,7 +36,7 @@ BATCH = 10
 
 
 def build(shape, dtype, device):
-    """Return a BERT of a shape with random weights."""
+    """Return a BERT of the given shape with random weights."""
     layers, hidden, heads, intermediate, positions, tokens = SHAPES[shape]
     torch.manual_seed(0)
     config = BertConfig(
@@ -51,7 +52,7 @@ def build(shape, dtype, device):
 
 
 def rank_studies(cells, vocabulary):
-    """Return cells of the eight studies, an equal number of each, ranked by the real dictionaries."""
+    """Return equal numbers of cells from the eight studies, ranked with the real dictionaries."""
     import anndata as ad
     import pandas as pd
     from scipy import sparse
@@ -79,7 +80,7 @@ def rank_studies(cells, vocabulary):
 
 
 def draw_cells(cells, positions, vocabulary):
-    """Return cells of random genes, as many a cell as in an atlas: log-normal about 1,800."""
+    """Return cells with random genes; genes per cell as in an atlas: log-normal with median 1,800."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(1800), 0.6, cells).astype(int), 50, 2 * positions)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -89,7 +90,7 @@ def draw_cells(cells, positions, vocabulary):
 
 @torch.inference_mode()
 def embed_by_loop(model, cells, room):
-    """Embed ten cells at a time in file order, each batch padded to its longest cell."""
+    """Embed batches of ten cells in file order, padded to the longest cell."""
     pooled = []
     for start in range(0, len(cells), BATCH):
         lists = [
@@ -106,7 +107,7 @@ def embed_by_loop(model, cells, room):
 
 
 def matrix_rate(device):
-    """Return the measured rate of bfloat16 matrix products, in floating point operations a second."""
+    """Return the measured rate of bfloat16 matrix products, in floating point operations per second."""
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -120,27 +121,27 @@ def matrix_rate(device):
 
 
 def work(cells, shape, layers):
-    """Return the floating point operations of the matrix products and of attention, without padding."""
+    """Return the number of floating point operations in matrix products and attention, without padding."""
     _, hidden, _, intermediate, positions, _ = SHAPES[shape]
     length = np.minimum(cells.lengths, positions).astype(float)
     return layers * (2 * length * (4 * hidden**2 + 2 * hidden * intermediate) + 4 * length**2 * hidden).sum()
 
 
 def seconds(function, *arguments):
-    """Return how long a call takes, and what it returns."""
+    """Return the run time of a call and its result."""
     start = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - start, result
 
 
 def main():
-    """Time both and print their ratio."""
+    """Time both methods and print their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="v1-10m")
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--tokens", nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--budget", type=int, help="tokens of a batch, in the place of what is found")
+    parser.add_argument("--budget", type=int, help="tokens per batch; by default derived from the free memory")
     options = parser.parse_args()
     device = pick_device()
     positions, vocabulary = SHAPES[options.shape][-2:]
@@ -156,7 +157,8 @@ def main():
     plain = build(options.shape, torch.float32, device)
     read = np.minimum(cells.lengths, positions)
     print(
-        f"{len(cells)} cells of {read.mean():.0f} genes, {options.shape}, {device}, {torch.get_num_threads()} threads"
+        f"{len(cells)} cells with {read.mean():.0f} genes on average, {options.shape}, {device}, "
+        f"{torch.get_num_threads()} threads"
     )
     few = cells.take(np.arange(min(len(cells), 2 * BATCH)))
     encoder.embed(few, 64), embed_by_loop(plain, few, positions)
@@ -167,17 +169,17 @@ def main():
         times.append((ours, loop))
         print(f"ours {ours:.1f} s, loop {loop:.1f} s", flush=True)
     ours, loop = np.median(times, axis=0)
-    apart = np.abs(tensors["pooled"] - expected).max() / np.abs(expected).max()
+    difference = np.abs(tensors["pooled"] - expected).max() / np.abs(expected).max()
     print(
-        f"ours {len(cells) / ours:.1f} cells/s ({precision}, {encoder.budget} tokens a batch), "
-        f"loop {len(cells) / loop:.1f} cells/s (float32): {loop / ours:.2f} times; "
-        f"pooled within {apart:.1%} of the largest"
+        f"ours {len(cells) / ours:.1f} cells/s ({precision}, {encoder.budget} tokens per batch), "
+        f"loop {len(cells) / loop:.1f} cells/s (float32): {loop / ours:.2f} times as fast; "
+        f"pooled vectors differ by up to {difference:.1%} of the largest value"
     )
     if device.type == "cuda":
         rate = work(cells, options.shape, SHAPES[options.shape][0] - 1) / ours
-        chip = matrix_rate(device)
-        print(f"{rate / 1e12:.0f} of {chip / 1e12:.0f} TFLOP/s: {rate / chip:.0%}; "
-              f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")  # fmt: skip
+        peak = matrix_rate(device)
+        print(f"{rate / 1e12:.0f} of {peak / 1e12:.0f} TFLOP/s: {rate / peak:.0%}; "
+              f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")  # fmt: skip
 
 
 if __name__ == "__main__":

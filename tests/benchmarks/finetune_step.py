@@ -2,10 +2,10 @@
 
     .venv/bin/python tests/benchmarks/finetune_step.py results/pbmc68k resources/models/smollm2-135m-instruct
 
-Both train LoRA of the same rank on every linear layer of the same bfloat16 model on the same batches: the texts of
-a finished run, each after a prompt of the same length. The stock model gets placeholder tokens where ours gets soft
-tokens, computes logits everywhere and keeps PEFT's default float32 adapters. The two take turns, and each figure
-is the median over the rounds.
+Both train LoRA of the same rank on every linear layer of the same model, in the precision of this machine, on the same
+batches: the texts of a finished run, each after a prompt of the same length. The stock model gets placeholder tokens
+where ours gets soft tokens, computes logits everywhere and keeps PEFT's default float32 adapters. The two take turns,
+and each value is the median over the rounds.
 """
 
 import argparse
@@ -22,31 +22,21 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cell2text.contracts import DESCRIPTIONS
+from cell2text.device import pick_precision
 from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.data import BatchSize, plan_epoch, read_cells
 from cell2text.finetuning.loop import Finetuning
+from cell2text.model import fast
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.bundle import build
 from cell2text.processes import Team
+from default_settings import finetune_settings, projector_settings
 
 CPU = torch.device("cpu")
-LORA = {"r": 16, "lora_alpha": 32}
-SETTINGS = {
-    "align_weight": 1.0,
-    "opening_epochs": 0,
-    "epochs": 1,
-    "patience": 1,
-    "keep_best": "loss",
-    "learning_rate": 1e-3,
-    "projector_learning_rate": 5e-4,
-    "checkpoint_steps": 10**9,
-    "batch_tokens": None,
-    "accumulate": 1,
-    "checkpoint_activations": False,
-    "balance": False,
-}
+LORA = {"r": 16, "lora_alpha": 32}  # the defaults of the configuration
 
 
 class StepTimes(TrainerCallback):
@@ -75,7 +65,7 @@ def our_seconds(work: Finetuning, steps: list) -> list[float]:
 
 
 def stock_batches(work: Finetuning, steps: list) -> list[dict]:
-    prompt, soft = work.model.prompt, work.model.settings["projector"]["soft_tokens"]
+    prompt, soft = work.model.prompt, work.model.about["projector"]["soft_tokens"]
     before = torch.cat([prompt.before, torch.full((soft,), 5), prompt.after])
     made = []
     for (batch,) in steps:
@@ -89,7 +79,7 @@ def stock_batches(work: Finetuning, steps: list) -> list[dict]:
 
 
 def stock_seconds(directory: str, made: list[dict], float32_adapters: bool) -> list[float]:
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=pick_precision(CPU), local_files_only=True)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **LORA)
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
@@ -122,20 +112,21 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="a finished run, as results/pbmc68k")
     parser.add_argument("language_model", help="a model directory, as resources/models/smollm2-135m-instruct")
     parser.add_argument("--batch-cells", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps a round, after two to warm up")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per round, after two to warm up")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     texts = DESCRIPTIONS.read(arguments.results / "corpus/descriptions.parquet")
     classes = sorted(texts["cell_type_id"].dropna().unique())
-    projector = {"kind": "pooled", "soft_tokens": 8, "hidden": 1024}
+    projector = projector_settings()
+    settings = finetune_settings(opening_epochs=0, epochs=1, batch_cells=arguments.batch_cells, checkpoint_steps=10**9)
     embeddings = Embeddings(sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors"))))
-    model = build(arguments.language_model, projector, embeddings.dimensions(), LORA, CPU)
+    model = build(arguments.language_model, projector, embeddings.dimensions(), settings, CPU)
+    fast.speed_up(model)
     cells = read_cells(texts, "train", embeddings, {"cell_type": classes}, model)
     weight = model.language_model.get_input_embeddings().weight
     targets = LabelTargets.of([classes], model.tokenizer, weight)
-    settings = SETTINGS | {"batch_cells": arguments.batch_cells}
     work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())
     steps = plan_epoch(cells.text_lengths, BatchSize(arguments.batch_cells), 1, 0, 0)[: arguments.steps + 2]
     made = stock_batches(work, steps)

@@ -1,10 +1,10 @@
-"""Peak memory and speed of each stage of the cells half, on simulated files of several sizes.
+"""Peak memory and speed of the stages that process counts, on simulated files of several sizes.
 
     .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 1000000
 
-Each stage is a rule's own script in a process of its own, with the default configuration but for ``sample.cells``,
-which lets all cells through, and donors for a split. The peak is what the system says of that process when it has
-ended: resident memory, imports included. The last column divides the peak by the smallest file's.
+Each stage runs the rule's script in a separate process with the default configuration, except that ``sample.cells``
+keeps all cells. The peak is the maximum resident memory of that process as reported by the operating system, including
+imports. The last column is the ratio of the peak to that of the smallest file.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-# What the rule of each stage hands to its script: names of inputs, outputs and params, given folder and config.
+# Input, output and params that the rule of each stage passes to its script, given folder and config.
 STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, dict[str, Any]]]] = {
     "fetch_dataset": lambda folder, config: {
         "params": {
@@ -79,14 +79,17 @@ def run_stage(name: str, folder: Path) -> None:
     """Run a rule's script as Snakemake would."""
     sys.path.insert(0, str(ROOT / "workflow/scripts"))
     from cell2text.config import check_config
+    from cell2text.job import give_memory_back
 
     config = check_config({"run": "scale"}, ROOT / "workflow/schemas/config.schema.yaml", "defaults")
     given = {part: SimpleNamespace(**values) for part, values in STAGES[name](folder, config).items()}
-    importlib.import_module(name).main(SimpleNamespace(threads=2, **given))
+    script = importlib.import_module(name)
+    give_memory_back()
+    script.main(SimpleNamespace(threads=2, **given))
 
 
 def measure(command: list[str | Path]) -> tuple[float, float]:
-    """Run a command to its end; return its peak resident memory in MB and the seconds it took."""
+    """Run a command; return its peak resident memory in MB and its duration in seconds."""
     start = time.monotonic()
     child = subprocess.Popen([sys.executable, *command])
     _, status, usage = os.wait4(child.pid, 0)
@@ -96,11 +99,11 @@ def measure(command: list[str | Path]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print a line for each stage and size."""
+    """Print one line per stage and size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, nargs="+", default=[20_000, 200_000, 1_000_000])
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--folder", type=Path, help="keep the files here, and use those that are there")
+    parser.add_argument("--folder", type=Path, help="keep the files here, and reuse existing ones")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.stage:

@@ -1,11 +1,11 @@
-"""How well a linear probe tells cell types from the vectors of each encoder, on the same held-out donors.
+"""Accuracy of a linear probe for cell types on the vectors of each encoder, on the same held-out donors.
 
     python tests/benchmarks/probe_encoders.py results/studies [--size small] [--epochs 6] [--geneformer DIRECTORY]
 
-The run's corpus and ranked genes are used as they are; encoders are fitted anew on its training cells. A probe is a
-multinomial logistic regression on pooled vectors, centred and scaled by one common spread, its strength of
-regularisation chosen on the validation cells. Beside the encoders stand the 50 principal components of the
-log-normalised counts. Intervals are 95%, by resampling donors.
+The corpus and ranked genes of a run are reused; encoders are refitted on its training cells. The probe is a multinomial
+logistic regression on pooled vectors, which are centred and scaled by one common standard deviation; its
+regularisation is chosen on the validation cells. The 50 principal components of the log-normalised counts are included
+for comparison. 95% intervals come from resampling donors.
 """
 
 import argparse
@@ -22,50 +22,50 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "workflow/scripts"))
+sys.path[:0] = [str(ROOT / "workflow/scripts"), str(ROOT / "tests")]
 from cell2text.contracts import CELLS  # noqa: E402
 from cell2text.embedding.encoders import load_encoder  # noqa: E402
 from cell2text.embedding.fit_encoder import fit_encoder  # noqa: E402
 from cell2text.embedding.ranked_cells import RankedSplit  # noqa: E402
 from cell2text.evaluation import statistics  # noqa: E402
 from cell2text.evaluation.bootstrap import Bootstrap  # noqa: E402
+from default_settings import encoder_settings  # noqa: E402
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C of scikit-learn
-STORED = {"top_k": 64, "cache": False}
 SPLITS = ("train", "validation", "test")
 
 
 def probe(vectors, cells):
-    """Return what a probe says of the test cells, and the strength that was chosen."""
-    known, chosen_by, asked = ((cells["split"] == split).to_numpy() for split in SPLITS)
+    """Return the predictions of a probe for the test cells, and the chosen regularisation strength."""
+    train, validation, test = ((cells["split"] == split).to_numpy() for split in SPLITS)
     types = cells["cell_type_id"].to_numpy()
-    vectors = vectors - vectors[known].mean(0)
-    vectors /= vectors[known].std()
-    chosen_by &= np.isin(types, types[known])
-    fitted = [LogisticRegression(C=strength, max_iter=3000).fit(vectors[known], types[known]) for strength in STRENGTHS]
+    vectors = vectors - vectors[train].mean(0)
+    vectors /= vectors[train].std()
+    validation &= np.isin(types, types[train])
+    fitted = [LogisticRegression(C=strength, max_iter=3000).fit(vectors[train], types[train]) for strength in STRENGTHS]
     likelihood = []
     for model in fitted:
-        column = np.searchsorted(model.classes_, types[chosen_by])
-        chances = model.predict_proba(vectors[chosen_by])[np.arange(chosen_by.sum()), column]
-        likelihood.append(np.log(np.maximum(chances, 1e-12)).mean())
+        column = np.searchsorted(model.classes_, types[validation])
+        probability = model.predict_proba(vectors[validation])[np.arange(validation.sum()), column]
+        likelihood.append(np.log(np.maximum(probability, 1e-12)).mean())
     best = int(np.argmax(likelihood))
-    return fitted[best].predict(vectors[asked]), STRENGTHS[best]
+    return fitted[best].predict(vectors[test]), STRENGTHS[best]
 
 
 def read_splits(results):
-    """Return the three splits of a run as ranked cells."""
+    """Return the three splits of a run."""
     tokens = sorted(results.glob("tokens/*.parquet"))
     genes = int(pd.read_csv(results / "genes.tsv", sep="\t", usecols=["token"])["token"].max()) + 1
     return [RankedSplit(tokens, results / "corpus/cells.parquet", split, genes) for split in SPLITS]
 
 
-def embed(results, settings, seed):
-    """Fit an encoder and return the pooled vectors of all cells by id, and the seconds of both."""
+def embed(results, settings, seed, fetched=None):
+    """Fit an encoder; return the pooled vectors of all cells by id, and the seconds to fit and to embed."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         files = [str(path) for path in sorted(results.glob("tokens/*.parquet"))]
         corpus, genes = str(results / "corpus/cells.parquet"), str(results / "genes.tsv")
-        fit_encoder(corpus, genes, files, f"{folder}/encoder", settings | STORED, seed)
+        fit_encoder(corpus, genes, files, f"{folder}/encoder", settings, seed, fetched)
         fitted = time.perf_counter()
         encoder = load_encoder(f"{folder}/encoder")
         parts = [
@@ -88,49 +88,53 @@ def principal_components(results):
 
 
 def main():
-    """Print a line for each encoder."""
+    """Print one line per encoder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--size", default="small")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=0.001)
-    parser.add_argument("--geneformer", help="a checkpoint that `fetch_encoder` laid down")
+    parser.add_argument("--geneformer", help="directory of a checkpoint written by `fetch_encoder`")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     cells = CELLS.read(options.results / "corpus/cells.parquet")
     cells = cells[cells["cell_type_id"].notna()]
-    pretrain = {"kind": "pretrain", "size": options.size, "epochs": options.epochs, "batch_cells": 16}
-    ways = {
+    shared = {"top_k": 64, "cache": False, "layer": -2, "batch_cells": 16}
+    coexpression = encoder_settings(kind="coexpression", dimensions=64, **shared)
+    geneformer = encoder_settings(kind="geneformer", **shared)
+    pretrain = encoder_settings(
+        kind="pretrain", size=options.size, epochs=options.epochs, learning_rate=options.learning_rate, **shared
+    )
+    methods = {
         "PCA (50)": lambda: principal_components(options.results),
-        "coexpression": lambda: embed(options.results, {"kind": "coexpression", "dimensions": 64}, options.seed),
-        f"pretrain ({options.size}, {options.epochs} epochs)": lambda: embed(
-            options.results, pretrain | {"learning_rate": options.learning_rate, "layer": -2}, options.seed
-        ),
+        "coexpression": lambda: embed(options.results, coexpression, options.seed),
+        f"pretrain ({options.size}, {options.epochs} epochs)": lambda: embed(options.results, pretrain, options.seed),
     }
     if options.geneformer:
-        settings = {"kind": "geneformer", "directory": options.geneformer, "layer": -2}
-        ways["geneformer"] = lambda: embed(options.results, settings, options.seed)
+        methods["geneformer"] = lambda: embed(options.results, geneformer, options.seed, options.geneformer)
     test = cells[cells["split"] == "test"]
     resampled = Bootstrap(test["donor"], 1000, 0)
     print(
-        f"{(cells['split'] == 'train').sum()} training cells, {len(test)} test cells of {test['donor'].nunique()} "
-        f"donors and {test['cell_type_id'].nunique()} types"
+        f"{(cells['split'] == 'train').sum()} training cells, {len(test)} test cells from {test['donor'].nunique()} "
+        f"donors with {test['cell_type_id'].nunique()} cell types"
     )
     classes = pd.Index(np.unique(test["cell_type_id"].astype(str)))
     truth = test["cell_type_id"].reset_index(drop=True)
-    for name, way in ways.items():
-        vectors, seconds = way()
-        said, strength = probe(vectors.loc[cells["cell_id"]].to_numpy(dtype=float), cells)
-        said = pd.Series(said, dtype=object)
-        right = statistics.mean_statistics((said == truth).to_numpy())
+    for name, method in methods.items():
+        vectors, seconds = method()
+        predicted, strength = probe(vectors.loc[cells["cell_id"]].to_numpy(dtype=float), cells)
+        predicted = pd.Series(predicted, dtype=object)
+        correct = statistics.mean_statistics((predicted == truth).to_numpy())
         scores = {
-            "accuracy": resampled.estimate(right, statistics.ratio),
-            "macro-F1": resampled.estimate(statistics.class_statistics(truth, said, classes), statistics.macro_f1),
+            "accuracy": resampled.estimate(correct, statistics.ratio),
+            "macro-F1": resampled.estimate(statistics.class_statistics(truth, predicted, classes), statistics.macro_f1),
         }
-        told = ", ".join(f"{what} {value:.3f} [{low:.3f}, {high:.3f}]" for what, (value, low, high) in scores.items())
+        estimates = ", ".join(
+            f"{what} {value:.3f} [{low:.3f}, {high:.3f}]" for what, (value, low, high) in scores.items()
+        )
         print(
-            f"{name:28s} {vectors.shape[1]:4d} dimensions: {told}; C {strength:g}; "
+            f"{name:28s} {vectors.shape[1]:4d} dimensions: {estimates}; C {strength:g}; "
             f"fitted in {seconds[0]:.0f} s, embedded in {seconds[1]:.0f} s",
             flush=True,
         )

@@ -1,12 +1,12 @@
-"""Write an h5ad of any number of simulated cells, to measure what the stages need at that size.
+"""Write an h5ad file of simulated cells, to measure memory and speed of the stages at any size.
 
     .venv/bin/python tests/benchmarks/simulate_cells.py cells.h5ad --cells 1000000
 
-Each cell type has its own gene means: log-normal, with a tenth of the genes drawn up or down. A cell's counts are
-Poisson around the means of its type times a log-normal depth, so that most are one and about 2,000 of 20,000 genes
-are expressed. Ten thousand cells are drawn in this way; the file repeats them in random order, each time with a
-tenth of the values taken away and a tenth of the others one higher, so that no two cells are alike. The columns are
-those of CELLxGENE's schema. Only a block of cells is in memory.
+Each cell type has its own gene means: log-normal, with a tenth of the genes regulated up or down. Counts are Poisson
+with the mean of the cell type times a log-normal depth, so that most counts are one and about 2,000 of 20,000 genes
+are expressed. Ten thousand cells are drawn in this way. The file repeats them in random order, each time with a tenth
+of the values removed and a tenth increased by one, so that no two cells are identical. The columns are those of the
+CELLxGENE schema. Only one block of cells is in memory.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from scipy import sparse
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
 from cell2text.cells.h5ad import write_cells
+from cell2text.job import give_memory_back
 from cell2text.progress import Progress
 
 CELL_TYPES = {
@@ -47,13 +48,13 @@ SAME_FOR_ALL = {
 }
 STAGES = ("HsapDv:0000123", "HsapDv:0000148")
 SEXES = ("PATO:0000383", "PATO:0000384")
-MEAN_COUNTS = 4_000  # a cell
+MEAN_COUNTS = 4_000  # per cell
 BANK, AT_ONCE = 10_000, 4_096  # cells
 MITOCHONDRIAL, RIBOSOMAL = 13, 40  # genes
 
 
 def draw_bank(cells: int, genes: int, rng: np.random.Generator) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Return counts of ``cells`` cells over ``genes`` genes (CSR, float32) and the number of each cell's type."""
+    """Return counts of ``cells`` cells over ``genes`` genes (CSR, float32) and the index of each cell's type."""
     mean = rng.lognormal(0, 1.9, genes)
     changed = rng.random((len(CELL_TYPES), genes)) < 0.1
     means = mean * np.exp(changed * rng.normal(0, 1.5, changed.shape))
@@ -69,7 +70,7 @@ def draw_bank(cells: int, genes: int, rng: np.random.Generator) -> tuple[sparse.
 
 
 def vary_blocks(bank: sparse.csr_matrix, picks: np.ndarray, rng: np.random.Generator) -> Iterator[sparse.csr_matrix]:
-    """Yield the picked cells of the bank, a tenth of their values taken away, a tenth of the others one higher."""
+    """Yield the picked cells of the bank, with a tenth of their values removed and a tenth increased by one."""
     progress = Progress(len(picks), "cells")
     for start in range(0, len(picks), AT_ONCE):
         block = bank[picks[start : start + AT_ONCE]]
@@ -82,7 +83,7 @@ def vary_blocks(bank: sparse.csr_matrix, picks: np.ndarray, rng: np.random.Gener
 
 
 def describe(types: np.ndarray, donors: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Return ``obs`` of the cells in the columns of CELLxGENE's schema."""
+    """Return ``obs`` of the cells in the columns of the CELLxGENE schema."""
     cells = len(types)
     donor = rng.integers(donors, size=cells)
     columns = {
@@ -99,7 +100,7 @@ def describe(types: np.ndarray, donors: int, rng: np.random.Generator) -> pd.Dat
 
 
 def name_genes(genes: int) -> pd.DataFrame:
-    """Return ``var``: made-up Ensembl ids, and symbols of which some are mitochondrial or ribosomal."""
+    """Return ``var``: invented Ensembl ids and symbols, some of them mitochondrial or ribosomal."""
     symbols = [f"GENE{i}" for i in range(genes)]
     symbols[:MITOCHONDRIAL] = [f"MT-{i}" for i in range(MITOCHONDRIAL)]
     symbols[MITOCHONDRIAL : MITOCHONDRIAL + RIBOSOMAL] = [f"RPS{i}" for i in range(RIBOSOMAL)]
@@ -117,11 +118,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    give_memory_back()
     rng = np.random.default_rng(given.seed)
     bank, types = draw_bank(min(BANK, given.cells), given.genes, rng)
     expressed = np.diff(bank.indptr)
     logging.info(
-        "%d cells drawn: %.0f genes a cell, %.2f counts a gene", len(types), expressed.mean(), bank.data.mean()
+        "%d cells drawn: %.0f genes per cell, %.2f counts per expressed gene",
+        len(types),
+        expressed.mean(),
+        bank.data.mean(),
     )
     picks = rng.integers(len(types), size=given.cells)
     obs = describe(types[picks], given.donors, rng)

@@ -1,4 +1,4 @@
-"""Eight real studies are drawn and split as promised."""
+"""Sampling and splitting of eight real studies."""
 
 import numpy as np
 import pandas as pd
@@ -6,12 +6,13 @@ import pytest
 
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.cells.filter_cells import filter_cells
-from cell2text.config import check_config
 from cell2text.contracts import CELLS, SPLITS
 from cell2text.corpus.sample_cells import sample_cells
 from cell2text.corpus.split_donors import split_donors
 from cell2text.errors import InputError
 from cell2text.files import read_json
+from cell2text.settings import SampleSettings
+from default_settings import qc_settings
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 PAPER = {"natural": 0.3, "cell_type": 0.25, "disease": 0.2, "donor": 0.15, "rare_tissue": 0.1}
@@ -24,37 +25,37 @@ def studies(request, tmp_path_factory):
     sheet = pd.read_csv(root / "tests/config/studies.tsv", sep="\t", dtype=str, keep_default_na=False)
     absent = [source for source in sheet["source"] if not (root / source).exists()]
     if absent:
-        pytest.skip(f"{absent[0]} is not at hand")
-    schema = request.config.rootpath / "workflow/schemas/config.schema.yaml"
-    limits = check_config({"run": "studies"}, schema, "defaults")["qc"] | {"score_doublets": False}
+        pytest.skip(f"{absent[0]} is not available")
     for row in sheet.to_dict("records"):
         fetch_dataset({"dataset": row["dataset"], "source": str(root / row["source"])}, folder / "raw.h5ad")
         rest = [folder / name for name in ("qc.parquet", "qc.json", "qc.svg")]
-        filter_cells(folder / "raw.h5ad", folder / f"{row['dataset']}.h5ad", *rest, limits=limits)
+        filter_cells(
+            folder / "raw.h5ad", folder / f"{row['dataset']}.h5ad", *rest, limits=qc_settings(score_doublets=False)
+        )
     return [folder / f"{name}.h5ad" for name in sheet["dataset"]]
 
 
 def split(files, folder, cells=100_000, shares=None, **options):
     sampled, diversity = folder / "sampled.parquet", folder / "diversity.tsv"
-    sample_cells(files, cells, shares or {"natural": 1}, {}, 42, sampled, diversity)
+    sample_cells(files, SampleSettings(cells, shares or {"natural": 1}, {}), 42, sampled, diversity)
     table, audit = folder / "cells.parquet", folder / "audit.json"
     split_donors(sampled, options.pop("how"), SHARES, 42, table, audit, diversity_file=diversity, **options)
     return CELLS.read(table), read_json(audit)
 
 
-def test_donors_of_real_studies_are_apart_and_every_type_is_trained(studies, tmp_path):
+def test_donors_of_real_studies_are_separated_and_training_covers_every_type(studies, tmp_path):
     cells, audit = split(studies, tmp_path, how="donors")
     assert [guarantee["holds"] for guarantee in audit["guarantees"]] == [True, False, True, True, True]
-    # Four studies have one donor, who has cell types of his own; of the other four at most 677 of 767 cells
-    # can leave training (by an integer programme), and validation and test share them alike.
+    # Four studies have a single donor with cell types found nowhere else. In the other four, at most 677 of 767 cells
+    # can leave training (from an integer programme), divided equally between validation and test.
     sizes = cells["split"].value_counts()
     assert 600 <= sizes["validation"] + sizes["test"] <= 677
     assert sizes["validation"] == pytest.approx(sizes["test"], abs=30)
-    told = "\n".join(audit["limits"])
-    assert "pbmc3k (train), pdac_moncada (train), telencephalon_culture (train), tnbc_wu (train)" in told
+    limits = "\n".join(audit["limits"])
+    assert "pbmc3k (train), pdac_moncada (train), telencephalon_culture (train), tnbc_wu (train)" in limits
 
 
-def test_real_studies_have_no_cell_in_common(studies, tmp_path):
+def test_real_studies_share_no_cells(studies, tmp_path):
     cells, audit = split(studies, tmp_path, how="studies")
     assert cells["counts_hash"].nunique() == len(cells)
     assert audit["joined"] == []
@@ -65,7 +66,7 @@ def test_real_studies_have_no_cell_in_common(studies, tmp_path):
 def test_a_real_study_published_twice_stays_together(studies, tmp_path):
     import anndata as ad
 
-    # pbmc3k again, under another name, with a gene's id changed and lanes in the names of the cells
+    # pbmc3k again, under another name, with changed gene ids and a lane in the cell names
     again = ad.read_h5ad(next(file for file in studies if file.stem == "pbmc3k"))
     again.var_names = [*again.var_names[:-1], "renamed"]
     again.obs_names = [f"again|lane1_{name.split('|')[1]}" for name in again.obs_names]
@@ -78,8 +79,8 @@ def test_a_real_study_published_twice_stays_together(studies, tmp_path):
     assert len(set(cells["split"][cells["dataset_id"].isin(["again", "pbmc3k"])])) == 1
 
 
-def test_the_papers_shares_make_real_studies_more_diverse(studies, tmp_path):
-    with pytest.raises(InputError, match="1 cell"):  # which no split by cells can both learn and judge
+def test_the_shares_of_the_paper_increase_diversity(studies, tmp_path):
+    with pytest.raises(InputError, match="1 cell"):  # a type with one cell cannot be in training and evaluation
         split(studies, tmp_path, how="cells")
     cells, audit = split(studies, tmp_path, cells=2000, shares=PAPER, how="donors")
     assert len(cells) == cells["cell_id"].nunique() == 2000

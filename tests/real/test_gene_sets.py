@@ -1,4 +1,4 @@
-"""The published gene sets are scored on real cells as a plain loop scores them, and told in words."""
+"""Published gene sets are scored on real cells as in a plain loop, and described in text."""
 
 import anndata as ad
 import numpy as np
@@ -18,16 +18,16 @@ CELLS_TRIED = 50
 
 @pytest.fixture
 def shared(request):
-    """Folder of real data beside the project."""
+    """Folder of real data next to the project."""
     folder = request.config.rootpath.parent / "shared/data"
     if not folder.exists():
-        pytest.skip(f"{folder} is not at hand")
+        pytest.skip(f"{folder} is not available")
     return folder
 
 
 @pytest.fixture
 def blood(tmp_path, shared):
-    """Fifty real cells in the form of the stages, their corpus, and the study's table of cells."""
+    """Fifty real cells in the format of the workflow: the cells, their file, and their corpus."""
     study = ad.read_h5ad(shared / "studies/pbmc3k.h5ad")[:CELLS_TRIED]
     ids = [f"pbmc3k|{barcode}" for barcode in study.obs_names]
     cells = ad.AnnData(
@@ -45,9 +45,9 @@ def blood(tmp_path, shared):
 
 
 def score_by_hand(counts, symbols, sets, top_genes):
-    """AUCell gene after gene: a gene at rank r counts for the ranks behind it, of the most there could be."""
+    """AUCell gene by gene: a gene at rank r adds the ranks after it, relative to the maximum."""
     drawn = np.random.default_rng(seed=0).choice(len(symbols), len(symbols), replace=False)
-    place = np.argsort(drawn)  # of two genes with equal counts, that which was drawn first stands first
+    place = np.argsort(drawn)  # genes with equal counts are in the order of the draw
     scores = np.zeros((len(counts), len(sets)))
     for cell, row in enumerate(counts):
         rank = pd.Series(np.argsort(np.lexsort((place, -row))) + 1, index=symbols)
@@ -58,23 +58,23 @@ def score_by_hand(counts, symbols, sets, top_genes):
     return scores
 
 
-def test_hallmark_scores_are_those_of_a_plain_loop(tmp_path, shared, blood):
+def test_hallmark_scores_equal_those_of_a_plain_loop(tmp_path, shared, blood):
     cells, cells_file, corpus_file = blood
     gmt = shared / "gene_sets/human_hallmark_v2025.gmt"
     score_pathways(cells_file, corpus_file, gmt, 5, tmp_path / "scores.parquet")
     scores = PATHWAY_SCORES.read(tmp_path / "scores.parquet").set_index("cell_id")
-    own = ~cells.var["symbol"].duplicated().to_numpy()
-    counts = cells.X[:, own].toarray()
+    unique = ~cells.var["symbol"].duplicated().to_numpy()
+    counts = cells.X[:, unique].toarray()
     top_genes = min(np.ceil(0.05 * cells.n_vars), int(np.quantile(np.diff(cells.X.indptr), 0.05)))
     # most genes around the last rank have equal counts
     assert np.median(np.sort(counts, axis=1)[:, -int(top_genes)]) <= 2
-    expected = score_by_hand(counts, cells.var["symbol"][own].to_numpy(), read_gene_sets(gmt), int(top_genes))
+    expected = score_by_hand(counts, cells.var["symbol"][unique].to_numpy(), read_gene_sets(gmt), int(top_genes))
     assert scores.notna().all(axis=None)
     np.testing.assert_allclose(scores.to_numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["human_hallmark_v2025", "ReactomePathways"])
-def test_published_sets_are_told_and_read_back(shared, name):
+def test_descriptions_with_published_sets_can_be_parsed(shared, name):
     ids = list(read_gene_sets(shared / f"gene_sets/{name}.gmt"))
     rows = name_pathways(ids, None)
     assert rows["name"].is_unique and len(rows) == {"human_hallmark_v2025": 50, "ReactomePathways": 2751}[name]

@@ -1,4 +1,4 @@
-"""The real dictionaries of Geneformer's 30M series, on real cells."""
+"""Real cells with the real dictionaries of Geneformer's 30M series."""
 
 import gzip
 from pathlib import Path
@@ -18,7 +18,7 @@ from cell2text.models.gene_dictionaries import find_dictionaries
 from tiny_geneformer import V1
 
 DATA = Path(__file__).parents[3] / "shared/data"
-pytestmark = pytest.mark.skipif(not (DATA / "geneformer").is_dir(), reason="the real data is not beside the project")
+pytestmark = pytest.mark.skipif(not (DATA / "geneformer").is_dir(), reason="the real data is not available")
 VOCABULARY = 25_426
 LONGEST = 2048
 
@@ -28,7 +28,7 @@ def dictionaries():
     return find_dictionaries(DATA / "geneformer", VOCABULARY)
 
 
-def test_the_dictionaries_are_those_of_the_series(dictionaries):
+def test_the_dictionaries_equal_those_of_the_series(dictionaries):
     assert dictionaries.special == V1
     with gzip.open(DATA / "geneformer/geneformer30M_genes.tsv.gz", "rt") as file:
         expected = pd.read_csv(file, sep="\t", float_precision="round_trip")[2:]
@@ -39,7 +39,7 @@ def test_the_dictionaries_are_those_of_the_series(dictionaries):
 
 
 def write_some(path, study, cells, rng):
-    """Write some cells of a study; return their ids and dense counts."""
+    """Write a sample of a study's cells; return their ids, dense counts and genes."""
     whole = ad.read_h5ad(study)
     rows = np.sort(rng.choice(whole.n_obs, min(cells, whole.n_obs), replace=False))
     counts = sparse.csr_matrix(whole.X[rows], dtype=np.float32)
@@ -50,7 +50,7 @@ def write_some(path, study, cells, rng):
 
 
 def rank_by_loop(counts, genes, dictionaries):
-    """Rank each cell's genes as Geneformer's tokenizer says, one gene after another in float64."""
+    """Rank each cell's genes like Geneformer's tokenizer, gene by gene in float64."""
     ranked = []
     for cell in counts:
         total, values = cell.sum(), {}
@@ -61,9 +61,9 @@ def rank_by_loop(counts, genes, dictionaries):
     return ranked
 
 
-def test_a_thousand_real_cells_have_the_tokens_of_a_plain_reference(tmp_path, dictionaries):
+def test_a_thousand_real_cells_have_the_same_tokens_as_a_plain_loop(tmp_path, dictionaries):
     dictionaries.table().to_csv(tmp_path / "dictionary.tsv", sep="\t", index=False)
-    rng, told, longest = np.random.default_rng(0), 0, 0
+    rng, tested, longest = np.random.default_rng(0), 0, 0
     for study in sorted((DATA / "studies").glob("*.h5ad")):
         ids, counts, genes = write_some(tmp_path / study.name, study, 130, rng)
         corpus = pd.DataFrame({"cell_id": ids, "split": "train"})
@@ -76,11 +76,11 @@ def test_a_thousand_real_cells_have_the_tokens_of_a_plain_reference(tmp_path, di
         ranked = TOKENS.read(tmp_path / "tokens.parquet").set_index("cell_id")["tokens"].loc[ids]
         expected = rank_by_loop(counts, genes, dictionaries)
         assert [list(tokens[:LONGEST]) for tokens in ranked] == expected
-        told, longest = told + len(expected), max(longest, *map(len, expected))
-    assert told >= 1000 and longest == LONGEST
+        tested, longest = tested + len(expected), max(longest, *map(len, expected))
+    assert tested >= 1000 and longest == LONGEST
 
 
-def test_published_cells_hold_tokens_of_the_dictionary(dictionaries):
+def test_published_cells_have_tokens_of_the_dictionary(dictionaries):
     cells = pq.read_table(DATA / "geneformer/genecorpus_500_samples.parquet")["input_ids"].to_pylist()
     own = set(dictionaries.special.values())
     assert len(cells) == 500

@@ -1,4 +1,4 @@
-"""Real studies in the other forms that users have: logs, genes by symbol, compressed by gene."""
+"""Real studies in other formats that users have: log1p values, genes by symbol, compressed by gene."""
 
 import anndata as ad
 import numpy as np
@@ -14,7 +14,7 @@ from cell2text.cells.fetch_dataset import fetch_dataset
 def shared(request):
     folder = request.config.rootpath.parent / "shared/data"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not at hand")
+        pytest.skip(f"{folder} does not exist")
     return folder
 
 
@@ -29,7 +29,7 @@ def fetch(cells, folder, *tables, **row):
     "name",
     ["brain_darmanis", "pbmc3k", "pancreas_baron", "lung_lines_mixology", "tnbc_wu", "nsclc_zilionis", "pdac_moncada"],
 )
-def test_counts_come_back_from_logs_exactly(tmp_path, shared, name, target):
+def test_counts_are_recovered_from_logs_exactly(tmp_path, shared, name, target):
     given = ad.read_h5ad(shared / f"studies/{name}.h5ad")
     logs = given.copy()
     logs.X = logs.X.astype(np.float32)
@@ -40,7 +40,7 @@ def test_counts_come_back_from_logs_exactly(tmp_path, shared, name, target):
     assert (given.X.multiply(provable[:, None]) != fetch(logs, tmp_path).X).nnz == 0
 
 
-def test_a_study_compressed_by_gene_is_sorted_in_pieces(tmp_path, shared, monkeypatch):
+def test_a_study_compressed_by_gene_is_sorted_on_disk(tmp_path, shared, monkeypatch):
     monkeypatch.setattr(matrices, "VALUES_AT_ONCE", 100_000)
     given = ad.read_h5ad(shared / "studies/tnbc_wu.h5ad")
     by_gene = given.copy()
@@ -49,7 +49,7 @@ def test_a_study_compressed_by_gene_is_sorted_in_pieces(tmp_path, shared, monkey
 
 
 @pytest.mark.parametrize("name", ["pbmc3k", "pancreas_baron", "tnbc_wu"])
-def test_symbols_find_their_ids(tmp_path, shared, name):
+def test_symbols_are_mapped_to_ids(tmp_path, shared, name):
     given = ad.read_h5ad(shared / f"studies/{name}.h5ad")
     by_symbol = ad.AnnData(given.X, given.obs)
     by_symbol.var_names = given.var["feature_name"].astype(str).to_numpy()

@@ -1,4 +1,4 @@
-"""Whatever file a user gives, it works, or the run stops with one line that names the place and the fix."""
+"""Any input file either works or fails with a one-line message that names the location and the fix."""
 
 import errno
 import gzip
@@ -26,7 +26,7 @@ B_CELL, T_CELL = "CL:0000236", "CL:0000084"
 
 
 def draw_counts():
-    """Four cells with at least 20 of 30 genes expressed; the first gene alone has one count, in each cell."""
+    """Four cells, at least 20 of 30 genes expressed; only the first gene has a count of one, in every cell."""
     counts = (np.random.default_rng(0).poisson(2, (4, 30)) + 2) * (np.arange(30) % 4 > 0)
     counts[:, 0] = 1
     return counts.astype(np.float32)
@@ -38,7 +38,7 @@ LOGS = np.log1p(COUNTS * 1e4 / TOTALS[:, None])
 
 
 def study(matrix=COUNTS, genes=GENES, var=None, cells=("c1", "c2", "c3", "c4"), layers=None, raw=None, **obs):
-    """Return a study in memory."""
+    """Return a study as AnnData."""
     rows = matrix.shape[0]
     labels = {"cell_type_ontology_term_id": [B_CELL, T_CELL] * 2} if rows == 4 else {}
     made = ad.AnnData(
@@ -53,12 +53,12 @@ def study(matrix=COUNTS, genes=GENES, var=None, cells=("c1", "c2", "c3", "c4"), 
 
 
 def saved(**parts):
-    """Return how to write a study."""
+    """Return a function that writes a study."""
     return lambda path: study(**parts).write_h5ad(path)
 
 
 def changed(change, **parts):
-    """Return how to write a study and then change the file."""
+    """Return a function that writes a study and then changes the file."""
 
     def write(path):
         study(**parts).write_h5ad(path)
@@ -79,7 +79,7 @@ def put(dataset, place, value):
     dataset[place] = value
 
 
-def spoil(row, column, value):
+def with_value(row, column, value):
     matrix = COUNTS.copy()
     matrix[row, column] = value
     return matrix
@@ -95,7 +95,7 @@ def shuffle_within_rows(file):
 
 
 def split_first_value(file):
-    """Store the first value of the last cell as two entries of the same gene, which sum to it."""
+    """Store the first value of the last cell as two entries of the same gene with the same sum."""
     group = file["X"]
     first = group["indptr"][-2]
     indices, data = group["indices"][:], group["data"][:]
@@ -111,26 +111,26 @@ def widen(file):
         replace(file["X"], name, file["X"][name][:].astype(np.int64))
 
 
-def bytes_for_texts(file):
+def strings_to_bytes(file):
     index = file["obs"].attrs["_index"]
     replace(file["obs"], index, np.array([b"c1", b"c2", b"c3", b"c4"]), **{"encoding-type": "array"})
     labels = file["obs/cell_type_ontology_term_id"]
     replace(labels, "categories", np.array([T_CELL.encode(), B_CELL.encode()]), **{"encoding-type": "array"})
 
 
-def cut_values(path):
+def truncate(path):
     study(matrix=sparse.csr_matrix(COUNTS)).write_h5ad(path)
     path.write_bytes(path.read_bytes()[:-500])
 
 
-def loop(path):
+def link_to_itself(path):
     path.symlink_to(path)
 
 
 CSR = {"matrix": sparse.csr_matrix(COUNTS)}
 SEVERAL = {"layers": {"spliced": COUNTS, "ambient": LOGS}, "matrix": COUNTS - 3}
 
-# How the file is written, columns of the sheet, and the counts that must come out.
+# A function that writes the file, columns of the sheet, and the expected counts.
 WORKS = {
     "csr": (saved(**CSR), {}, COUNTS),
     "csc on disk": (saved(matrix=sparse.csc_matrix(COUNTS)), {}, COUNTS),
@@ -142,15 +142,15 @@ WORKS = {
     "64-bit indices": (changed(widen, **CSR), {}, COUNTS),
     "unsorted indices": (changed(shuffle_within_rows, **CSR), {}, COUNTS),
     "unsorted int32": (changed(shuffle_within_rows, matrix=sparse.csr_matrix(COUNTS.astype(np.int32))), {}, COUNTS),
-    "entries that repeat are summed": (changed(split_first_value, matrix=sparse.csr_matrix(spoil(3, 0, 5))), {},
-                                       spoil(3, 0, 5)),
-    "zeros stored": (saved(matrix=sparse.csr_matrix((COUNTS.ravel(), np.tile(range(30), 4), np.arange(5) * 30))),
-                     {}, COUNTS),
+    "duplicate entries are summed": (changed(split_first_value, matrix=sparse.csr_matrix(with_value(3, 0, 5))), {},
+                                     with_value(3, 0, 5)),
+    "explicit zeros": (saved(matrix=sparse.csr_matrix((COUNTS.ravel(), np.tile(range(30), 4), np.arange(5) * 30))),
+                       {}, COUNTS),
     "a cell without counts": (saved(matrix=COUNTS * [[1], [0], [1], [1]]), {}, COUNTS * [[1], [0], [1], [1]]),
-    "a gene without counts": (saved(matrix=spoil(slice(None), 7, 0)), {}, spoil(slice(None), 7, 0)),
+    "a gene without counts": (saved(matrix=with_value(slice(None), 7, 0)), {}, with_value(slice(None), 7, 0)),
     "one cell": (saved(matrix=COUNTS[:1]), {}, COUNTS[:1]),
-    "scaled X beside raw": (saved(matrix=(COUNTS - 3) / 2, raw=COUNTS), {}, COUNTS),
-    "logs in raw beside counts in a layer": (saved(matrix=LOGS, raw=LOGS, layers={"counts": COUNTS}), {}, COUNTS),
+    "scaled X and counts in raw": (saved(matrix=(COUNTS - 3) / 2, raw=COUNTS), {}, COUNTS),
+    "logs in raw and counts in a layer": (saved(matrix=LOGS, raw=LOGS, layers={"counts": COUNTS}), {}, COUNTS),
     "a named layer": (saved(**SEVERAL), {"matrix": "spliced"}, COUNTS),
     "logs in a named layer": (saved(**SEVERAL), {"matrix": "ambient"}, COUNTS),
     "X by name": (saved(matrix=COUNTS, raw=COUNTS * 2), {"matrix": "X"}, COUNTS),
@@ -159,69 +159,74 @@ WORKS = {
     "logs of unscaled counts": (saved(matrix=np.log1p(COUNTS)), {}, COUNTS),
     "logs in csc": (saved(matrix=sparse.csc_matrix(LOGS)), {}, COUNTS),
     "rounded logs with totals": (saved(matrix=LOGS.round(3), n_counts=TOTALS), {}, COUNTS),
-    "totals of other cells do not matter": (saved(matrix=LOGS, n_counts=TOTALS + 17), {}, COUNTS),
-    "levels that no cell has": (
-        saved(cell_type_ontology_term_id=pd.Categorical([B_CELL, T_CELL] * 2, [T_CELL, "no term at all", B_CELL])),
+    "wrong totals are ignored if the logs prove the counts": (saved(matrix=LOGS, n_counts=TOTALS + 17), {}, COUNTS),
+    "unused categories": (
+        saved(cell_type_ontology_term_id=pd.Categorical([B_CELL, T_CELL] * 2, [T_CELL, "not a term", B_CELL])),
         {}, COUNTS),
-    "strings as bytes": (changed(bytes_for_texts), {}, COUNTS),
+    "strings as bytes": (changed(strings_to_bytes), {}, COUNTS),
     "a deprecated id": (saved(tissue_ontology_term_id=["UBERON:0003377"] * 4), {}, COUNTS),
     "two diseases": (saved(disease_ontology_term_id=["MONDO:0100096 || MONDO:0005148"] * 4), {}, COUNTS),
     "cultured cells": (saved(tissue_ontology_term_id=[B_CELL] * 4), {}, COUNTS),
-    "donors that are numbers": (saved(donor_id=[1.0, 2.0, np.nan, 2.0]), {}, COUNTS),
+    "numeric donors": (saved(donor_id=[1.0, 2.0, np.nan, 2.0]), {}, COUNTS),
     "ids with versions": (saved(genes=[f"{gene}.{i}" for i, gene in enumerate(GENES)]), {}, COUNTS),
     "no layers, no obsm": (changed(lambda file: [file.pop(name) for name in ("layers", "obsm", "uns")]), {}, COUNTS),
 }  # fmt: skip
 
-# How the file is written, columns of the sheet, and what the message must say.
+# A function that writes the file, columns of the sheet, and the expected parts of the message.
 FAILS = {
-    "scaled data alone": (saved(matrix=(COUNTS - 3) / 2), {}, ["X: negative value", "Put raw counts"]),
+    "scaled data only": (saved(matrix=(COUNTS - 3) / 2), {}, ["X: negative value", "Put raw counts"]),
     "scaled csc": (saved(matrix=sparse.csc_matrix(COUNTS - 2.5)), {}, ["X: negative value", "Put raw counts"]),
-    "NaN": (saved(matrix=spoil(2, 9, np.nan)), {}, [f"X: missing value (NaN) in cell c3, gene {GENES[9]}"]),
-    "no counts at all": (saved(matrix=np.zeros((4, 30), np.float32)), {}, ["X: no value above nought"]),
-    "too large a count": (saved(matrix=spoil(0, 0, 2.0**25)), {}, ["X: too large for a count: 3.35544e+07"]),
+    "NaN": (saved(matrix=with_value(2, 9, np.nan)), {}, [f"X: missing value (NaN) in cell c3, gene {GENES[9]}"]),
+    "all zero": (saved(matrix=np.zeros((4, 30), np.float32)), {}, ["X: no value above zero"]),
+    "too large a count": (saved(matrix=with_value(0, 0, 2.0**25)), {}, ["X: too large for a count: 3.35544e+07"]),
     "proportions": (saved(matrix=COUNTS / 1e6), {}, ["X: not a whole number", "Put raw counts"]),
-    "normalised, not logs": (saved(matrix=COUNTS * 1e4 / TOTALS[:, None]), {}, ["X: not a whole number", "read as"]),
-    "rounded logs without totals": (saved(matrix=LOGS.round(2)), {}, ["read as log1p of scaled counts", "it holds"]),
-    "logs of a count too large to prove": (saved(matrix=np.log1p(spoil(1, 9, 2e6))), {}, ["read as", "it holds 2000"]),
-    "logs of cells with few genes": (saved(matrix=LOGS * (np.arange(30) < 9)), {}, ["4 of 4 cells with too few genes"]),
-    "truth values": (saved(matrix=COUNTS > 0), {}, ["X: values of type bool", "Put raw counts"]),
-    "layers that nobody named": (saved(**SEVERAL), {}, ['not looked at: layers["ambient"], layers["spliced"]',
-                                                        "the column `matrix`"]),
+    "normalised, not logs": (saved(matrix=COUNTS * 1e4 / TOTALS[:, None]), {},
+                             ["X: not a whole number", "interpreted as"]),
+    "rounded logs without totals": (saved(matrix=LOGS.round(2)), {},
+                                    ["interpreted as log1p of scaled counts", "it gives"]),
+    "logs of a count too large to prove": (saved(matrix=np.log1p(with_value(1, 9, 2e6))), {},
+                                           ["interpreted as", "it gives 2000"]),
+    "logs of cells with few genes": (saved(matrix=LOGS * (np.arange(30) < 9)), {}, ["4 of 4 cells have too few genes"]),
+    "booleans": (saved(matrix=COUNTS > 0), {}, ["X: values of type bool", "Put raw counts"]),
+    "layers not named in the sheet": (saved(**SEVERAL), {}, ['not checked: layers["ambient"], layers["spliced"]',
+                                                             "the column `matrix`"]),
     "an unknown layer": (saved(**SEVERAL), {"matrix": "umi"}, ["in.h5ad: umi", "no such matrix", "one of layers"]),
     "no matrix": (changed(lambda file: file.pop("X")), {}, ["no matrix in the usual places"]),
     "no cells": (saved(matrix=COUNTS[:0], cells=()), {}, ["in.h5ad: obs", "no cells"]),
-    "cells twice": (saved(cells=("c1", "c2", "c2", "c4")), {}, ["in.h5ad: obs", "the cell c2 is there twice"]),
-    "no names of genes": (saved(genes=[str(i) for i in range(30)], var={}), {}, ["in.h5ad: var", "numbers for names"]),
+    "duplicate cells": (saved(cells=("c1", "c2", "c2", "c4")), {}, ["in.h5ad: obs", "cell c2 occurs twice"]),
+    "numbers as gene names": (saved(genes=[str(i) for i in range(30)], var={}), {},
+                              ["in.h5ad: var", "gene names are numbers"]),
     "mouse ids": (saved(genes=[gene.replace("ENSG", "ENSMUSG") for gene in GENES]), {},
-                  ["in.h5ad: var", "only 0.0% of the counts", "30 of other species", "genes: min_counts_kept"]),
-    "mouse symbols": (saved(genes=[f"Cd{i}a" for i in range(30)], var={}), {}, ["in.h5ad: var", "mouse and rat"]),
-    "mouse by name": (saved(organism_ontology_term_id=["NCBITaxon:10090"] * 4), {},
-                      ["in.h5ad: organism_ontology_term_id", "NCBITaxon:10090 is not human", "Give human cells"]),
-    "a deprecated id that nothing replaces": (saved(tissue_ontology_term_id=["UBERON:0000919"] * 4), {},
-                                              ["tissue_ontology_term_id", "UBERON:0000919 is deprecated"]),
-    "labels that are numbers": (saved(cell_type_ontology_term_id=[1, 2, 3, 4]), {},
-                                ["in.h5ad: cell_type_ontology_term_id", "1 is no term of CL"]),
-    "a column that is a table": (changed(lambda file: replace(file["obs"], "donor_id", np.ones((4, 2))), donor_id=1),
-                                 {}, ["in.h5ad: obs: donor_id", "one value a row"]),
+                  ["in.h5ad: var", "only 0.0% of the counts", "30 from other species", "genes: min_counts_kept"]),
+    "mouse symbols": (saved(genes=[f"Cd{i}a" for i in range(30)], var={}), {}, ["in.h5ad: var", "mouse or rat"]),
+    "mouse as organism": (saved(organism_ontology_term_id=["NCBITaxon:10090"] * 4), {},
+                          ["in.h5ad: organism_ontology_term_id", "NCBITaxon:10090 is not human", "Give human cells"]),
+    "a deprecated id without replacement": (saved(tissue_ontology_term_id=["UBERON:0000919"] * 4), {},
+                                            ["tissue_ontology_term_id", "UBERON:0000919 is deprecated"]),
+    "numeric labels": (saved(cell_type_ontology_term_id=[1, 2, 3, 4]), {},
+                       ["in.h5ad: cell_type_ontology_term_id", "1 is not a term of CL"]),
+    "a two-dimensional column": (changed(lambda file: replace(file["obs"], "donor_id", np.ones((4, 2))), donor_id=1),
+                                 {}, ["in.h5ad: obs: donor_id", "one value per row"]),
     "a column that is too short": (changed(lambda file: replace(file["obs"], "donor_id", [1]), donor_id=1), {},
-                                   ["in.h5ad: obs: donor_id", "one value a row"]),
-    "a column of no known kind": (changed(lambda file: file["obs/donor_id"].attrs.update({"encoding-type": "riddle"}),
-                                          donor_id=1), {}, ["in.h5ad: obs: donor_id", "cannot be read", "or drop it"]),
-    "a label column that is missing": (saved(), {"label_column": "leiden"},
-                                       ["in.h5ad: obs", "no column leiden", "cell_type_ontology_term_id"]),
-    "no names of cells": (changed(lambda file: file["obs"].pop(file["obs"].attrs["_index"])), {},
-                          ["in.h5ad: obs", "no names of its rows"]),
-    "a gene that is not there": (changed(lambda file: put(file["X/indices"], 0, 99), **CSR), {},
-                                 ["in.h5ad: X: indices", "gene number 99 where there are 30"]),
-    "ends that do not fit": (changed(lambda file: put(file["X/indptr"], 4, 7), **CSR), {},
-                             ["in.h5ad: X: indptr", "does not part"]),
-    "fewer genes than columns": (changed(lambda file: replace(file, "X", COUNTS[:, :29])), {},
+                                   ["in.h5ad: obs: donor_id", "one value per row"]),
+    "a column with an unknown encoding": (
+        changed(lambda file: file["obs/donor_id"].attrs.update({"encoding-type": "riddle"}), donor_id=1), {},
+        ["in.h5ad: obs: donor_id", "cannot be read", "or drop it"]),
+    "a missing label column": (saved(), {"label_column": "leiden"},
+                               ["in.h5ad: obs", "no column leiden", "cell_type_ontology_term_id"]),
+    "no cell names": (changed(lambda file: file["obs"].pop(file["obs"].attrs["_index"])), {},
+                      ["in.h5ad: obs", "no row names"]),
+    "a gene index out of range": (changed(lambda file: put(file["X/indices"], 0, 99), **CSR), {},
+                                  ["in.h5ad: X: indices", "gene index 99, but there are 30 genes"]),
+    "an inconsistent indptr": (changed(lambda file: put(file["X/indptr"], 4, 7), **CSR), {},
+                               ["in.h5ad: X: indptr", "inconsistent with"]),
+    "fewer columns than genes": (changed(lambda file: replace(file, "X", COUNTS[:, :29])), {},
                                  ["in.h5ad: X", "(4, 29) values for 4 cells and 30 genes"]),
-    "a truncated file": (cut_values, {}, ["in.h5ad", "not a whole h5ad file", "write the file again"]),
-    "a file cut to nothing": (lambda path: path.write_bytes(b""), {}, ["in.h5ad", "not a whole h5ad file"]),
-    "a link to itself": (loop, {}, ["in.h5ad", "no such file", "the column `source`"]),
-    "an empty folder": (Path.mkdir, {}, ["in.h5ad", "not one file matrix.mtx: none", "10x folder"]),
-    "gzipped as a whole": (lambda path: path.write_bytes(gzip.compress(b"h5ad")), {}, ["no other kind that is known"]),
+    "a truncated file": (truncate, {}, ["in.h5ad", "not a complete h5ad file", "write the file again"]),
+    "an empty file": (lambda path: path.write_bytes(b""), {}, ["in.h5ad", "not a complete h5ad file"]),
+    "a link to itself": (link_to_itself, {}, ["in.h5ad", "no such file", "the column `source`"]),
+    "an empty folder": (Path.mkdir, {}, ["in.h5ad", "expected one file matrix.mtx, found none", "10x folder"]),
+    "gzipped h5ad": (lambda path: path.write_bytes(gzip.compress(b"h5ad")), {}, ["nor any other supported format"]),
 }  # fmt: skip
 
 
@@ -253,16 +258,16 @@ def test_an_unusual_study_works(tmp_path, block_size, case):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", FAILS)
-def test_a_malformed_study_is_told_in_one_line(tmp_path, case):
+def test_a_malformed_study_is_reported_in_one_line(tmp_path, case):
     write, row, expected = FAILS[case]
     write(tmp_path / "in.h5ad")
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError) as error:
         fetch_dataset({"dataset": "s", "source": str(tmp_path / "in.h5ad")} | row, tmp_path / "out/s.h5ad")
-    told = str(error.value)
-    assert "\n" not in told
+    message = str(error.value)
+    assert "\n" not in message
     for part in ["in.h5ad", *expected]:
-        assert part in told
+        assert part in message
     assert not names(tmp_path / "out")
 
 
@@ -270,13 +275,13 @@ def test_a_malformed_study_is_told_in_one_line(tmp_path, case):
     ("column", "given", "expected"),
     [
         ("cell_type", "CL:0000003", "CL:0000000"),
-        ("tissue", "UBERON:0003377", "UBERON:0001021"),  # by way of UBERON:0002003, which is deprecated as well
+        ("tissue", "UBERON:0003377", "UBERON:0001021"),  # via UBERON:0002003, which is deprecated as well
         ("tissue", "UBERON:0000178 (organoid)", "UBERON:0000178"),
         ("disease", "MONDO:0100096 || MONDO:0005148", "MONDO:0100096"),
         ("tissue", B_CELL, "unknown"),
     ],
 )
-def test_ids_are_followed_with_a_warning(tmp_path, caplog, column, given, expected):
+def test_ids_are_replaced_with_a_warning(tmp_path, caplog, column, given, expected):
     saved(**{f"{column}_ontology_term_id": [given] * 4})(tmp_path / "in.h5ad")
     with caplog.at_level(logging.WARNING):
         fetch_dataset({"dataset": "s", "source": str(tmp_path / "in.h5ad")}, tmp_path / "s.h5ad")
@@ -302,29 +307,29 @@ def read_only_disk(monkeypatch, out):
     return out / "s.h5ad", "Read-only file system. Run in a folder that can be written"
 
 
-def file_for_folder(monkeypatch, out):
+def file_instead_of_folder(monkeypatch, out):
     shutil.rmtree(out)
     out.write_text("")
     return out / "s.h5ad", "cannot be written"
 
 
-@pytest.mark.parametrize("place", [full_disk, read_only_disk, file_for_folder])
-def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch, capsys, place):
+@pytest.mark.parametrize("failure", [full_disk, read_only_disk, file_instead_of_folder])
+def test_an_output_that_cannot_be_written_is_reported_in_one_line(tmp_path, monkeypatch, capsys, failure):
     saved(**CSR)(tmp_path / "in.h5ad")
     out = tmp_path / "out"
     out.mkdir()
-    path, expected = place(monkeypatch, out)
+    path, expected = failure(monkeypatch, out)
     row = {"dataset": "s", "source": str(tmp_path / "in.h5ad")}
     with pytest.raises(SystemExit) as stopped:
         run_job(lambda snakemake: fetch_dataset(snakemake.params["row"], snakemake.output.cells), job(row, path))
     logging.getLogger().handlers.clear()
     assert stopped.value.code == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert f"{path}: cannot be written: " in told and expected in told
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path}: cannot be written: " in message and expected in message
     assert out.is_file() or not names(out)
 
 
-def test_what_a_killed_job_left_is_overwritten(tmp_path):
+def test_leftovers_of_a_killed_job_are_overwritten(tmp_path):
     saved(matrix=sparse.csc_matrix(COUNTS))(tmp_path / "in.h5ad")
     out = tmp_path / "out"
     (out / ".s.h5ad.entries").mkdir(parents=True)

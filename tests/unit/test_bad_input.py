@@ -1,4 +1,4 @@
-"""Every mistake of a user's is told in one line that names the place and the fix, and leaves no file."""
+"""Every user error is reported in one line that names the location and the fix, and leaves no file."""
 
 import anndata as ad
 import h5py
@@ -13,6 +13,7 @@ from cell2text.corpus.score_pathways import score_pathways
 from cell2text.corpus.split_donors import split_donors
 from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.errors import InputError
+from cell2text.settings import QcSettings
 
 COUNTS = np.array([[0, 3, 1], [2, 0, 7]], dtype=np.float32)
 TOTAL = np.array([1000, 2000])
@@ -20,7 +21,7 @@ SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 LABELS = "author_label\tcell_type_ontology_term_id\nB\tCL:0000236\n"
 
 
-def spoilt(value):
+def with_value(value):
     matrix = COUNTS.copy()
     matrix[1, 2] = value
     return matrix
@@ -31,42 +32,42 @@ def write_study(path, matrix=COUNTS, cells=("c1", "c2"), genes=("CD3D", "MS4A1",
     ad.AnnData(matrix, obs=pd.DataFrame(obs, index=list(cells)), var=var).write_h5ad(path)
 
 
-# What the file in.h5ad holds, columns of the sheet, and what the message must say.
+# Content of in.h5ad, columns of the sheet, and the expected parts of the message.
 STUDIES = {
-    "negative": ({"matrix": spoilt(-2)}, {}, ["in.h5ad", "X: negative value -2", "cell c2, gene LYZ"]),
-    "not a number": ({"matrix": spoilt(np.nan)}, {}, ["in.h5ad", "X: missing value", "cell c2, gene LYZ"]),
-    "infinite": ({"matrix": spoilt(np.inf)}, {}, ["in.h5ad", "X: infinite", "cell c2, gene LYZ"]),
+    "negative": ({"matrix": with_value(-2)}, {}, ["in.h5ad", "X: negative value -2", "cell c2, gene LYZ"]),
+    "not a number": ({"matrix": with_value(np.nan)}, {}, ["in.h5ad", "X: missing value", "cell c2, gene LYZ"]),
+    "infinite": ({"matrix": with_value(np.inf)}, {}, ["in.h5ad", "X: infinite", "cell c2, gene LYZ"]),
     "logs without totals": (
         {"matrix": np.log1p(COUNTS)},
         {},
-        ["X: not a whole number: 1.38629 in cell c1, gene MS4A1", "2 of 2 cells with too few genes", "Put raw counts"],
+        ["X: not a whole number: 1.38629 in cell c1, gene MS4A1", "2 of 2 cells have too few genes", "Put raw counts"],
     ),
-    "logs with other totals": (
+    "logs with wrong totals": (
         {"matrix": np.log1p(COUNTS * 1e4 / TOTAL[:, None]), "n_counts": [1000.0, 1700.0]},
         {},
-        ["in.h5ad", "X: ", "n_counts", "holds 1.700 in cell c2, gene CD3D", "Put raw counts"],
+        ["in.h5ad", "X: ", "n_counts", "gives 1.700 in cell c2, gene CD3D", "Put raw counts"],
     ),
     "logs with totals far too small": (
         {"matrix": np.log1p(COUNTS * 1e4 / TOTAL[:, None]), "n_counts": [10.0, 10.0]},
         {},
-        ["in.h5ad", "X: ", "n_counts", "holds 0.030 in cell c1, gene MS4A1", "Put raw counts"],
+        ["in.h5ad", "X: ", "n_counts", "gives 0.030 in cell c1, gene MS4A1", "Put raw counts"],
     ),
     "no matrix": ({"matrix": None}, {}, ["in.h5ad", "no matrix in the usual places", "Put raw counts"]),
-    "a cell twice": ({"cells": ("c1", "c1")}, {}, ["in.h5ad: obs", "the cell c1 is there twice", "own name"]),
+    "a duplicate cell": ({"cells": ("c1", "c1")}, {}, ["in.h5ad: obs", "cell c1 occurs twice", "unique name"]),
     "an unknown id": (
         {"disease_ontology_term_id": ["MONDO:9999999"] * 2},
         {},
-        ["in.h5ad: disease_ontology_term_id", "MONDO:9999999 is no term", "Give a live MONDO id"],
+        ["in.h5ad: disease_ontology_term_id", "MONDO:9999999 is not a term", "Use a MONDO id that is not deprecated"],
     ),
-    "a name for an id": (
+    "a name instead of an id": (
         {"tissue_ontology_term_id": ["blood"] * 2},
         {},
-        ["in.h5ad: tissue_ontology_term_id", "blood is no term of UBERON", "Give a live UBERON id"],
+        ["in.h5ad: tissue_ontology_term_id", "blood is not a term of UBERON", "Use a UBERON id that is not deprecated"],
     ),
-    "a deprecated id that nothing replaces": (
+    "a deprecated id without replacement": (
         {"cell_type_ontology_term_id": ["CL:0000002"] * 2},
         {},
-        ["in.h5ad: cell_type_ontology_term_id", "CL:0000002 is deprecated", "Give a live CL id"],
+        ["in.h5ad: cell_type_ontology_term_id", "CL:0000002 is deprecated", "Use a CL id that is not deprecated"],
     ),
     "no such label column": (
         {"cluster": ["B", "B"]},
@@ -81,40 +82,45 @@ STUDIES = {
     "labels without a table": (
         {"cluster": ["B", "B"]},
         {"label_column": "cluster"},
-        ["in.h5ad: cluster (no label_table given)", "B is no term of CL", "Give a live CL id"],
+        ["in.h5ad: cluster (no label_table given)", "B is not a term of CL", "Use a CL id that is not deprecated"],
     ),
-    "a table without a column": (
+    "a table without a label column": (
         {"cluster": ["B", "B"]},
         {"label_table": LABELS},
         ["datasets sheet: label_table of study", "no label_column", "Name the column"],
     ),
-    "a table of other columns": (
+    "a table with other columns": (
         {"cluster": ["B", "B"]},
         {"label_column": "cluster", "label_table": "label\tid\nB\tCL:0000236\n"},
-        ["labels.tsv", "columns label, id", "Give the columns author_label and cell_type_ontology_term_id"],
+        [
+            "labels.tsv",
+            "required columns missing (found: label, id)",
+            "Give the columns author_label and cell_type_ontology_term_id",
+        ],
     ),
     "a label twice in the table": (
         {"cluster": ["B", "B"]},
         {"label_column": "cluster", "label_table": LABELS + "B\tCL:0000624\n"},
-        ["labels.tsv", "the label B is there twice", "Keep one line"],
+        ["labels.tsv", "label B occurs twice", "Keep one line per label"],
     ),
     "a wrong id in the table": (
         {"cluster": ["B", "B"]},
         {"label_column": "cluster", "label_table": LABELS + "T\tCL:1\n"},
-        ["labels.tsv line 3: cell_type_ontology_term_id", "CL:1 is no term of CL", "Give a live CL id"],
+        [
+            "labels.tsv line 3: cell_type_ontology_term_id",
+            "CL:1 is not a term of CL",
+            "Use a CL id that is not deprecated",
+        ],
     ),
 }
 
 
-def told(error):
-    """Return an error's message, which must be one line."""
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def check(error, out, parts):
+    """Check that an error's message is one line with all parts, and that no file was written."""
+    message = str(error.value)
+    assert "\n" not in message
     for part in parts:
-        assert part in told(error)
+        assert part in message
     assert not list(out.iterdir())
 
 
@@ -126,7 +132,7 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("case", STUDIES)
-def test_a_study_that_is_not_what_it_should_be(tmp_path, out, case):
+def test_an_invalid_study(tmp_path, out, case):
     parts, row, expected = STUDIES[case]
     write_study(tmp_path / "in.h5ad", **parts)
     row = {"dataset": "study", "source": str(tmp_path / "in.h5ad")} | row
@@ -138,7 +144,7 @@ def test_a_study_that_is_not_what_it_should_be(tmp_path, out, case):
     check(error, out, expected)
 
 
-def cut(path):
+def truncate(path):
     write_study(path)
     path.write_bytes(path.read_bytes()[:3000])
 
@@ -154,14 +160,14 @@ def other_hdf5(path):
         (lambda path: None, ["in.h5ad", "no such file", "Correct the column `source`"]),
         (
             lambda path: path.write_text("cell,gene\n"),
-            ["in.h5ad", "not a whole h5ad", "Give an h5ad file"],
+            ["in.h5ad", "not a complete h5ad", "Give an h5ad file"],
         ),
-        (cut, ["in.h5ad", "not a whole h5ad", "write the file again"]),
-        (other_hdf5, ["in.h5ad", "not a whole h5ad file: holds table", "Give an h5ad file"]),
+        (truncate, ["in.h5ad", "not a complete h5ad", "write the file again"]),
+        (other_hdf5, ["in.h5ad", "not a complete h5ad file: contains table", "Give an h5ad file"]),
     ],
     ids=["missing", "text", "truncated", "another HDF5"],
 )
-def test_a_file_that_is_no_h5ad(tmp_path, out, write, expected):
+def test_a_file_that_is_not_h5ad(tmp_path, out, write, expected):
     write(tmp_path / "in.h5ad")
     with pytest.raises(InputError) as error:
         fetch_dataset({"dataset": "study", "source": str(tmp_path / "in.h5ad")}, out / "study.h5ad")
@@ -169,26 +175,27 @@ def test_a_file_that_is_no_h5ad(tmp_path, out, write, expected):
 
 
 @pytest.mark.parametrize("source", ["scanpy://pbmc3k", "https://example.org/cells.h5ad"])
-def test_a_source_of_an_unknown_kind(out, source):
+def test_an_unsupported_kind_of_source(out, source):
     with pytest.raises(InputError) as error:
         fetch_dataset({"dataset": "study", "source": source}, out / "study.h5ad")
-    check(error, out, [f"source: {source}", "unknown kind", "Give an h5ad file, an AnnData Zarr folder"])
+    check(error, out, [f"source: {source}", "unsupported kind", "Give an h5ad file, an AnnData Zarr folder"])
 
 
 @pytest.mark.parametrize(
     ("label", "min_genes", "expected"),
     [
-        ("CL:0000236", 50, ["study: qc", "all 2 cells", "too few genes: 2", "Lower the limits"]),
-        ("unknown", 1, ["study: qc", "no cell type label: 2", "Give labels through label_column"]),
+        ("CL:0000236", 50, ["study: qc", "all 2 cells", "too few genes: 2", "Relax the limits"]),
+        ("unknown", 1, ["study: qc", "no cell type label: 2", "Provide labels through label_column"]),
     ],
 )
-def test_no_cell_is_left(tmp_path, out, label, min_genes, expected):
+def test_all_cells_are_excluded(tmp_path, out, label, min_genes, expected):
     write_study(tmp_path / "in.h5ad", cell_type_ontology_term_id=[label] * 2)
     fetch_dataset({"dataset": "study", "source": str(tmp_path / "in.h5ad")}, tmp_path / "raw.h5ad")
     files = [out / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
-    limits = {"min_genes": min_genes, "min_counts": 1, "max_mitochondrial_percent": 100}
+    own_limits = {"min_genes": min_genes, "min_counts": 1, "max_mitochondrial_percent": 100}
+    limits = QcSettings(**own_limits, mads=None, score_doublets=False, max_doublet_score=None)
     with pytest.raises(InputError) as error:
-        filter_cells(tmp_path / "raw.h5ad", *files, limits=limits, own_limits=limits)
+        filter_cells(tmp_path / "raw.h5ad", *files, limits=limits, own_limits=own_limits)
     check(error, out, expected)
 
 
@@ -224,7 +231,7 @@ def write_table(contract, path, **columns):
             ["config: split_shares", "no cell is left for", "Raise the share or add cells"],
         ),
     ],
-    ids=["one donor", "one study", "each donor its own types", "a type with one cell", "an empty split"],
+    ids=["one donor", "one study", "types confounded with donors", "a type with one cell", "an empty split"],
 )
 def test_cells_that_cannot_be_split(tmp_path, out, split, cell_types, donors, expected):
     cells = write_table(
@@ -290,9 +297,9 @@ def test_gene_sets_that_cannot_be_scored(tmp_path, out, gmt, expected):
             ["config: pathways: min_active_share", "no gene set is active in more than 100", "Lower it"],
         ),
     ],
-    ids=["other columns", "names that repeat", "a name that parts", "a phrase that parts", "no set kept"],
+    ids=["other columns", "duplicate names", "a separator in a name", "a separator in a description", "no set kept"],
 )
-def test_gene_sets_that_cannot_be_told(tmp_path, out, table, min_active_share, expected):
+def test_gene_sets_that_cannot_be_described(tmp_path, out, table, min_active_share, expected):
     corpus = write_table(CELLS, tmp_path / "corpus.parquet", cell_id=["c1", "c2"], split="train")
     scores = pd.DataFrame({"cell_id": ["c1", "c2"], "A": [0.1, 0.4], "B": [0.4, 0.1]})
     PATHWAY_SCORES.write(scores, tmp_path / "scores.parquet")

@@ -31,7 +31,7 @@ B_CELL, NK_CELL = "CL:0000236", "CL:0000623"
 
 
 def write_corpus(folder, cell_types, splits, pathways, **slots):
-    """Write descriptions and terms; slots that are not given are unknown."""
+    """Write descriptions and terms; slots that are not passed are unknown."""
     terms = pd.concat(
         [slot_terms(slot) for slot in SLOTS]
         + [
@@ -70,7 +70,7 @@ def write_embeddings(path, cell_ids, pooled):
 
 @pytest.fixture(scope="module")
 def blood(tmp_path_factory):
-    """Real blood cells with their counts in two files of differing genes, and PCA as embeddings."""
+    """Real blood cells: counts in two files with different genes, and principal components as embeddings."""
     folder = tmp_path_factory.mktemp("blood")
     cells = sc.datasets.pbmc68k_reduced()
     log_counts = cells.raw.X.toarray()
@@ -118,25 +118,25 @@ def predictions(blood):
     return {name: predict(name, folder) for name in ("majority", "pca_logistic", "knn", "nearest_text")}
 
 
-def accuracy(told, table):
-    truth = table.set_index("cell_id").loc[told.index]
-    return (truth["cell_type_id"] == told["cell_type_id"]).mean()
+def accuracy(predicted, table):
+    truth = table.set_index("cell_id").loc[predicted.index]
+    return (truth["cell_type_id"] == predicted["cell_type_id"]).mean()
 
 
 def test_every_baseline_describes_the_validation_and_test_cells(blood, predictions):
     _, table, _ = blood
-    wanted = table[table["split"] != "train"].set_index("cell_id")["split"]
-    for told in predictions.values():
-        assert told["split"].to_dict() == wanted.to_dict()
-        assert (told["status"] == "parsed").all()
-        assert (told["tissue_id"] == BLOOD).all() and (told["disease_id"] == NORMAL).all()
-        assert told["stage_id"].isna().all() and told["stage_confidence"].isna().all()
+    expected = table[table["split"] != "train"].set_index("cell_id")["split"]
+    for predicted in predictions.values():
+        assert predicted["split"].to_dict() == expected.to_dict()
+        assert (predicted["status"] == "parsed").all()
+        assert (predicted["tissue_id"] == BLOOD).all() and (predicted["disease_id"] == NORMAL).all()
+        assert predicted["stage_id"].isna().all() and predicted["stage_confidence"].isna().all()
 
 
-def test_texts_say_what_the_slots_hold(blood, predictions):
+def test_texts_agree_with_the_slots(blood, predictions):
     _, _, names = blood
-    for told in predictions.values():
-        for row in told.sample(20, random_state=0).itertuples():
+    for predicted in predictions.values():
+        for row in predicted.sample(20, random_state=0).itertuples():
             read = parse(row.text, names)
             assert read.status == "parsed"
             assert read.slots.cell_type == row.cell_type_id
@@ -144,63 +144,63 @@ def test_texts_say_what_the_slots_hold(blood, predictions):
             assert read.slots.pathways == tuple(row.pathway_ids)
 
 
-def test_logistic_regression_beats_the_majority_by_far(blood, predictions):
+def test_trained_baselines_are_far_better_than_the_majority_label(blood, predictions):
     _, table, _ = blood
-    scores = {name: accuracy(told, table) for name, told in predictions.items()}
+    scores = {name: accuracy(predicted, table) for name, predicted in predictions.items()}
     assert scores["majority"] < 0.45
     assert scores["pca_logistic"] > 0.7
     assert scores["knn"] > 0.65
     assert scores["nearest_text"] > 0.6
 
 
-def test_majority_is_the_most_frequent_training_label(blood, predictions):
+def test_the_majority_baseline_predicts_the_most_frequent_training_label(blood, predictions):
     _, table, _ = blood
     shares = table.loc[table["split"] == "train", "cell_type_id"].value_counts(normalize=True)
-    told = predictions["majority"]
-    assert (told["cell_type_id"] == shares.index[0]).all()
-    assert told["cell_type_confidence"].to_numpy() == pytest.approx(shares.iloc[0], abs=1e-6)
-    assert (told["tissue_confidence"] == 1).all()
+    predicted = predictions["majority"]
+    assert (predicted["cell_type_id"] == shares.index[0]).all()
+    assert predicted["cell_type_confidence"].to_numpy() == pytest.approx(shares.iloc[0], abs=1e-6)
+    assert (predicted["tissue_confidence"] == 1).all()
 
 
-def test_logistic_confidence_is_higher_where_it_is_right(blood, predictions):
+def test_logistic_confidence_is_higher_for_correct_predictions(blood, predictions):
     _, table, _ = blood
-    told = predictions["pca_logistic"]
-    right = table.set_index("cell_id").loc[told.index, "cell_type_id"] == told["cell_type_id"]
-    confidence = told["cell_type_confidence"]
+    predicted = predictions["pca_logistic"]
+    correct = table.set_index("cell_id").loc[predicted.index, "cell_type_id"] == predicted["cell_type_id"]
+    confidence = predicted["cell_type_confidence"]
     assert confidence.between(0.1, 1).all()
-    assert confidence[right].mean() > confidence[~right].mean() + 0.1
-    assert (told["tissue_confidence"] == 1).all()
+    assert confidence[correct].mean() > confidence[~correct].mean() + 0.1
+    assert (predicted["tissue_confidence"] == 1).all()
 
 
 def test_baselines_are_deterministic(blood, predictions):
     folder, _, _ = blood
-    for name, told in predictions.items():
-        pd.testing.assert_frame_equal(predict(name, folder), told)
+    for name, predicted in predictions.items():
+        pd.testing.assert_frame_equal(predict(name, folder), predicted)
 
 
-def test_no_test_label_reaches_a_baseline(blood, predictions, tmp_path):
+def test_baselines_do_not_use_labels_of_held_out_cells(blood, predictions, tmp_path):
     folder, table, _ = blood
-    blind = DESCRIPTIONS.read(folder / "descriptions.parquet")
-    blind.loc[blind["split"] != "train", "cell_type_id"] = NK_CELL
-    DESCRIPTIONS.write(blind, tmp_path / "descriptions.parquet")
+    masked = DESCRIPTIONS.read(folder / "descriptions.parquet")
+    masked.loc[masked["split"] != "train", "cell_type_id"] = NK_CELL
+    DESCRIPTIONS.write(masked, tmp_path / "descriptions.parquet")
     for file in ("terms.parquet", "a.h5ad", "b.h5ad", "a.safetensors", "b.safetensors"):
         (tmp_path / file).symlink_to(folder / file)
-    for name, told in predictions.items():
-        pd.testing.assert_frame_equal(predict(name, tmp_path), told)
+    for name, predicted in predictions.items():
+        pd.testing.assert_frame_equal(predict(name, tmp_path), predicted)
 
 
-def test_knn_votes_as_scikit_learn_does(blood, predictions):
+def test_the_knn_vote_equals_that_of_scikit_learn(blood, predictions):
     folder, table, _ = blood
     pooled = read_pooled([folder / "a.safetensors", folder / "b.safetensors"], table["cell_id"])
     train = (table["split"] == "train").to_numpy()
     vote = KNeighborsClassifier(15).fit(pooled[train], table.loc[train, "cell_type_id"])
-    told = predictions["knn"]
-    assert (told["cell_type_id"] == vote.predict(pooled[~train])).all()
+    predicted = predictions["knn"]
+    assert (predicted["cell_type_id"] == vote.predict(pooled[~train])).all()
     expected = vote.predict_proba(pooled[~train]).max(axis=1)
-    assert told["cell_type_confidence"].to_numpy() == pytest.approx(expected)
+    assert predicted["cell_type_confidence"].to_numpy() == pytest.approx(expected)
 
 
-def test_counts_of_studies_with_differing_genes(tmp_path):
+def test_counts_of_studies_with_different_genes(tmp_path):
     one = ad.AnnData(scipy.sparse.csr_matrix([[1, 2], [3, 4]]))
     one.obs_names, one.var_names = ["x", "y"], ["GENE2", "GENE1"]
     two = ad.AnnData(scipy.sparse.csr_matrix([[5, 6]]))
@@ -212,11 +212,11 @@ def test_counts_of_studies_with_differing_genes(tmp_path):
     assert scipy.sparse.issparse(counts.X)
     found = counts.to_df().loc[["y", "z"], ["GENE1", "GENE2", "GENE3"]]
     assert found.to_numpy().tolist() == [[4, 3, 0], [0, 6, 5]]
-    with pytest.raises(InputError, match="1 described cells are missing, such as w"):
+    with pytest.raises(InputError, match=r"cells with a description are missing \(1, such as w\)"):
         read_raw_counts(files, pd.Series(["z", "w"]))
 
 
-def test_nearest_text_is_the_whole_row_of_the_nearest_by_cosine(tmp_path):
+def test_nearest_text_copies_the_whole_description_of_the_nearest_cell_by_cosine(tmp_path):
     table, _ = write_corpus(
         tmp_path,
         [B_CELL, NK_CELL, NK_CELL, B_CELL],
@@ -225,16 +225,16 @@ def test_nearest_text_is_the_whole_row_of_the_nearest_by_cosine(tmp_path):
         tissue=[BLOOD, LUNG, BLOOD, BLOOD],
         sex=[FEMALE, None, None, None],
     )
-    # The first cell is nearer by distance to the second training cell, by angle to the first.
+    # The first cell to describe is closest to the second training cell by distance, and to the first by angle.
     write_embeddings(tmp_path / "a.safetensors", table["cell_id"][:2], [[10, 0], [0, 1]])
     write_embeddings(tmp_path / "b.safetensors", table["cell_id"][2:], [[1, 0.5], [0.1, 5]])
-    told = predict("nearest_text", tmp_path)
-    assert told["cell_type_id"].to_list() == [B_CELL, NK_CELL]
-    assert told["tissue_id"].to_list() == [BLOOD, LUNG]
-    assert told["sex_id"].to_list() == [FEMALE, None]
-    assert [list(sets) for sets in told["pathway_ids"]] == [["P1", "P2"], ["P3"]]
-    assert told["text"].to_list() == table["text"][:2].to_list()
-    assert told["cell_type_confidence"].isna().all()
+    predicted = predict("nearest_text", tmp_path)
+    assert predicted["cell_type_id"].to_list() == [B_CELL, NK_CELL]
+    assert predicted["tissue_id"].to_list() == [BLOOD, LUNG]
+    assert predicted["sex_id"].to_list() == [FEMALE, None]
+    assert [list(sets) for sets in predicted["pathway_ids"]] == [["P1", "P2"], ["P3"]]
+    assert predicted["text"].to_list() == table["text"][:2].to_list()
+    assert predicted["cell_type_confidence"].isna().all()
 
 
 def test_slots_with_missing_training_labels(tmp_path):
@@ -247,15 +247,15 @@ def test_slots_with_missing_training_labels(tmp_path):
     )
     write_embeddings(tmp_path / "a.safetensors", table["cell_id"][:3], [[0, 1], [0, 2], [1, 1]])
     write_embeddings(tmp_path / "b.safetensors", table["cell_id"][3:], [[3, 0], [0, 1]])
-    told = predict("knn", tmp_path).iloc[0]
-    assert told["cell_type_id"] == B_CELL
-    assert told["cell_type_confidence"] == pytest.approx(2 / 3)
-    assert (told["stage_id"], told["stage_confidence"]) == (ADULT, 1)
-    assert told["tissue_id"] is None and np.isnan(told["tissue_confidence"])
-    assert list(told["pathway_ids"]) == ["P1", "P2"]
+    predicted = predict("knn", tmp_path).iloc[0]
+    assert predicted["cell_type_id"] == B_CELL
+    assert predicted["cell_type_confidence"] == pytest.approx(2 / 3)
+    assert (predicted["stage_id"], predicted["stage_confidence"]) == (ADULT, 1)
+    assert predicted["tissue_id"] is None and np.isnan(predicted["tissue_confidence"])
+    assert list(predicted["pathway_ids"]) == ["P1", "P2"]
 
 
-def test_majority_of_sets_and_ties_by_id(tmp_path):
+def test_the_majority_of_gene_sets_and_ties_by_id(tmp_path):
     write_corpus(
         tmp_path,
         [NK_CELL, B_CELL, None, B_CELL],
@@ -264,7 +264,7 @@ def test_majority_of_sets_and_ties_by_id(tmp_path):
     )
     table = pd.read_parquet(tmp_path / "descriptions.parquet")
     assert table["cell_type_id"].isna().sum() == 1
-    told = predict("majority", tmp_path).iloc[0]
-    assert told["cell_type_id"] == B_CELL
-    assert told["cell_type_confidence"] == 0.5
-    assert list(told["pathway_ids"]) == ["P1", "P2"]
+    predicted = predict("majority", tmp_path).iloc[0]
+    assert predicted["cell_type_id"] == B_CELL
+    assert predicted["cell_type_confidence"] == 0.5
+    assert list(predicted["pathway_ids"]) == ["P1", "P2"]

@@ -1,8 +1,9 @@
-"""Cells of a Census are chosen by its labels and fetched in shards; a small one on disk stands for the real one."""
+"""Cells of a Census are chosen by their labels and fetched in shards; a small Census on disk replaces the real one."""
 
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -14,7 +15,7 @@ from scipy import sparse
 
 from cell2text.cells import census
 from cell2text.cells import fetch_census_shard as shard_module
-from cell2text.cells.choose_census_cells import choose_census_cells, find_faults, group_cells, kinds_of
+from cell2text.cells.choose_census_cells import choose_census_cells, find_exclusions, group_cells, with_descendants
 from cell2text.cells.fetch_census_shard import fetch_census_shard, label_census_cells
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.cells.filter_cells import filter_cells
@@ -22,18 +23,19 @@ from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.contracts import CENSUS_CELLS
 from cell2text.corpus.sample_cells import read_labels
 from cell2text.errors import InputError
+from cell2text.settings import CensusSettings, QcSettings, SampleSettings
 
 ROOT = Path(__file__).parents[2]
 B_CELL, T_CELL, BLOOD, LUNG, NORMAL = "CL:0000236", "CL:0000084", "UBERON:0000178", "UBERON:0002048", "PATO:0000461"
 SMART_SEQ2, TENX, FLEX, FLEX_V1 = "EFO:0008931", "EFO:0009922", "EFO:0022606", "EFO:0920086"
-WANTED = {"datasets": [], "leave_out_datasets": ["held-out"], "leave_out_assays": [SMART_SEQ2, FLEX]}
-ALL = {"cells": 1000, "shares": {"natural": 1.0}, "caps": {}}
+WANTED = CensusSettings(datasets=[], leave_out_datasets=["held-out"], leave_out_assays=[SMART_SEQ2, FLEX])
+ALL = SampleSettings(cells=1000, shares={"natural": 1.0}, caps={})
 GENES = ["ENSG00000010610", "ENSG00000156738", "ENSG00000198804", "ENSG00000090382"]
 SYMBOLS = ["CD4", "MS4A1", "MT-CO1", "LYZ"]
 
 
 def cells_of_the_census(**columns):
-    """Twelve cells of two studies; the first ten pass unless a column says otherwise."""
+    """Twelve cells of two studies; the first ten pass unless changed by ``columns``."""
     base = {
         "dataset_id": ["study-1"] * 6 + ["study-2"] * 6,
         "donor_id": ["d1", "d1", "d2", "d2", "d2", "unknown", "d1", "d1", "d3", "d3", "d3", "d3"],
@@ -51,7 +53,7 @@ def cells_of_the_census(**columns):
 
 
 COUNTS = np.random.default_rng(0).poisson(2, (12, 4)).astype(np.float32)
-COUNTS[3] = 0  # a cell without any count keeps its row
+COUNTS[3] = 0  # a cell without counts keeps its row
 
 
 def write_census(path, obs=None, counts=COUNTS, categories=True):
@@ -97,7 +99,7 @@ def test_primary_cells_are_chosen_with_their_ids(source, tmp_path):
     pd.testing.assert_frame_equal(chosen, expected[list(CENSUS_CELLS.columns)])
 
 
-def test_text_without_codes_and_many_batches_give_the_same(source, tmp_path, monkeypatch):
+def test_plain_text_columns_and_many_batches_give_the_same(source, tmp_path, monkeypatch):
     chosen = choose(source, tmp_path)
     other = write_census(tmp_path / "soma", categories=False)
     pd.testing.assert_frame_equal(choose(other, tmp_path), chosen)
@@ -107,50 +109,51 @@ def test_text_without_codes_and_many_batches_give_the_same(source, tmp_path, mon
     pd.testing.assert_frame_equal(choose(other, tmp_path), chosen)
 
 
-FAULTS = {
-    "study not wanted": {"dataset_id": "held-out"},
-    "assay left out": {"assay_ontology_term_id": SMART_SEQ2},
+EXCLUSIONS = {
+    "study not selected": {"dataset_id": "held-out"},
+    "assay not selected": {"assay_ontology_term_id": SMART_SEQ2},
     "no cell type": {"cell_type_ontology_term_id": "unknown"},
     "no tissue": {"tissue_ontology_term_id": "CL:0000236 (cell culture)"},
     "no disease": {"disease_ontology_term_id": "unknown"},
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_cell_that_is_of_no_use_is_left_out_and_told(fault, tmp_path, caplog):
+@pytest.mark.parametrize("reason", EXCLUSIONS)
+def test_an_unsuitable_cell_is_excluded_and_reported(reason, tmp_path, caplog):
     obs = cells_of_the_census()
-    for column, value in FAULTS[fault].items():
+    for column, value in EXCLUSIONS[reason].items():
         obs.loc["4", column] = value
     with caplog.at_level("INFO"):
         chosen = choose(write_census(tmp_path / "soma", obs), tmp_path)
     assert list(chosen["soma_joinid"]) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert f"9 primary cells pass; left out: {fault}: 1" in caplog.text
+    assert f"9 primary cells pass; excluded: {reason}: 1" in caplog.text
 
 
-def test_faults_are_told_in_order_and_once():
+def test_only_the_first_reason_is_reported():
     cells = cells_of_the_census(cell_type_ontology_term_id="unknown").astype("category")
     cells["assay_ontology_term_id"] = pd.Categorical([SMART_SEQ2, FLEX_V1, TENX] * 4)
-    assays = kinds_of(WANTED["leave_out_assays"])
+    assays = with_descendants(WANTED.leave_out_assays)
     assert {SMART_SEQ2, FLEX, FLEX_V1} <= assays and TENX not in assays
-    faults = find_faults(cells, WANTED | {"datasets": ["study-1"]}, assays)
-    assert list(faults) == (["assay left out", "assay left out", "no cell type"] * 2) + ["study not wanted"] * 6
+    reasons = find_exclusions(cells, replace(WANTED, datasets=["study-1"]), assays)
+    expected = ["assay not selected", "assay not selected", "no cell type"] * 2 + ["study not selected"] * 6
+    assert list(reasons) == expected
 
 
-def test_only_some_studies_are_taken(source, tmp_path):
-    chosen = choose(source, tmp_path, WANTED | {"datasets": ["study-2"]})
+def test_only_named_studies_are_included(source, tmp_path):
+    chosen = choose(source, tmp_path, replace(WANTED, datasets=["study-2"]))
     assert set(chosen["dataset_id"]) == {"study-2"} and len(chosen) == 4
 
 
-def test_the_sample_is_drawn_by_organ_and_donor_and_seed(source, tmp_path):
-    sample = {"cells": 4, "shares": {"rare_tissue": 1.0}, "caps": {}}
+def test_the_sample_depends_on_organs_and_seed(source, tmp_path):
+    sample = SampleSettings(cells=4, shares={"rare_tissue": 1.0}, caps={})
     # lung has four cells, blood six: the rarest organ fills the sample
     assert list(choose(source, tmp_path, sample=sample)["soma_joinid"]) == [6, 7, 8, 9]
-    some = {"cells": 5, "shares": {"natural": 1.0}, "caps": {}}
-    draws = [tuple(choose(source, tmp_path, sample=some, seed=seed)["soma_joinid"]) for seed in (1, 1, 2, 3)]
+    five = SampleSettings(cells=5, shares={"natural": 1.0}, caps={})
+    draws = [tuple(choose(source, tmp_path, sample=five, seed=seed)["soma_joinid"]) for seed in (1, 1, 2, 3)]
     assert draws[0] == draws[1] and len(set(draws)) > 1 and all(len(draw) == 5 for draw in draws)
 
 
-def test_a_donor_is_of_its_study():
+def test_donors_are_named_by_study():
     cells = cells_of_the_census(tissue_general_ontology_term_id="unknown")
     cells.loc["11", "donor_id"] = None
     groups = group_cells(cells.astype("category"))
@@ -163,9 +166,9 @@ def test_a_donor_is_of_its_study():
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards_hold_the_counts_of_the_chosen_cells(source, tmp_path, shards, monkeypatch):
     monkeypatch.setattr(shard_module, "CELLS_AT_ONCE", 2)
-    choose(source, tmp_path, WANTED | {"leave_out_datasets": []}, {"cells": 8, "shares": {"natural": 1}, "caps": {}})
-    chosen = CENSUS_CELLS.read(tmp_path / "chosen.parquet")
-    assert 3 in set(chosen["soma_joinid"])  # the cell without counts, by this seed
+    sample = SampleSettings(cells=8, shares={"natural": 1}, caps={})
+    chosen = choose(source, tmp_path, replace(WANTED, leave_out_datasets=[]), sample)
+    assert 3 in set(chosen["soma_joinid"])  # with this seed, the cell without counts is in the sample
     parts = [fetch(source, tmp_path, shard, shards) for shard in range(shards)]
     cells = ad.concat(parts)
     assert list(cells.obs_names) == [f"{cell.dataset_id}|{cell.soma_joinid}" for cell in chosen.itertuples()]
@@ -174,28 +177,35 @@ def test_shards_hold_the_counts_of_the_chosen_cells(source, tmp_path, shards, mo
     assert max(part.n_obs for part in parts) - min(part.n_obs for part in parts) <= 1
 
 
-def test_a_shard_has_the_form_of_every_other_dataset(source, tmp_path):
+def test_a_shard_has_the_format_of_every_other_dataset(source, tmp_path):
     choose(source, tmp_path)
     shard = fetch(source, tmp_path, 0, 1)
     study = ad.AnnData(sparse.csr_matrix(COUNTS), cells_of_the_census(), pd.DataFrame(index=GENES))
     study.write_h5ad(tmp_path / "study.h5ad")
-    fetch_dataset({"dataset": "study", "source": str(tmp_path / "study.h5ad")}, tmp_path / "form.h5ad")
-    form = ad.read_h5ad(tmp_path / "form.h5ad")
-    assert list(shard.obs) == list(form.obs) and set(map(str, shard.obs.dtypes)) == {"category"}
-    assert shard.obs.index.name == form.obs.index.name and shard.var.index.name == form.var.index.name
+    fetch_dataset({"dataset": "study", "source": str(tmp_path / "study.h5ad")}, tmp_path / "fetched.h5ad")
+    fetched = ad.read_h5ad(tmp_path / "fetched.h5ad")
+    assert list(shard.obs) == list(fetched.obs) and set(map(str, shard.obs.dtypes)) == {"category"}
+    assert shard.obs.index.name == fetched.obs.index.name and shard.var.index.name == fetched.var.index.name
     names = ["cell_type", "tissue", "disease", "sex", "development_stage"]
-    assert (shard.obs[names].astype(str).to_numpy() == form.obs[names].astype(str).to_numpy()[:10]).all()
-    assert list(shard.var) == list(form.var) and set(shard.uns) == {"source"} and shard.uns["source"] == source
+    assert (shard.obs[names].astype(str).to_numpy() == fetched.obs[names].astype(str).to_numpy()[:10]).all()
+    assert list(shard.var) == list(fetched.var) and set(shard.uns) == {"source"} and shard.uns["source"] == source
 
-    limits = {"min_genes": 1, "min_counts": 1, "max_mitochondrial_percent": 100}
+    limits = QcSettings(
+        min_genes=1,
+        min_counts=1,
+        max_mitochondrial_percent=100,
+        mads=None,
+        score_doublets=False,
+        max_doublet_score=None,
+    )
     outputs = [tmp_path / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
     filter_cells(tmp_path / "0.h5ad", *outputs, limits=limits)
     corpus = read_labels(tmp_path / "kept.h5ad")
     assert set(corpus["donor"]) == {"study-1|d1", "study-1|d2", "study-1|study-1", "study-2|d1", "study-2|d3"}
-    assert len(corpus) == 9  # all but the one without counts
+    assert len(corpus) == 9  # all cells except the one without counts
 
 
-def test_old_and_unknown_ids_become_live_ones():
+def test_deprecated_and_unknown_ids_are_resolved():
     chosen = cells_of_the_census(
         disease_ontology_term_id="MONDO:0100096 || MONDO:0005015",
         development_stage_ontology_term_id="HsapDv:9999999",
@@ -207,43 +217,43 @@ def test_old_and_unknown_ids_become_live_ones():
     assert list(cells["donor_id"]) == list(cells["dataset_id"])
 
 
-def test_a_fraction_is_no_count(tmp_path, source):
+def test_a_fraction_is_rejected_as_count(tmp_path, source):
     counts = COUNTS.copy()
     counts[8, 2] = 1.5
     other = write_census(tmp_path / "soma", counts=counts)
     choose(other, tmp_path)
-    with pytest.raises(InputError, match=r"not a whole number: 1\.5 in cell study-2\|8.*Leave the study"):
+    with pytest.raises(InputError, match=r"not a whole number: 1\.5 in cell study-2\|8.*Exclude the study"):
         fetch_census_shard(tmp_path / "chosen.parquet", other, 1, 2, tmp_path / "1.h5ad")
     assert not (tmp_path / "1.h5ad").exists()
 
 
 @pytest.mark.parametrize("part", ["homo_sapiens/ms/RNA/X/raw/__fragments", "homo_sapiens/ms/RNA/X/raw/__schema"])
-def test_a_damaged_copy_is_told_in_one_line(tmp_path, part):
+def test_a_damaged_copy_is_reported_in_one_line(tmp_path, part):
     source = write_census(tmp_path / "soma")
     choose(source, tmp_path)
     for file in (tmp_path / "soma/census_data" / part).rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    with pytest.raises(InputError, match="census://.*cannot be read.*whole copy"):
+    with pytest.raises(InputError, match="census://.*cannot be read.*complete copy"):
         fetch_census_shard(tmp_path / "chosen.parquet", source, 0, 1, tmp_path / "0.h5ad")
     assert not (tmp_path / "0.h5ad").exists()
 
 
-def test_mistakes_are_told_in_one_line(source, tmp_path):
-    with pytest.raises(InputError, match="census://.*nowhere: cannot be read.*census://2025-01-30, or a whole copy"):
+def test_user_errors_are_reported_in_one_line(source, tmp_path):
+    with pytest.raises(InputError, match="census://.*nowhere: cannot be read.*census://2025-01-30, or a complete copy"):
         choose(f"census://{tmp_path}/nowhere", tmp_path)
     with pytest.raises(InputError, match="census://stable.*Give a release as census://2025-01-30"):
         choose("census://stable", tmp_path)
-    with pytest.raises(InputError, match=r"obs: no cell is left \(left out: study not wanted: 10\)"):
-        choose(source, tmp_path, WANTED | {"datasets": ["study-3"]})
-    with pytest.raises(InputError, match="EFO:9999999 is no term of EFO"):
-        choose(source, tmp_path, WANTED | {"leave_out_assays": ["EFO:9999999"]})
+    with pytest.raises(InputError, match=r"obs: no cell passes \(excluded: study not selected: 10\)"):
+        choose(source, tmp_path, replace(WANTED, datasets=["study-3"]))
+    with pytest.raises(InputError, match="not in EFO: EFO:9999999"):
+        choose(source, tmp_path, replace(WANTED, leave_out_assays=["EFO:9999999"]))
     choose(source, tmp_path)
-    with pytest.raises(InputError, match="config: shards: 11 shards, fewer cells"):
+    with pytest.raises(InputError, match="config: shards: 11 shards, but fewer cells"):
         fetch_census_shard(tmp_path / "chosen.parquet", source, 0, 11, tmp_path / "0.h5ad")
 
 
-def test_a_network_that_is_down_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_network_error_is_reported_in_one_line(tmp_path, monkeypatch):
     library = pytest.importorskip("cellxgene_census", reason="cellxgene-census is not installed (envs/census.yaml)")
     import requests
 
@@ -251,11 +261,11 @@ def test_a_network_that_is_down_is_told_in_one_line(tmp_path, monkeypatch):
         raise requests.ConnectionError("no route to host")
 
     monkeypatch.setattr(library, "open_soma", fail)
-    with pytest.raises(InputError, match="census://2025-01-30: cannot be read.*no route.*network.*shards stay"):
+    with pytest.raises(InputError, match="census://2025-01-30: cannot be read.*no route.*network.*shards are kept"):
         choose("census://2025-01-30", tmp_path)
 
 
-def test_a_row_of_the_census_becomes_a_dataset_for_each_shard():
+def test_a_census_row_becomes_one_dataset_per_shard():
     rows = {"big": {"dataset": "big", "source": "census://2025-01-30", "notes": "n", "min_genes": "5"}}
     rows |= {"own": {"dataset": "own", "source": "own.h5ad"}}
     assert cut_census(rows, 2) == {"big": ["big-0", "big-1"]}
@@ -266,14 +276,14 @@ def test_a_row_of_the_census_becomes_a_dataset_for_each_shard():
         cut_census(rows, 2)
 
 
-def test_the_config_of_the_papers_scale_is_sound():
+def test_the_config_at_the_papers_scale_is_valid():
     config = yaml.safe_load((ROOT / "config/cellxgene.yaml").read_text())
     config = check_config(config, ROOT / "workflow/schemas/config.schema.yaml", "config/cellxgene.yaml")
     assert sum(config["sample"]["shares"].values()) == pytest.approx(1)
     rows = read_datasets(ROOT / config["datasets"], ROOT / "workflow/schemas/datasets.schema.yaml")
     assert cut_census(rows, config["shards"]) == {"census": [f"census-{shard}" for shard in range(16)]}
     assert len(config["census"]["leave_out_datasets"]) == 4
-    assert len(kinds_of(config["census"]["leave_out_assays"])) >= 10
+    assert len(with_descendants(config["census"]["leave_out_assays"])) >= 10
 
 
 def snakemake(folder, *arguments):
@@ -290,14 +300,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_papers_scale_spreads_over_shards(folder):
+def test_the_config_at_the_papers_scale_runs_in_shards(folder):
     plan = snakemake(folder, "corpus", "--dry-run", "--configfile", folder / "config/cellxgene.yaml")
     jobs = dict(line.split() for line in plan.split("Job stats:")[1].splitlines()[3:] if len(line.split()) == 2)
     assert jobs["choose_census_cells"] == "1" and "fetch_dataset" not in jobs
     assert {jobs[rule] for rule in ("fetch_census_shard", "filter_cells", "score_pathways")} == {"16"}
 
 
-def test_finished_shards_stay(source, folder):
+def test_finished_shards_are_kept(source, folder):
     (folder / "sheet.tsv").write_text(f"dataset\tsource\nsmall\t{source}\n")
     (folder / "run.yaml").write_text("run: small\ndatasets: sheet.tsv\nshards: 3\n")
     snakemake(folder, "census", "--cores", "2", "--configfile", folder / "run.yaml")

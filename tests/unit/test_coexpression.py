@@ -1,4 +1,4 @@
-"""Axes found part by part are the exact principal axes; how they are kept is chosen on validation cells."""
+"""Axes computed in parts equal the exact principal axes; validation cells decide how many are kept."""
 
 import logging
 
@@ -16,10 +16,11 @@ from cell2text.embedding.encoders.coexpression import Coexpression, choose_candi
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
 from cell2text.errors import InputError
 from cell2text.files import read_json
+from default_settings import encoder_settings
 
 
 def rank(expression, start=0):
-    """Return rows of ``contracts.TOKENS``: of each cell the genes above 0, the highest first."""
+    """Return rows of ``contracts.TOKENS``: the genes above 0 of each cell, highest first."""
     tokens = [np.argsort(-row, kind="stable")[: np.count_nonzero(row)].astype(np.int32) for row in expression]
     return pd.DataFrame(
         {
@@ -31,7 +32,7 @@ def rank(expression, start=0):
 
 
 def write_cells(directory, expression, types=None, splits="train", ends=()):
-    """Write cells, cut into parts at ``ends``, and return their training and validation split."""
+    """Write cells in parts that end at ``ends``, and return their training and validation splits."""
     expression = np.asarray(expression, dtype=np.float32)
     edges = [0, *ends, len(expression)]
     parts = (rank(expression[first:last], first) for first, last in zip(edges[:-1], edges[1:], strict=True))
@@ -48,7 +49,7 @@ def write_cells(directory, expression, types=None, splits="train", ends=()):
 
 
 def simulate(cells, genes, programmes, seed=0):
-    """Return expression of ``programmes`` gene programmes of falling strength, and noise; a third is 0."""
+    """Return expression from ``programmes`` gene programmes of decreasing strength plus noise; a third is zero."""
     rng = np.random.default_rng(seed)
     strength = 3 * 0.8 ** np.arange(programmes)
     values = rng.normal(size=(cells, programmes)) * strength @ rng.normal(size=(programmes, genes)) / np.sqrt(genes)
@@ -57,11 +58,11 @@ def simulate(cells, genes, programmes, seed=0):
 
 
 def fit(splits, dimensions, seed=0):
-    return Coexpression.fit(*splits, {"dimensions": dimensions}, seed, None)
+    return Coexpression.fit(*splits, encoder_settings(dimensions=dimensions), seed, None)
 
 
 def of_types(informative, loud, seed=0, cells=240):
-    """Return cells of two types: their genes differ in gene 0, and ``loud`` genes vary whatever the type."""
+    """Return cells of two types that differ in gene 0; ``loud`` genes vary independently of the type."""
     rng = np.random.default_rng(seed)
     types = np.arange(cells) % 2
     expression = 5 + rng.normal(size=(cells, 1 + len(loud))) * [0.3, *loud]
@@ -74,7 +75,7 @@ def of_types(informative, loud, seed=0, cells=240):
     ("cells", "genes", "dimensions"),
     [(120, 300, 12), (300, 120, 12), (40, 20, 19), (9, 200, 8), (200, 700, 30)],
 )
-def test_axes_are_those_of_the_exact_solution(tmp_path, cells, genes, dimensions):
+def test_axes_equal_those_of_the_exact_solution(tmp_path, cells, genes, dimensions):
     expression = simulate(cells, genes, dimensions)
     splits = write_cells(tmp_path, expression, ends=[cells // 3, cells // 2])
     axes, mean, deviations = find_axes(splits[0], dimensions, 0)
@@ -85,12 +86,12 @@ def test_axes_are_those_of_the_exact_solution(tmp_path, cells, genes, dimensions
     for leading in (1, dimensions // 2, dimensions):
         angles = subspace_angles(axes[:, :leading], exact.components_[:leading].T)
         assert np.cos(angles).min() > 0.999
-    places = expression @ axes
-    np.testing.assert_allclose(places.std(axis=0, ddof=1), deviations, rtol=1e-6)
+    coordinates = expression @ axes
+    np.testing.assert_allclose(coordinates.std(axis=0, ddof=1), deviations, rtol=1e-6)
 
 
 def test_axes_by_hand(tmp_path):
-    # gene 0 is 1 or 3, gene 1 is 1 or 2, each independent of the other; gene 2 does not vary
+    # gene 0 is 1 or 3, gene 1 is independently 1 or 2, and gene 2 does not vary
     expression = [[1, 1, 4], [1, 2, 4], [3, 1, 4], [3, 2, 4]]
     axes, mean, deviations = find_axes(write_cells(tmp_path, expression)[0], 5, 0)
     np.testing.assert_allclose(axes, [[1, 0], [0, 1], [0, 0]], atol=1e-12)
@@ -100,7 +101,7 @@ def test_axes_by_hand(tmp_path):
 
 @settings(deadline=None, max_examples=10)
 @given(ends=st.lists(st.integers(1, 59), unique=True, max_size=8).map(sorted))
-def test_parts_change_nothing(tmp_path_factory, ends):
+def test_parts_do_not_change_the_axes(tmp_path_factory, ends):
     expression = simulate(60, 90, 8)
     whole = find_axes(write_cells(tmp_path_factory.mktemp("whole"), expression)[0], 8, 3)
     cut = find_axes(write_cells(tmp_path_factory.mktemp("cut"), expression, ends=ends)[0], 8, 3)
@@ -108,7 +109,7 @@ def test_parts_change_nothing(tmp_path_factory, ends):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_largest_entries_are_positive_whatever_the_seed(tmp_path):
+def test_largest_entries_are_positive_for_any_seed(tmp_path):
     train, _ = write_cells(tmp_path, simulate(80, 150, 6))
     axes = [find_axes(train, 6, seed)[0] for seed in range(4)]
     for found in axes:
@@ -124,24 +125,24 @@ def test_few_genes_need_few_passes(tmp_path, caplog):
         assert f" of {40 * passes} cells read" in caplog.messages[-1]
 
 
-def test_there_are_fewer_axes_than_cells_and_than_genes(tmp_path):
+def test_there_are_fewer_axes_than_cells_and_genes(tmp_path):
     for cells, genes in ((5, 30), (30, 5)):
         directory = tmp_path / str(cells)
         assert fit(write_cells(directory, simulate(cells, genes, 4)), 64).axes.shape == (genes, 4)
 
 
-def test_axes_along_which_no_cell_varies_are_dropped(tmp_path):
+def test_axes_without_variance_are_dropped(tmp_path):
     expression = np.repeat(simulate(4, 30, 3), 5, axis=0)
     assert fit(write_cells(tmp_path, expression), 10).dimensions == 3
 
 
-def test_cells_that_are_all_alike_are_refused(tmp_path):
+def test_identical_training_cells_are_an_error(tmp_path):
     for count in (1, 6):
-        with pytest.raises(InputError, match="do not differ"):
+        with pytest.raises(InputError, match="all training cells have the same expression"):
             fit(write_cells(tmp_path / str(count), np.repeat(simulate(1, 30, 3), count, axis=0)), 4)
 
 
-def test_only_training_cells_are_learnt_from(tmp_path):
+def test_axes_are_fitted_on_training_cells_only(tmp_path):
     expression, types, splits = of_types(1, [1] * 12)
     train = expression[splits == "train"]
     found = find_axes(write_cells(tmp_path, expression, types, splits, ends=[7, 100])[0], 4, 0)
@@ -150,7 +151,7 @@ def test_only_training_cells_are_learnt_from(tmp_path):
     np.testing.assert_allclose(found[2] ** 2, exact.explained_variance_, rtol=1e-6)
 
 
-def test_gene_vectors_less_the_centre_are_the_pooled_vector(tmp_path, monkeypatch):
+def test_gene_vectors_minus_the_centre_sum_to_the_pooled_vector(tmp_path, monkeypatch):
     monkeypatch.setattr(coexpression, "choose_candidate", lambda candidates: candidates[1])
     expression, types, splits = of_types(1, [1, 0.5] * 10)
     train, validation = write_cells(tmp_path, expression, types, splits)
@@ -162,12 +163,12 @@ def test_gene_vectors_less_the_centre_are_the_pooled_vector(tmp_path, monkeypatc
         vectors["gene_vectors"].astype(float).sum(axis=1) - encoder.centre, vectors["pooled"], atol=0.05
     )
     assert vectors["pooled"].dtype == np.float32
-    # whitened: no axis of the training cells is larger than another, and none tells of another
+    # whitened: the axes of the training cells have unit variance and are uncorrelated
     np.testing.assert_allclose(vectors["pooled"].mean(axis=0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(vectors["pooled"].T), np.eye(16), atol=1e-3)
 
 
-def test_what_was_saved_is_read_again(tmp_path):
+def test_a_saved_encoder_can_be_loaded(tmp_path):
     expression, types, splits = of_types(1, [1] * 40)
     encoder = fit(write_cells(tmp_path, expression, types, splits), 20)
     encoder.save(tmp_path)
@@ -183,8 +184,8 @@ def test_what_was_saved_is_read_again(tmp_path):
     assert read_json(tmp_path / ".." / "encoder.json") == about
 
 
-def test_axes_that_mislead_are_cut_off(tmp_path):
-    # one label in five is wrong, and with 60 training cells the axes behind the first explain the wrong ones
+def test_misleading_axes_are_truncated(tmp_path):
+    # 20% of the labels are wrong, and with 60 training cells the axes after the first fit the wrong labels
     expression, types, _ = of_types(20, [2] * 60, cells=600)
     types = np.where(np.random.default_rng(1).random(600) < 0.2, types[::-1], types)
     splits = np.where(np.arange(600) < 60, "train", "validation")
@@ -194,15 +195,15 @@ def test_axes_that_mislead_are_cut_off(tmp_path):
     assert scores[10, False] > scores[20, False] > scores[40, False] > scores[40, True]
 
 
-def test_whitening_is_chosen_where_a_small_axis_tells_the_types(tmp_path):
-    # beside genes of a spread 50 times as large, the one that tells the types is all but shrunk away
+def test_whitening_is_chosen_if_an_axis_of_low_variance_separates_the_types(tmp_path):
+    # next to genes with a spread 50 times as large, the gene that separates the types almost vanishes
     for loud, whitened in ((40, True), (0.3, False)):
         expression, types, splits = of_types(1.2, [loud] * 7 + [0.01], cells=600)
         encoder = fit(write_cells(tmp_path / str(loud), expression + 200, types, splits), 8)
         assert encoder.dimensions == 8 and encoder.whitened == whitened
 
 
-def test_scores_are_paired_and_near_ones_tie():
+def test_the_first_candidate_within_one_standard_error_is_chosen():
     def candidate(behind, error):
         return {"behind": behind, "standard_error": error}
 
@@ -211,7 +212,7 @@ def test_scores_are_paired_and_near_ones_tie():
     assert choose_candidate([candidate(0.3, 0.2), candidate(0.0, 0.0)])["behind"] == 0
 
 
-def test_differences_are_those_of_the_scores(tmp_path):
+def test_the_differences_of_candidates_follow_their_scores(tmp_path):
     expression, types, splits = of_types(1, [1] * 40)
     candidates = fit(write_cells(tmp_path, expression, types, splits), 20).candidates
     best = max(one["log_likelihood"] for one in candidates)
@@ -221,7 +222,7 @@ def test_differences_are_those_of_the_scores(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["none known", "one type", "another type", "no validation cells"])
-def test_without_labels_every_axis_is_kept(tmp_path, case, caplog):
+def test_without_labels_all_axes_are_kept(tmp_path, case, caplog):
     caplog.set_level(logging.INFO)
     expression, types, splits = of_types(1, [1] * 40)
     validation = splits == "validation"
@@ -235,13 +236,14 @@ def test_without_labels_every_axis_is_kept(tmp_path, case, caplog):
         splits = np.full(len(splits), "train")
     encoder = fit(write_cells(tmp_path, expression, types, splits), 20)
     assert encoder.dimensions == 20 and not encoder.whitened and encoder.candidates == []
-    assert "no choice of dimensions" in caplog.text and "kept 20 of 20 dimensions, not whitened" in caplog.text
+    assert "keeping all dimensions: fewer than two training cell types" in caplog.text
+    assert "kept 20 of 20 dimensions, not whitened" in caplog.text
 
 
-def test_cells_of_types_that_training_lacks_are_not_scored(tmp_path):
+def test_cells_of_types_absent_from_training_are_not_scored(tmp_path):
     expression, types, splits = of_types(1, [1] * 40)
     known = fit(write_cells(tmp_path, expression, types, splits), 20)
-    # as many again of a type that training lacks, and some without any
+    # the same validation cells again, with a type absent from training or no type
     more = np.concatenate([expression, expression[splits == "validation"] * 3])
     types = [*types, *np.resize(["CL:9", None], len(more) - len(types))]
     splits = [*splits, *["validation"] * (len(more) - len(splits))]
@@ -249,25 +251,25 @@ def test_cells_of_types_that_training_lacks_are_not_scored(tmp_path):
     assert found.candidates == known.candidates
 
 
-def test_the_choice_is_from_a_drawn_share_of_the_cells(tmp_path, monkeypatch):
+def test_candidates_are_compared_on_a_sample_of_the_cells(tmp_path, monkeypatch):
     scored = []
-    monkeypatch.setattr(coexpression, "CELLS_TO_CHOOSE_BY", 30)
+    monkeypatch.setattr(coexpression, "SELECTION_CELLS", 30)
     monkeypatch.setattr(coexpression, "_score", lambda splits: scored.append(splits) or np.arange(30.0))
     expression, types, splits = of_types(1, [1] * 40)
     encoder = fit(write_cells(tmp_path, expression, types, splits, ends=[100]), 20)
     assert len(encoder.candidates) == len(scored) == 4
     for candidate, both in zip(encoder.candidates, scored, strict=True):
-        for places, of_cells in both:
-            assert places.shape == (30, candidate["dimensions"]) and set(of_cells) == {"CL:0", "CL:1"}
+        for coordinates, cell_types in both:
+            assert coordinates.shape == (30, candidate["dimensions"]) and set(cell_types) == {"CL:0", "CL:1"}
 
 
-def test_places_are_those_of_the_cells_they_are_said_to_be_of(tmp_path):
+def test_coordinates_and_types_belong_to_the_same_cells(tmp_path):
     expression, types, splits = of_types(1, [1] * 40)
     (train, _), axes = write_cells(tmp_path, expression, types, splits, ends=[33, 100]), np.eye(41)
     chosen = pd.Series({"a|100": "CL:7", "a|3": "CL:8", "a|34": "CL:9"})
-    places, found = coexpression._place(train, chosen, axes, np.ones(41))
+    coordinates, found = coexpression._project(train, chosen, axes, np.ones(41))
     assert found.tolist() == ["CL:8", "CL:9", "CL:7"]
-    np.testing.assert_allclose(places, expression[[3, 34, 100]] - 1, rtol=1e-5)
+    np.testing.assert_allclose(coordinates, expression[[3, 34, 100]] - 1, rtol=1e-5)
 
 
 def test_embed_keeps_the_highest_ranked_genes():

@@ -1,4 +1,4 @@
-"""Files hold what their contract says, whole or not at all."""
+"""Files follow their contract and are written atomically."""
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ def tensors(cells=3):
     }
 
 
-def test_tensors_come_back_as_they_were_whatever_their_order_in_memory(tmp_path):
+def test_tensors_are_read_as_written_for_any_memory_order(tmp_path):
     path, ids = tmp_path / "a.safetensors", ["s|1", "s|2", "s,3"]
     given = tensors() | {"pooled": np.asfortranarray(tensors()["pooled"])}
     EMBEDDINGS.write(given, ids, path)
@@ -39,7 +39,7 @@ def test_tensors_come_back_as_they_were_whatever_their_order_in_memory(tmp_path)
         lambda t: t.update(more=t["pooled"]),
     ],
 )
-def test_tensors_that_break_the_contract_are_not_written(tmp_path, broken):
+def test_tensors_that_violate_the_contract_are_not_written(tmp_path, broken):
     given = tensors()
     broken(given)
     with pytest.raises(ValueError, match="a.safetensors"):
@@ -47,7 +47,7 @@ def test_tensors_that_break_the_contract_are_not_written(tmp_path, broken):
     assert not list(tmp_path.iterdir())
 
 
-def test_tables_that_break_the_contract_are_not_written(tmp_path):
+def test_tables_that_violate_the_contract_are_not_written(tmp_path):
     table = pd.DataFrame([("cell_type", "CL:1", "a, b", None, 1)], columns=list(TERMS.columns))
     TERMS.write(table, tmp_path / "terms.parquet")
     assert TERMS.read(tmp_path / "terms.parquet")["name"].tolist() == ["a, b"]
@@ -56,18 +56,18 @@ def test_tables_that_break_the_contract_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="surplus"):
         TERMS.write(table.assign(more=1), tmp_path / "other.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["terms.parquet"]
-    with pytest.raises(InputError, match="not the QC figures"):
+    with pytest.raises(InputError, match="not the QC metrics"):
         QC.read(tmp_path / "terms.parquet")
 
 
-def test_a_key_may_not_repeat(tmp_path):
+def test_a_repeated_key_is_an_error(tmp_path):
     row = ("a", "s", "s|d", 1.0, 1, 0.0, 0.0, 0.1, True, "")
     with pytest.raises(ValueError, match="cell_id repeats"):
         QC.write(pd.DataFrame([row, row], columns=list(QC.columns)), tmp_path / "qc.parquet")
 
 
 def ranked(cells):
-    """Return a part of a table of tokens: each cell with a list as long as its number."""
+    """Return part of a table of tokens, in which cell i has a list of length i."""
     lists = [list(range(cell)) for cell in cells]
     return pd.DataFrame(
         {
@@ -78,9 +78,9 @@ def ranked(cells):
     )
 
 
-def test_a_table_comes_back_in_the_parts_in_which_it_was_written(tmp_path):
+def test_a_table_is_read_in_the_parts_that_were_written(tmp_path):
     path = tmp_path / "tokens.parquet"
-    arrow = pa.Table.from_pandas(ranked([5, 1]), preserve_index=False)  # tables of both libraries
+    arrow = pa.Table.from_pandas(ranked([5, 1]), preserve_index=False)  # pandas and Arrow
     TOKENS.write_parts(iter([ranked([2, 0, 3]), arrow.select(["tokens", "expression", "cell_id"])]), path)
     for part, cells in zip(TOKENS.read_parts(path), ([2, 0, 3], [5, 1]), strict=True):
         assert list(part) == list(TOKENS.columns)
@@ -88,7 +88,7 @@ def test_a_table_comes_back_in_the_parts_in_which_it_was_written(tmp_path):
         assert [list(tokens) for tokens in part["tokens"]] == [list(range(cell)) for cell in cells]
 
 
-def test_parts_are_read_one_at_a_time_and_written_one_at_a_time(tmp_path):
+def test_parts_are_read_and_written_one_at_a_time(tmp_path):
     path, asked = tmp_path / "tokens.parquet", []
 
     def parts():
@@ -106,7 +106,7 @@ def test_parts_are_read_one_at_a_time_and_written_one_at_a_time(tmp_path):
     assert whole["expression"][3].dtype == np.float32
 
 
-def test_a_table_without_parts_is_empty_and_keeps_its_columns(tmp_path):
+def test_a_table_without_parts_is_empty_and_has_its_columns(tmp_path):
     PATHWAY_SCORES.write_parts([], tmp_path / "scores.parquet", rest=["A", "B"])
     assert list(PATHWAY_SCORES.read(tmp_path / "scores.parquet")) == ["cell_id", "A", "B"]
     assert pq.read_schema(tmp_path / "scores.parquet").field("B").type == pa.float32()
@@ -122,7 +122,7 @@ def test_a_table_without_parts_is_empty_and_keeps_its_columns(tmp_path):
     ],
     ids=["a key in two parts", "a column missing", "a column too many"],
 )
-def test_parts_that_break_the_contract_leave_no_file(tmp_path, parts, problem):
+def test_parts_that_violate_the_contract_leave_no_file(tmp_path, parts, problem):
     with pytest.raises(ValueError, match=problem):
         TOKENS.write_parts(parts(), tmp_path / "tokens.parquet")
     with pytest.raises(ValueError, match="surplus"):
@@ -130,7 +130,7 @@ def test_parts_that_break_the_contract_leave_no_file(tmp_path, parts, problem):
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_that_break_off_leave_the_old_file(tmp_path):
+def test_interrupted_parts_leave_the_old_file(tmp_path):
     path = tmp_path / "tokens.parquet"
     TOKENS.write(ranked([1]), path)
 
@@ -144,7 +144,7 @@ def test_parts_that_break_off_leave_the_old_file(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["tokens.parquet"]
 
 
-def test_a_long_table_is_written_in_pieces_with_its_categories_as_text(tmp_path, monkeypatch):
+def test_a_long_table_is_written_in_row_groups_with_categories_as_text(tmp_path, monkeypatch):
     monkeypatch.setattr(table_contracts, "ROWS_AT_ONCE", 2)
     rows = [("stage", str(i), f"name {i % 2}", None, None if i else 3.0) for i in range(5)]
     table = pd.DataFrame(rows, columns=list(TERMS.columns))
@@ -154,7 +154,7 @@ def test_a_long_table_is_written_in_pieces_with_its_categories_as_text(tmp_path,
     assert TERMS.read(tmp_path / "terms.parquet", categories=["name"])["name"].dtype == "category"
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     write_jsonl([{"a": 1}], path)
 

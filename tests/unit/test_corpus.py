@@ -1,4 +1,4 @@
-"""The corpus is what was asked for, whatever the order of files and Python's hash seed; its audit tells the truth."""
+"""Sampling and splitting are independent of file order and hash seed; the audit is correct."""
 
 import os
 import subprocess
@@ -21,13 +21,14 @@ from cell2text.corpus.sample_cells import sample_cells
 from cell2text.corpus.split_donors import split_donors
 from cell2text.errors import InputError
 from cell2text.files import read_json
+from cell2text.settings import SampleSettings
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 NATURAL = {"natural": 1}
 
 
 def write_cells(path, dataset, counts, donors="d1", order=None, **obs):
-    """Write cells as filter_cells does; ``order`` permutes cells and genes."""
+    """Write cells like filter_cells; ``order`` permutes cells and genes."""
     counts = np.asarray(counts, dtype=np.float32)
     genes = [f"g{i}" for i in range(counts.shape[1])]
     table = pd.DataFrame(
@@ -47,12 +48,13 @@ def write_cells(path, dataset, counts, donors="d1", order=None, **obs):
 
 
 def sample(tmp_path, files, cells=1000, seed=0, shares=NATURAL, caps=None):
-    sample_cells(files, cells, shares, caps or {}, seed, tmp_path / "sampled.parquet", tmp_path / "diversity.tsv")
+    drawn = SampleSettings(cells, shares, caps or {})
+    sample_cells(files, drawn, seed, tmp_path / "sampled.parquet", tmp_path / "diversity.tsv")
     return SAMPLED_CELLS.read(tmp_path / "sampled.parquet")
 
 
 def make_table(cell_types, donors="s|d", studies="s", hashes=None):
-    """Return a table as sample_cells writes it."""
+    """Return a table in the format of sample_cells."""
     table = pd.DataFrame({"cell_type_id": cell_types, "donor": donors, "dataset_id": studies})
     table["cell_id"] = [f"c{i:05d}" for i in range(len(table))]
     table["counts_hash"] = table["cell_id"] if hashes is None else hashes
@@ -74,7 +76,7 @@ def held(audit):
     return {guarantee["claim"]: guarantee["holds"] for guarantee in audit["guarantees"]}
 
 
-def test_the_draw_does_not_depend_on_the_order_of_files_cells_or_genes(tmp_path):
+def test_sampling_is_independent_of_the_order_of_files_cells_and_genes(tmp_path):
     rng = np.random.default_rng(1)
     one, two = rng.poisson(1, (30, 5)), rng.poisson(1, (20, 5))
     tissue = {"tissue_ontology_term_id": rng.choice(["UBERON:0000178", "UBERON:0000955"], 20)}
@@ -96,7 +98,7 @@ def test_the_draw_does_not_depend_on_the_order_of_files_cells_or_genes(tmp_path)
     assert len(sample(tmp_path, a, cells=50)) == len(sample(tmp_path, a, cells=51)) == 50
 
 
-def test_what_is_unknown_is_none_and_donors_carry_their_dataset(tmp_path):
+def test_unknown_labels_are_none_and_donors_are_prefixed_with_their_dataset(tmp_path):
     files = [
         write_cells(tmp_path / "in.h5ad", "s", np.ones((3, 2)), donors=["1", "2", "1"]),
         write_cells(tmp_path / "also.h5ad", "t", np.ones((1, 2)), donors=["1"], sex=["female"]),
@@ -109,13 +111,13 @@ def test_what_is_unknown_is_none_and_donors_carry_their_dataset(tmp_path):
     assert list(table["n_counts"]) == [2, 2, 2, 2] and len(set(table["counts_hash"])) == 1
 
 
-def test_a_file_may_hold_several_studies(tmp_path):
+def test_a_file_may_contain_several_studies(tmp_path):
     cells = write_cells(tmp_path / "in.h5ad", ["s", "t", "s"], np.ones((3, 2)), donors=["1", "1", "2"])
     assert set(sample(tmp_path, [cells])["donor"]) == {"s|1", "t|1", "s|2"}
 
 
-def test_tissues_count_by_organ_in_a_draw(tmp_path):
-    # frontal cortex and cerebellum are brain; so blood is the rarest of two organs, though not of three tissues
+def test_sampling_groups_tissues_by_organ(tmp_path):
+    # frontal cortex and cerebellum are brain, so blood is the rarest of two organs but not of three tissues
     tissues = np.repeat(["UBERON:0001870", "UBERON:0002037", "UBERON:0000178"], [40, 10, 20])
     cells = write_cells(tmp_path / "in.h5ad", "s", np.ones((70, 2)), tissue_ontology_term_id=tissues)
     drawn = sample(tmp_path, [cells], cells=20, shares={"rare_tissue": 1})
@@ -131,7 +133,7 @@ def test_diversity_is_written(tmp_path):
     assert table.loc["donor"].tolist() == [2, 2, 0.8113, 1.0]
 
 
-def test_the_table_is_the_same_in_pieces(tmp_path, monkeypatch):
+def test_the_table_does_not_depend_on_the_size_of_row_groups(tmp_path, monkeypatch):
     cells = make_table([f"CL:{i % 3}" for i in range(50)], [f"s|{i // 5}" for i in range(50)])
     whole, _ = split(tmp_path, cells)
     monkeypatch.setattr(table_contracts, "ROWS_AT_ONCE", 7)
@@ -161,7 +163,7 @@ def test_a_split_does_not_depend_on_the_hash_seed(tmp_path):
     assert len(made[0]) == 4 and all(files == made[0] for files in made)
 
 
-def test_the_audit_counts_what_it_claims(tmp_path):
+def test_the_claims_of_the_audit_follow_the_table(tmp_path):
     cells = make_table(["CL:1", "CL:1", "CL:2"] * 10, [f"s|{i // 3}" for i in range(30)])
     cells["counts_hash"] = [f"h{i // 3}" for i in range(30)]
     cells["n_counts"] = 500.0
@@ -173,7 +175,7 @@ def test_the_audit_counts_what_it_claims(tmp_path):
     assert audit["classes"] == {"train": 2, "validation": 2, "test": 2}
     assert list(held(audit).values()) == [True, False, True, True, True]
 
-    # Spoil the table: the claims must notice.
+    # Corrupt the table: every claim must fail.
     train, test = found.index[found["split"] == "train"][0], found.index[found["split"] == "test"][0]
     found.loc[test, ["cell_type_id", "cell_type"]] = "CL:9"
     found.loc[train, "donor"] = found.loc[test, "donor"]
@@ -183,10 +185,10 @@ def test_the_audit_counts_what_it_claims(tmp_path):
     test = next(i for i in others if found.loc[i, "split"] == "test")
     found.loc[[train, test], "cell_id"] = ["a|AAACATTGAGCTAC", "b|AAACATTGAGCTAC"]
     found.loc[[train, test], "dataset_id"] = ["a", "b"]
-    spoilt = audit_split(found, "donors", SHARES)
-    assert not any(guarantee["holds"] for guarantee in spoilt["guarantees"])
-    assert "CL:9" in spoilt["guarantees"][4]["detail"]
-    assert any("CL:9" in limit for limit in spoilt["limits"])
+    corrupted = audit_split(found, "donors", SHARES)
+    assert not any(guarantee["holds"] for guarantee in corrupted["guarantees"])
+    assert "CL:9" in corrupted["guarantees"][4]["detail"]
+    assert any("CL:9" in limit for limit in corrupted["limits"])
 
 
 @st.composite
@@ -196,7 +198,7 @@ def any_corpus(draw):
     table = make_table([f"CL:{i}" for i in rng.integers(0, 5, cells)])
     table["dataset_id"] = [f"s{i}" for i in rng.integers(0, 3, cells)]
     table["donor"] = table["dataset_id"] + "|" + rng.integers(0, 4, cells).astype(str)
-    # All have one barcode, so of two studies those are told alike that have the same total.
+    # All have the same barcode, so cells of two studies with the same total are duplicates.
     table["cell_id"] = [f"{study}|lane{i}_ACGTACGTACGT" for i, study in enumerate(table["dataset_id"])]
     table["counts_hash"] = [f"h{i}" for i in rng.integers(0, 100, cells)]
     table["n_counts"] = rng.integers(0, 60, cells).astype(float)
@@ -205,59 +207,58 @@ def any_corpus(draw):
 
 @settings(deadline=None, max_examples=60)
 @given(cells=any_corpus(), held_out=st.sets(st.sampled_from(["CL:0", "CL:1"])))
-def test_each_guarantee_of_the_audit_is_what_a_loop_over_cells_finds(cells, held_out):
+def test_the_guarantees_of_the_audit_equal_those_of_a_loop_over_cells(cells, held_out):
     rows = list(cells.itertuples())
     rest = [row for row in rows if row.cell_type_id not in held_out]
     trained = {row.cell_type_id for row in rows if row.split == "train"}
     of_total = [[row for row in rows if row.n_counts == total] for total in {row.n_counts for row in rows}]
-    published_twice = [like for like in of_total if len({row.dataset_id for row in like}) > 1]
+    published_twice = [same for same in of_total if len({row.dataset_id for row in same}) > 1]
     expected = [
         all(a.split == b.split for a in rest for b in rest if a.donor == b.donor),
         all(a.split == b.split for a in rest for b in rest if a.dataset_id == b.dataset_id),
         all(a.split == b.split for a in rows for b in rows if a.counts_hash == b.counts_hash),
-        all(len({row.split for row in like}) == 1 for like in published_twice),
+        all(len({row.split for row in same}) == 1 for same in published_twice),
         {row.cell_type_id for row in rest} <= trained,
         *([all(row.split == "test" for row in rows if row.cell_type_id in held_out)] if held_out else []),
     ]
     categories = {"donor": "category", "cell_type": "category", "split": "category"}
     audit = audit_split(cells.astype(categories), "cells", SHARES, sorted(held_out))
-    told = [guarantee["holds"] for guarantee in audit["guarantees"]]
-    assert told == expected
+    assert [guarantee["holds"] for guarantee in audit["guarantees"]] == expected
     assert sum(audit["cells"].values()) == len(cells)
 
 
-def test_the_audit_says_in_words_what_one_donor_cannot_show():
+def test_the_audit_lists_the_limits_of_one_donor():
     cells = make_table(["CL:1"] * 10).assign(split="train", tissue_id="UBERON:0000178")
     limits = audit_split(cells, "cells", SHARES)["limits"]
     assert any(limit.startswith("One donor:") for limit in limits)
     assert any(limit.startswith("One study:") for limit in limits)
-    assert any("another tissue" in limit for limit in limits)
-    assert any("sex is not known" in limit for limit in limits)
-    assert any("train 100.0% (asked: 70.0%)" in limit for limit in limits)
+    assert any("known tissue" in limit for limit in limits)
+    assert any("sex is unknown" in limit for limit in limits)
+    assert any("train 100.0% (configured: 70.0%)" in limit for limit in limits)
 
 
-def test_the_audit_names_studies_of_one_donor_and_donors_that_are_one(tmp_path):
+def test_the_audit_names_studies_with_one_donor_and_donors_that_share_cells(tmp_path):
     cells = make_table(["CL:1"] * 60, [f"s|{i // 10}" for i in range(60)], ["s"] * 50 + ["t"] * 10)
     cells.loc[[0, 10], "counts_hash"] = "same"
     found, audit = split(tmp_path, cells)
     assert audit["joined"] == [["s|0", "s|1"]]
     assert len(set(found["split"][:20])) == 1 and held(audit)["No two cells with identical counts are in two splits"]
     limits = "\n".join(audit["limits"])
-    assert "Donors that have cells in common count as one: s|0 and s|1." in limits
+    assert "Donors that share cells are treated as one: s|0 and s|1." in limits
     assert (
         f"These studies have one donor each, so all their cells are in one split: t ({found['split'][55]})." in limits
     )
 
 
-def test_a_cell_type_of_one_donor_is_trained_and_told_of(tmp_path):
+def test_a_cell_type_of_one_donor_is_in_training_and_reported(tmp_path):
     cells = make_table(["CL:1"] * 59 + ["CL:2"], [f"s|{i // 10}" for i in range(60)])
     found, audit = split(tmp_path, cells)
     assert found["split"][59] == "train"
-    assert "Cell types without a test cell are not judged: CL:2." in audit["limits"]
+    assert "Cell types without test cells are not evaluated: CL:2." in audit["limits"]
 
 
 @pytest.mark.parametrize("how", ["donors", "studies", "cells"])
-def test_held_out_types_are_in_the_test_alone(tmp_path, how):
+def test_held_out_types_are_only_in_the_test_split(tmp_path, how):
     rng = np.random.default_rng(0)
     cells = make_table(rng.choice(["CL:1", "CL:2", "CL:3"], 200), [f"d{i // 10}" for i in range(200)])
     cells["dataset_id"] = [f"s{i // 20}" for i in range(200)]
@@ -266,33 +267,33 @@ def test_held_out_types_are_in_the_test_alone(tmp_path, how):
     found, audit = split(tmp_path, cells, how, held_out=["CL:2"])
     assert set(found["split"][unseen]) == {"test"}
     assert set(found["cell_type_id"][found["split"] == "train"]) == {"CL:1", "CL:3"}
-    # A cell with the counts of a held-out one goes with it, so nothing of it is learned.
+    # A cell with the counts of a held-out cell is held out, too.
     assert found["split"][cells.index[~unseen][0]] == "test"
     rest = found["split"][~unseen].value_counts(normalize=True)
     assert rest.to_dict() == pytest.approx(SHARES, abs=0.08)
     assert audit["held_out"] == [{"id": "CL:2", "name": "CL:2", "cells": int(unseen.sum())}]
     claims = held(audit)
-    assert claims["Cells of held-out types are in the test alone"]
-    assert claims["Every cell type of validation and test is in training, cells of held-out types aside"]
-    assert any(limit.startswith("Held out of training by name") and "CL:2" in limit for limit in audit["limits"])
+    assert claims["Cells of held-out types are only in the test split"]
+    assert claims["Every cell type in validation and test is also in training, except for cells of held-out types"]
+    assert any(limit.startswith("Cell types held out of training") and "CL:2" in limit for limit in audit["limits"])
 
 
-def test_a_type_to_hold_out_must_be_there(tmp_path):
+def test_a_held_out_type_must_be_in_the_corpus(tmp_path):
     with pytest.raises(InputError, match="held_out_cell_types: no cell of CL:7 in the corpus"):
         split(tmp_path, make_table(["CL:1"] * 9), "cells", held_out=["CL:7", "CL:1"])
 
 
-def test_a_split_of_the_users_is_audited(tmp_path):
+def test_a_user_defined_split_is_audited(tmp_path):
     cells = make_table(["CL:1"] * 3 + ["CL:2"], ["s|1", "s|2", "s|3", "s|3"])
     table = tmp_path / "mine.tsv"
     table.write_text("donor\tsplit\ns|1\ttrain\ns|2\tvalidation\ns|3\ttest\n")
     found, audit = split(tmp_path, cells, str(table))
     assert list(found["split"]) == ["train", "validation", "test", "test"]
     assert held(audit)["No donor is in two splits"] and audit["shares"] == {}
-    assert not held(audit)["Every cell type of validation and test is in training"]
+    assert not held(audit)["Every cell type in validation and test is also in training"]
 
 
-def test_the_audit_repeats_the_diversity(tmp_path):
+def test_the_audit_includes_the_diversity(tmp_path):
     cells = write_cells(tmp_path / "in.h5ad", "s", np.eye(20), donors=[str(i // 2) for i in range(20)])
     sampled = sample(tmp_path, [cells])
     _, audit = split(tmp_path, sampled, diversity_file=tmp_path / "diversity.tsv")
@@ -302,7 +303,7 @@ def test_the_audit_repeats_the_diversity(tmp_path):
     }  # fmt: skip
 
 
-def test_every_split_has_a_cell(tmp_path):
+def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no cell is left for"):
         split(tmp_path, make_table(["CL:1"] * 2), "cells")
     assert not (tmp_path / "out.parquet").exists()

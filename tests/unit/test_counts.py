@@ -1,4 +1,4 @@
-"""Raw counts are found, recovered and named as they should be."""
+"""Raw counts are found or recovered, and cells and genes are named correctly."""
 
 import logging
 
@@ -42,13 +42,13 @@ def fetch(row, tmp_path):
     return ad.read_h5ad(tmp_path / "out.h5ad")
 
 
-def test_counts_of_the_bundled_cells_give_the_published_logs_back(tmp_path):
+def test_recovered_counts_of_the_bundled_cells_reproduce_the_published_logs(tmp_path):
     cells = fetch({"dataset": "pbmc68k", "source": BUNDLED}, tmp_path)
     published = sc.datasets.pbmc68k_reduced()
     assert cells.shape == (700, 765)
     assert cells.obs_names[0] == f"pbmc68k|{published.obs_names[0]}"
     logs = cells.X.toarray() * 1e4 / published.obs["n_counts"].to_numpy()[:, None]
-    # Logs are published with three decimals.
+    # the published log1p values have three decimals
     assert np.abs(np.log1p(logs) - published.raw.X.toarray()).max() < 0.0006
     assert (cells.X.data >= 1).all() and (cells.X.data == np.rint(cells.X.data)).all()
 
@@ -65,9 +65,9 @@ def test_counts_of_the_bundled_cells_give_the_published_logs_back(tmp_path):
         {"matrix": np.log1p(COUNTS), "layers": COUNTS},
         {"matrix": np.log1p(COUNTS), "raw": np.log1p(COUNTS), "layers": sparse.csc_matrix(COUNTS)},
     ],
-    ids=["csr", "csc", "dense", "int64", "raw", "raw beside scaled", "layer", "layer beside logs in raw"],
+    ids=["csr", "csc", "dense", "int64", "raw", "raw and scaled X", "layer", "layer and logs in raw"],
 )
-def test_counts_are_found_in_every_place_and_form(tmp_path, parts):
+def test_counts_are_found_in_every_place_and_format(tmp_path, parts):
     cells = fetch(write_study(tmp_path / "in.h5ad", **parts), tmp_path)
     assert isinstance(cells.X, sparse.csr_matrix) and cells.X.dtype == np.float32
     assert (cells.X.toarray() == COUNTS).all()
@@ -75,12 +75,12 @@ def test_counts_are_found_in_every_place_and_form(tmp_path, parts):
     assert list(cells.obs_names) == ["study|cell0", "study|cell1", "study|cell2"]
 
 
-def test_counts_in_raw_bring_the_genes_of_raw(tmp_path):
-    whole = ad.AnnData(COUNTS, var=pd.DataFrame(index=GENES))
-    few = whole[:, [2, 0]].copy()
-    few.raw = whole
-    few.X = np.log1p(few.X)
-    few.write_h5ad(tmp_path / "in.h5ad")
+def test_counts_in_raw_come_with_the_genes_of_raw(tmp_path):
+    full = ad.AnnData(COUNTS, var=pd.DataFrame(index=GENES))
+    subset = full[:, [2, 0]].copy()
+    subset.raw = full
+    subset.X = np.log1p(subset.X)
+    subset.write_h5ad(tmp_path / "in.h5ad")
     cells = fetch({"dataset": "study", "source": str(tmp_path / "in.h5ad")}, tmp_path)
     assert list(cells.var_names) == GENES
     assert (cells.X.toarray() == COUNTS).all()
@@ -93,7 +93,7 @@ def test_dense_counts_are_read_in_blocks(tmp_path, monkeypatch):
 
 
 def recovered(logs, totals=None):
-    """Return the counts of logs that lie in memory, cells by genes."""
+    """Return the counts recovered from a matrix of log1p values, cells by genes."""
     genes, cells = pd.DataFrame(index=range(logs.shape[1])), pd.DataFrame(index=range(logs.shape[0]))
     obs = cells if totals is None else cells.assign(n_counts=totals)
     study = Study("file", obs, list(obs), {"X": (matrices.DenseMatrix(logs.astype(np.float32), "file"), genes)})
@@ -101,32 +101,32 @@ def recovered(logs, totals=None):
 
 
 @given(
-    whole=hnp.arrays(np.int64, (4, 3), elements=st.integers(0, 60)),
+    counts=hnp.arrays(np.int64, (4, 3), elements=st.integers(0, 60)),
     unmeasured=hnp.arrays(np.int64, 4, elements=st.integers(1, 3000)),
 )
-def test_counts_are_recovered_from_logs_rounded_to_three_decimals(whole, unmeasured):
-    total = whole.sum(axis=1) + unmeasured + 200
-    assert (recovered(np.log1p(whole * 1e4 / total[:, None]).round(3), total) == whole).all()
+def test_counts_are_recovered_from_logs_rounded_to_three_decimals(counts, unmeasured):
+    total = counts.sum(axis=1) + unmeasured + 200
+    assert (recovered(np.log1p(counts * 1e4 / total[:, None]).round(3), total) == counts).all()
 
 
 @given(
-    whole=hnp.arrays(np.int64, (3, 24), elements=st.integers(1, 20_000)),
+    counts=hnp.arrays(np.int64, (3, 24), elements=st.integers(1, 20_000)),
     scale=hnp.arrays(np.float64, 3, elements=st.floats(0.01, 1000)),
 )
-def test_counts_are_recovered_without_totals_whatever_they_were_scaled_to(whole, scale):
-    whole[:, 7] = 1
-    assert (recovered(np.log1p(whole * scale[:, None])) == whole).all()
+def test_counts_are_recovered_without_totals_for_any_scaling(counts, scale):
+    counts[:, 7] = 1
+    assert (recovered(np.log1p(counts * scale[:, None])) == counts).all()
 
 
-def test_the_last_stored_value_is_looked_at(tmp_path, monkeypatch):
+def test_every_stored_value_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(matrices, "VALUES_AT_ONCE", 2)
-    spoilt = COUNTS.copy()
-    spoilt[2, 3] = 1.5
+    invalid = COUNTS.copy()
+    invalid[2, 3] = 1.5
     with pytest.raises(InputError, match=r"not a whole number: 1\.5 in cell cell2, gene MT-CO1"):
-        fetch(write_study(tmp_path / "in.h5ad", matrix=sparse.csr_matrix(spoilt)), tmp_path)
+        fetch(write_study(tmp_path / "in.h5ad", matrix=sparse.csr_matrix(invalid)), tmp_path)
 
 
-def test_columns_are_cellxgenes_and_names_come_from_ids(tmp_path):
+def test_columns_follow_the_cellxgene_schema_and_names_come_from_ids(tmp_path):
     row = write_study(
         tmp_path / "in.h5ad",
         obs={
@@ -156,14 +156,14 @@ def test_columns_are_cellxgenes_and_names_come_from_ids(tmp_path):
     ]
     assert list(cells.obs["cell_type"]) == ["B cell", "CD4-positive, alpha-beta T cell", "unknown"]
     assert set(cells.obs["tissue"]) == {"blood"} and set(cells.obs["disease"]) == {"normal"}
-    # What the file knows stays; the sheet fills the rest.
+    # values of the file are kept; the sheet fills the rest
     assert list(cells.obs["sex"]) == ["female", "male", "male"]
     assert set(cells.obs["development_stage_ontology_term_id"]) == {"unknown"}
     assert set(cells.obs["assay_ontology_term_id"]) == {"unknown"}
     assert list(cells.obs["donor_id"]) == ["d1", "d1", "d2"]
 
 
-def test_a_dataset_without_donors_stands_in_as_donor_and_says_so(tmp_path, caplog):
+def test_a_dataset_without_donors_is_used_as_donor_and_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         cells = fetch(write_study(tmp_path / "in.h5ad"), tmp_path)
     assert set(cells.obs["donor_id"]) == {"study"}
@@ -204,9 +204,9 @@ def test_authors_labels_are_mapped_by_the_table(tmp_path):
             ["CD3D", "tdTomato"],
         ),
     ],
-    ids=["symbols alone", "ids beside", "ids with version", "a gene without id"],
+    ids=["symbols only", "ids in a column", "ids with version", "a gene without id"],
 )
-def test_genes_go_by_ensembl_id_where_there_is_one(tmp_path, index, var, ids, symbols):
+def test_genes_are_indexed_by_ensembl_id_if_they_have_one(tmp_path, index, var, ids, symbols):
     cells = ad.AnnData(COUNTS[:, :2], var=pd.DataFrame(var, index=index))
     cells.write_h5ad(tmp_path / "in.h5ad")
     fetch_dataset({"dataset": "study", "source": str(tmp_path / "in.h5ad")}, tmp_path / "out.h5ad")
@@ -216,10 +216,10 @@ def test_genes_go_by_ensembl_id_where_there_is_one(tmp_path, index, var, ids, sy
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
-def test_blocks_hold_the_wanted_cells_in_the_files_order(tmp_path, at_once):
+def test_blocks_hold_the_selected_cells_in_the_order_of_the_file(tmp_path, at_once):
     fetch_dataset(write_study(tmp_path / "in.h5ad"), tmp_path / "out.h5ad")
-    wanted = np.arange(len(COUNTS)) % 3 != 1
-    blocks = list(read_blocks(tmp_path / "out.h5ad", wanted, at_once))
+    selected = np.arange(len(COUNTS)) % 3 != 1
+    blocks = list(read_blocks(tmp_path / "out.h5ad", selected, at_once))
     assert np.concatenate([ids for ids, _ in blocks]).tolist() == ["study|cell0", "study|cell2"]
     assert (sparse.vstack([block for _, block in blocks]).toarray() == COUNTS[[0, 2]]).all()
 

@@ -1,4 +1,4 @@
-"""render and parse undo each other, for every term there is."""
+"""parse inverts render for every term."""
 
 import itertools
 import random
@@ -36,7 +36,7 @@ def assert_inverse(slots: Slots):
 
 
 @pytest.mark.parametrize("slot", TERM_SLOTS)
-def test_every_term_survives_alone_and_among_others(slot):
+def test_every_term_survives_alone_and_with_other_slots(slot):
     others = Slots("CL:0000236", None, "UBERON:0000178", "MONDO:0005105", "PATO:0000384", "HsapDv:0000003", ("B",))
     for term in IDS[slot]:
         assert_inverse(Slots(**{"cell_type": "CL:0000236", slot: term}))
@@ -47,11 +47,13 @@ def test_every_combination_of_missing_slots_survives():
     chosen = random.Random(0)
     for known in itertools.product([False, True], repeat=len(TERM_SLOTS) + 1):
         for _ in range(50):
-            terms = {slot: chosen.choice(IDS[slot]) for slot, there in zip(TERM_SLOTS, known, strict=False) if there}
+            terms = {
+                slot: chosen.choice(IDS[slot]) for slot, present in zip(TERM_SLOTS, known, strict=False) if present
+            }
             assert_inverse(Slots(**terms, pathways=("A", "C") if known[-1] else ()))
 
 
-def test_text_reads_as_written_here():
+def test_a_complete_description():
     slots = Slots("CL:0000895", None, "UBERON:0000178", NORMAL, "PATO:0000383", "HsapDv:0000123", ("A",))
     assert render(slots, TERMS) == (
         "This is a naive thymus-derived CD4-positive, alpha-beta T cell. The sample is blood from a female donor "
@@ -85,7 +87,7 @@ def test_article(term, start):
     assert render(Slots(term), TERMS) == start
 
 
-# Tissue, disease, sex and stage, each known or not; the cell type and the pathways have sentences of their own.
+# Tissue, disease, sex and stage, each known or not; cell type and pathways have their own sentences.
 SAMPLES = {
     (): "",
     ("tissue",): "The sample is lung.",
@@ -115,13 +117,13 @@ SAMPLE_IDS = {
 
 
 @pytest.mark.parametrize("known", SAMPLES, ids="-".join)
-def test_every_combination_of_missing_slots_reads_as_written_here(known):
+def test_the_text_of_every_combination_of_missing_slots(known):
     slots = Slots(**{slot: SAMPLE_IDS[slot] for slot in known})
     sample = SAMPLES[known]
     assert render(slots, TERMS) == sample
     assert parse(render(slots, TERMS), TERMS).slots == slots
     healthy = Slots(**{**vars(slots), "disease": NORMAL}) if "disease" in known else slots
-    told = sample.replace("with melanoma", "without known disease")
+    healthy_sample = sample.replace("with melanoma", "without known disease")
     for cell_type, pathways in itertools.product([None, "CL:0000622"], [(), ("B",), ("C", "A")]):
         full = Slots(**{**vars(healthy), "cell_type": cell_type, "pathways": pathways})
         programmes = {
@@ -130,7 +132,7 @@ def test_every_combination_of_missing_slots_reads_as_written_here(known):
             ("C", "A"): "Most active gene programmes: Regulation of TP53 Activity (what regulates it (in part)); then "
             "interferon response (genes that answer interferons).",
         }[pathways]
-        sentences = ["This is an acinar cell." if cell_type else "", told, programmes]
+        sentences = ["This is an acinar cell." if cell_type else "", healthy_sample, programmes]
         assert render(full, TERMS) == " ".join(filter(None, sentences))
         assert parse(render(full, TERMS), TERMS).slots == full
 
@@ -145,9 +147,9 @@ any_slots = st.builds(
 @settings(max_examples=500, deadline=None)
 @given(any_slots, st.booleans())
 def test_any_slots_survive_with_and_without_a_definition(slots, defined):
-    told = with_definition(slots, TERMS) if defined else slots
-    text = render(told, TERMS)
-    own_words = text.replace(told.definition or "", "")  # the ontology's commas are not always ours
+    complete = with_definition(slots, TERMS) if defined else slots
+    text = render(complete, TERMS)
+    own_words = text.replace(complete.definition or "", "")  # definitions have their own punctuation
     assert "  " not in own_words.replace(":  ", ": ") and ".." not in own_words and " ," not in own_words
     assert not text or text.endswith(".")
     if defined:
@@ -156,12 +158,12 @@ def test_any_slots_survive_with_and_without_a_definition(slots, defined):
         assert parse(text, TERMS).slots == slots
 
 
-def test_a_name_with_commas_is_read_whole_and_by_id():
+def test_a_name_with_commas_is_parsed_whole():
     text = "This is a CD4-positive, CD25-positive, alpha-beta regulatory T cell. The sample is blood."
     assert parse(text, TERMS).slots.cell_type == "CL:0000792"
 
 
-def test_spans_point_at_the_names():
+def test_spans_cover_the_names():
     text = render(Slots("CL:0000236", None, "UBERON:0000178", "MONDO:0005105"), TERMS)
     spans = parse(text, TERMS).spans
     assert {slot: text[slice(*span)] for slot, span in spans.items()} == {
@@ -187,7 +189,7 @@ def test_spans_point_at_the_names():
         ("This is a B cell. and more", "partial", "CL:0000236"),
     ],
 )
-def test_texts_that_leave_the_grammar(text, status, cell_type):
+def test_texts_that_violate_the_grammar(text, status, cell_type):
     parsed = parse(text, TERMS)
     assert (parsed.status, parsed.slots.cell_type) == (status, cell_type)
 

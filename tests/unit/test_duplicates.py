@@ -1,4 +1,4 @@
-"""A cell that is there twice is found, whatever the order of genes and files, and no other is."""
+"""Duplicate cells are found, independent of the order of genes and files, and no others."""
 
 import anndata as ad
 import numpy as np
@@ -29,7 +29,7 @@ def hashes(path, cells=None):
 
 
 def table(*cells):
-    """Return cells of which each is (name, study, hash, total)."""
+    """Return a table of cells given as (name, study, hash, total)."""
     return pd.DataFrame(cells, columns=["cell_id", "dataset_id", "counts_hash", "n_counts"])
 
 
@@ -37,13 +37,13 @@ def sets_of(labels):
     return sorted(sorted(rows) for rows in pd.Series(range(len(labels))).groupby(labels).agg(list) if len(rows) > 1)
 
 
-def test_hashes_are_equal_exactly_where_counts_are(tmp_path):
+def test_hashes_are_equal_if_and_only_if_counts_are(tmp_path):
     counts = [[1, 2, 0], [1, 2, 0], [2, 1, 0], [1, 2, 1], [0, 1, 2], [3, 0, 0]]
     a = hashes(write_cells(tmp_path / "a.h5ad", counts))
     assert a["counts_hash"].iloc[0] == a["counts_hash"].iloc[1] and a["counts_hash"].nunique() == 5
     assert a["counts_hash"].str.fullmatch("[0-9a-f]{32}").all()
     assert list(a["n_counts"]) == [3, 3, 3, 4, 3, 3]
-    # The same genes elsewhere, in another order, with one that no cell expresses; and other genes.
+    # The same genes in another order, with an additional gene that the first cell lacks; and other genes.
     same = write_cells(tmp_path / "b.h5ad", [[0, 0, 2, 1], [9, 9, 9, 9]], ["g2", "none", "g1", "g0"])
     other = write_cells(tmp_path / "c.h5ad", [[1, 2, 0]], ["g0", "g1x", "g2"])
     assert hashes(same)["counts_hash"].iloc[0] == a["counts_hash"].iloc[0]
@@ -52,14 +52,14 @@ def test_hashes_are_equal_exactly_where_counts_are(tmp_path):
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 999))
-def test_hashes_tell_cells_apart_as_rows_do(tmp_path_factory, seed):
+def test_hashes_distinguish_the_same_cells_as_their_counts(tmp_path_factory, seed):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(0.4, (60, 5))
     found = hashes(write_cells(tmp_path_factory.mktemp("cells") / "in.h5ad", counts))["counts_hash"]
     assert len(np.unique(counts, axis=0)) == found.nunique()
 
 
-def test_hashes_do_not_depend_on_blocks_and_an_empty_cell_is_no_other(tmp_path, monkeypatch):
+def test_hashes_do_not_depend_on_blocks_and_empty_cells_are_equal(tmp_path, monkeypatch):
     counts = np.random.default_rng(0).poisson(1, (9, 4))
     counts[[0, 4, 8]] = 0
     cells = write_cells(tmp_path / "in.h5ad", counts)
@@ -79,13 +79,13 @@ def test_cells_with_identical_counts_are_pairs():
     assert sets_of(join_cells(5, pairs)) == [[0, 2, 3]]
 
 
-def test_a_cell_that_two_studies_have_is_a_pair():
+def test_a_cell_published_by_two_studies_is_a_pair():
     cells = table(
         ("s|AAACATTGAGCTAC-1", "s", "h1", 900.0),
         ("t|run7_AAACATTGAGCTAC", "t", "h2", 900.0),  # other genes, so another hash
         ("u|AAACATTGAGCTAC-1", "u", "h3", 901.0),  # other counts
         ("u|AAACATTGAGCTAG-1", "u", "h4", 900.0),  # another barcode
-        ("s|lane2_AAACATTGAGCTAC", "s", "h5", 900.0),  # like the first by its study, but linked through t
+        ("s|lane2_AAACATTGAGCTAC", "s", "h5", 900.0),  # in the same study as the first, but linked through t
         ("v|GATTACA", "v", "h6", 900.0),  # no barcode
         ("w|GATTACA", "w", "h7", 900.0),
         ("x|CCCCATTGAGCTAC", "x", "h8", None),
@@ -94,11 +94,11 @@ def test_a_cell_that_two_studies_have_is_a_pair():
     pairs = find_pairs(cells)
     assert not pairs["identical"].any()
     assert sets_of(join_cells(len(cells), pairs)) == [[0, 1, 4]]
-    # Within one study the barcodes of two lanes are alike by chance.
+    # Within one study, two lanes share barcodes by chance.
     assert find_pairs(cells.iloc[[0, 4]].reset_index(drop=True)).empty
 
 
-def test_pairs_chain():
+def test_pairs_are_joined_transitively():
     cells = table(
         ("s|AAACATTGAGCTAC", "s", "h1", 9.0),
         ("t|AAACATTGAGCTAC", "t", "h2", 9.0),
@@ -108,12 +108,12 @@ def test_pairs_chain():
     assert sets_of(join_cells(4, find_pairs(cells))) == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize(("like", "joined"), [(0, []), (1, []), (2, [[0, 1]])])
-def test_donors_are_joined_by_two_barcodes_not_by_one(like, joined):
+@pytest.mark.parametrize(("shared", "joined"), [(0, []), (1, []), (2, [[0, 1]])])
+def test_donors_are_joined_by_two_barcodes_but_not_by_one(shared, joined):
     barcodes = ["AAACATTGAGCTAC", "CCCCATTGAGCTAC", "GGGCATTGAGCTAC"]
     cells = table(
         *((f"s|{barcode}", "s", f"a{i}", i + 100.0) for i, barcode in enumerate(barcodes)),
-        *((f"t|{barcode}", "t", f"b{i}", i + 100.0 + (i >= like)) for i, barcode in enumerate(barcodes)),
+        *((f"t|{barcode}", "t", f"b{i}", i + 100.0 + (i >= shared)) for i, barcode in enumerate(barcodes)),
     )
     donors = np.repeat([0, 1, 2], [3, 2, 1])
     assert sets_of(join_groups(donors, find_pairs(cells))) == joined
@@ -128,7 +128,7 @@ def test_donors_are_joined_by_one_cell_with_identical_counts():
 
 @settings(deadline=None)
 @given(hashes=st.lists(st.integers(0, 8), min_size=1, max_size=30))
-def test_joined_cells_are_those_of_one_hash(hashes):
+def test_joined_cells_are_those_with_the_same_hash(hashes):
     cells = table(*((f"c{i}", "s", f"h{value}", 1.0) for i, value in enumerate(hashes)))
     joined = join_cells(len(cells), find_pairs(cells))
     assert len(set(zip(joined, hashes, strict=True))) == len(set(joined)) == len(set(hashes))

@@ -1,4 +1,4 @@
-"""Geneformer's dictionaries: read from pickles without running them, and fitting their checkpoint or refused."""
+"""Geneformer's dictionaries are read from pickles without executing code, and rejected if they are inconsistent."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ class Command:
 
 
 @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
-def test_texts_and_numbers_of_numpy_are_read_as_plain_ones(tmp_path, protocol):
+def test_numpy_numbers_are_read_as_python_numbers(tmp_path, protocol):
     numbers = [
         np.int8(-3),
         np.uint8(200),
@@ -38,7 +38,7 @@ def test_texts_and_numbers_of_numpy_are_read_as_plain_ones(tmp_path, protocol):
 
 
 def hostile_commands(mark):
-    """Return calls that each leave a file if they are run."""
+    """Return objects that each create a file if they are unpickled."""
     return [
         Command(os.system, f"touch {mark}"),
         Command(eval, f"open('{mark}', 'w')"),
@@ -48,13 +48,13 @@ def hostile_commands(mark):
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_no_command_is_run(tmp_path, number):
+def test_no_code_is_executed(tmp_path, number):
     mark = tmp_path / "mark.npy"
     dump(hostile_commands(mark)[number], tmp_path / "a.pkl")
-    with pytest.raises(InputError, match="it asks for"):
+    with pytest.raises(InputError, match="it refers to"):
         read_dictionary(tmp_path / "a.pkl")
     assert not mark.exists()
-    pickle.loads((tmp_path / "a.pkl").read_bytes())  # as hostile as it looks
+    pickle.loads((tmp_path / "a.pkl").read_bytes())  # the pickle is really hostile
     assert mark.exists()
 
 
@@ -72,13 +72,13 @@ def test_no_command_is_run(tmp_path, number):
         ["a"],
     ],
 )
-def test_anything_else_is_refused(tmp_path, value):
+def test_anything_else_is_rejected(tmp_path, value):
     dump(value, tmp_path / "a.pkl")
-    with pytest.raises(InputError, match="no dictionary of texts and numbers"):
+    with pytest.raises(InputError, match="not a dictionary of strings and numbers"):
         read_dictionary(tmp_path / "a.pkl")
 
 
-def test_a_damaged_pickle_is_told_in_one_line(tmp_path):
+def test_a_damaged_pickle_is_reported_as_input_error(tmp_path):
     whole = pickle.dumps(TOKENS)
     for text in (b"", b"no pickle", whole[:-9], whole[: len(whole) // 2]):
         (tmp_path / "a.pkl").write_bytes(text)
@@ -87,7 +87,7 @@ def test_a_damaged_pickle_is_told_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("place", [".", "..", "../geneformer", "../geneformer/gene_dictionaries_30m"])
-def test_dictionaries_of_the_checkpoints_series_are_found(tmp_path, place):
+def test_the_dictionaries_of_the_checkpoints_series_are_found(tmp_path, place):
     checkpoint = tmp_path / "repository/V1"
     checkpoint.mkdir(parents=True)
     (checkpoint / place).mkdir(parents=True, exist_ok=True)
@@ -101,21 +101,24 @@ def test_dictionaries_of_the_checkpoints_series_are_found(tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("changes", "message"),
     [
-        ({"tokens": TOKENS | {"ENSG2": 7}}, "tokens do not count from 0"),
-        ({"tokens": {"ENSG3": 0, "<mask>": 1, "ENSG1": 2, "ENSG2": 3}}, "tokens do not count from 0"),
-        ({"medians": {"ENSG1": 1.0}}, "no median above nought for 1 genes, such as ENSG2"),
-        ({"medians": MEDIANS | {"ENSG1": 0.0}}, "no median above nought for 1 genes, such as ENSG1"),
+        ({"tokens": TOKENS | {"ENSG2": 7}}, "tokens are not numbered consecutively from 0"),
+        (
+            {"tokens": {"ENSG3": 0, "<mask>": 1, "ENSG1": 2, "ENSG2": 3}},
+            "not numbered .* or <pad> or <mask> is missing",
+        ),
+        ({"medians": {"ENSG1": 1.0}}, "no positive median for 1 genes, such as ENSG2"),
+        ({"medians": MEDIANS | {"ENSG1": 0.0}}, "no positive median for 1 genes, such as ENSG1"),
     ],
 )
-def test_dictionaries_that_do_not_fit_one_another_are_refused(tmp_path, wrong, told):
-    write_series(tmp_path, **wrong)
-    with pytest.raises(InputError, match=told):
+def test_inconsistent_dictionaries_are_rejected(tmp_path, changes, message):
+    write_series(tmp_path, **changes)
+    with pytest.raises(InputError, match=message):
         find_dictionaries(tmp_path, 4)
 
 
-def test_without_dictionaries_the_reason_is_told(tmp_path):
+def test_missing_dictionaries_are_reported(tmp_path):
     with pytest.raises(InputError, match="no token_dictionary"):
         find_dictionaries(tmp_path, 4)
     dump(TOKENS, tmp_path / "token_dictionary.pkl")
@@ -123,7 +126,7 @@ def test_without_dictionaries_the_reason_is_told(tmp_path):
         find_dictionaries(tmp_path, 4)
 
 
-def test_the_table_names_a_gene_by_all_its_ids_and_symbols(tmp_path):
+def test_the_table_has_one_row_per_id_and_symbol_of_a_gene(tmp_path):
     names = {"AAA": "ENSG1", "ABC": "ENSG1", "NONE": "ENSG9"}
     write_series(tmp_path, names=names, mapping={"ENSG1": "ENSG1", "ENSG0": "ENSG2", "ENSG8": "ENSG9"})
     table = find_dictionaries(tmp_path, 4).table()

@@ -1,8 +1,9 @@
-"""Geneformer: official checkpoints laid down, and gene vectors equal to those of transformers, cell by cell."""
+"""Geneformer: official checkpoints are fetched, and gene vectors equal those of transformers for single cells."""
 
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,13 +18,14 @@ from cell2text.embedding.ranked_cells import RankedCells
 from cell2text.errors import InputError
 from cell2text.files import read_json
 from cell2text.models.fetch_encoder import fetch_encoder
+from default_settings import encoder_settings
 from tiny_geneformer import GENES, V1, V2, tiny_bert, write_checkpoint
 
 TOP = 6
 
 
 def some_cells(lengths, special, seed=1):
-    """Return cells of so many genes each, none twice."""
+    """Return cells with the given numbers of distinct genes."""
     random = np.random.default_rng(seed)
     first = sum(token is not None for token in special.values())
     tokens = [random.permutation(GENES)[:length] + first for length in lengths]
@@ -35,7 +37,7 @@ def some_cells(lengths, special, seed=1):
 
 @torch.no_grad()
 def plain_vectors(model, cells, special, positions, layer):
-    """Return each cell's hidden states by transformers alone: one cell, no padding, no mask."""
+    """Return each cell's hidden states from plain transformers: single cells, no padding, no mask."""
     bert = BertModel(model.config, add_pooling_layer=False)
     bert.load_state_dict(model.bert.state_dict())
     bert.eval()
@@ -50,9 +52,9 @@ def plain_vectors(model, cells, special, positions, layer):
 
 
 @pytest.mark.parametrize("special", [V1, V2], ids=["V1", "V2"])
-@pytest.mark.parametrize(("precision", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layer", [-1, -2, -3])
-def test_gene_vectors_equal_those_of_transformers_a_cell_at_a_time(tmp_path, special, precision, apart, layer):
+def test_gene_vectors_equal_those_of_transformers_for_single_cells(tmp_path, special, precision, atol, layer):
     folder, model = write_checkpoint(tmp_path / "repository/tiny", special)
     fetch_encoder(str(folder), tmp_path / "model")
     encoder = Geneformer.load(tmp_path / "model", precision, layer)
@@ -66,16 +68,16 @@ def test_gene_vectors_equal_those_of_transformers_a_cell_at_a_time(tmp_path, spe
         kept = min(TOP, len(genes))
         assert tensors["lengths"][cell] == kept
         # fp16 keeps 11 bits
-        limit = {"rtol": 1e-3, "atol": max(apart, 1e-3)}
+        limit = {"rtol": 1e-3, "atol": max(atol, 1e-3)}
         np.testing.assert_allclose(tensors["gene_vectors"][cell, :kept], genes[:kept].float().numpy(), **limit)
         assert not tensors["gene_vectors"][cell, kept:].any()
-        np.testing.assert_allclose(tensors["pooled"][cell], genes.float().mean(0).numpy(), atol=apart)
+        np.testing.assert_allclose(tensors["pooled"][cell], genes.float().mean(0).numpy(), atol=atol)
         if whole is not None:
-            np.testing.assert_allclose(tensors["cls"][cell], whole.float().numpy(), atol=apart)
+            np.testing.assert_allclose(tensors["cls"][cell], whole.float().numpy(), atol=atol)
     assert ("cls" in tensors) == (special is V2)
 
 
-def test_float32_vectors_are_equal_before_they_are_rounded(tmp_path):
+def test_float32_vectors_are_equal_before_rounding(tmp_path):
     model = tiny_bert(V1)
     encoder = RankedBert(model.bert, Special(**V1), -2)
     cells = some_cells([3, 20, 7, 20], V1)
@@ -87,7 +89,7 @@ def test_float32_vectors_are_equal_before_they_are_rounded(tmp_path):
             torch.testing.assert_close(found, plain[row][0], rtol=1e-5, atol=1e-5)
 
 
-def test_neither_order_nor_batches_nor_neighbours_change_a_cell():
+def test_vectors_do_not_depend_on_order_batches_or_other_cells():
     encoder = RankedBert(tiny_bert(V2).bert, Special(**V2), -2)
     lengths = [4, 18, 11, 18, 2, 9]
     cells = some_cells(lengths, V2)
@@ -100,7 +102,7 @@ def test_neither_order_nor_batches_nor_neighbours_change_a_cell():
     assert all(np.allclose(alone[name][0], whole[name][2], rtol=2e-3, atol=1e-5) for name in whole)
 
 
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+def test_batches_are_halved_if_memory_runs_out(monkeypatch):
     encoder = RankedBert(tiny_bert(V1).bert, Special(**V1), -1)
     cells = some_cells([20, 20, 19, 5, 5], V1)
     whole = encoder.embed(cells, TOP)
@@ -120,7 +122,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
         encoder.embed(cells, TOP)
 
 
-def test_a_cell_without_known_genes_gets_zeros():
+def test_a_cell_without_known_genes_has_zero_vectors():
     encoder = RankedBert(tiny_bert(V1).bert, Special(**V1), -1)
     cells = some_cells([3, 0], V1)
     tensors = encoder.embed(cells, TOP)
@@ -130,34 +132,32 @@ def test_a_cell_without_known_genes_gets_zeros():
 
 
 @pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
-def test_an_official_folder_is_laid_down_without_its_pickles(tmp_path, as_bin):
+def test_an_official_folder_is_fetched_without_its_pickles(tmp_path, as_bin):
     folder, model = write_checkpoint(tmp_path / "repository/Geneformer-V2-tiny", V2, as_bin)
     fetch_encoder(str(folder), tmp_path / "models/tiny")
-    laid = tmp_path / "models/tiny"
-    assert sorted(path.name for path in laid.iterdir()) == [
+    fetched = tmp_path / "models/tiny"
+    assert sorted(path.name for path in fetched.iterdir()) == [
         "config.json", "encoder.json", "genes.tsv", "model.safetensors", "source.json",
     ]  # fmt: skip
-    source = read_json(laid / "source.json")
+    source = read_json(fetched / "source.json")
     assert source["licence"] == "apache-2.0" and source["source"] == str(folder)
     assert set(source["sha256"]) == {"config.json", "encoder.json", "genes.tsv", "model.safetensors"}
-    weights = load_file(laid / "model.safetensors")
+    weights = load_file(fetched / "model.safetensors")
     assert all(torch.equal(weights[f"bert.{name}"], value) for name, value in model.bert.state_dict().items())
-    assert read_json(laid / "encoder.json")["special"] == V2
-    table = (laid / "genes.tsv").read_text().splitlines()
+    assert read_json(fetched / "encoder.json")["special"] == V2
+    table = (fetched / "genes.tsv").read_text().splitlines()
     assert table[:2] == ["token\tgene_id\tsymbol\tmedian", "7\tCD3E\tCD3E\t4.0"] and len(table) == GENES + 2
 
 
-def test_the_encoder_of_a_run_links_the_checkpoint_and_reads_its_shards(tmp_path):
+def test_the_encoder_of_a_run_links_the_checkpoint_and_embeds_shards(tmp_path):
     folder, _ = write_checkpoint(tmp_path / "repository/tiny", V2)
     fetch_encoder(str(folder), tmp_path / "models/tiny")
-    settings = {"directory": str(tmp_path / "models/tiny"), "layer": -3}
+    settings = encoder_settings(kind="geneformer", layer=-3)
     (tmp_path / "results/encoder").mkdir(parents=True)
-    Geneformer.fit(None, None, settings, 0, tmp_path).save(tmp_path / "results/encoder")
+    Geneformer.fit(None, None, settings, 0, tmp_path, tmp_path / "models/tiny").save(tmp_path / "results/encoder")
     assert (tmp_path / "results/encoder/model.safetensors").is_symlink()
     encoder = load_encoder(tmp_path / "results/encoder")
     assert len(encoder.bert.encoder.layer) == 1 and encoder.layer == -3
-    import pandas as pd
-
     cells = some_cells([5, 18, 9, 2, 17], V2)
     parts = np.split(cells.tokens, cells.offsets[1:-1])
     table = pd.DataFrame({"cell_id": cells.cell_ids, "tokens": parts, "expression": [part * 1.0 for part in parts]})
@@ -189,7 +189,7 @@ def drop_layer(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("corrupt", "message"),
     [
         (lambda folder: break_config(folder, vocab_size=99), "the checkpoint has 99 tokens, .* has 44"),
         (lambda folder: break_config(folder, pad_token_id=1), "pad_token_id is 1, not 0"),
@@ -201,15 +201,15 @@ def drop_layer(folder):
         (lambda folder: (folder.parent / "geneformer/token_dictionary_gc104M.pkl").unlink(), "no token_dictionary"),
     ],
 )
-def test_what_does_not_fit_is_told_and_nothing_is_written(tmp_path, spoil, told):
+def test_an_invalid_checkpoint_is_reported_and_nothing_is_written(tmp_path, corrupt, message):
     folder, _ = write_checkpoint(tmp_path / "repository/tiny", V2)
-    spoil(folder)
-    with pytest.raises(InputError, match=told):
+    corrupt(folder)
+    with pytest.raises(InputError, match=message):
         fetch_encoder(str(folder), tmp_path / "models/tiny")
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_missing_weights_and_layers_are_told(tmp_path):
+def test_missing_weights_and_layers_are_errors(tmp_path):
     folder, _ = write_checkpoint(tmp_path / "repository/tiny", V2)
     fetch_encoder(str(folder), tmp_path / "tiny")
     with pytest.raises(InputError, match="-4 of 3 layers"):
@@ -219,7 +219,7 @@ def test_missing_weights_and_layers_are_told(tmp_path):
         Geneformer.load(tmp_path / "tiny")
 
 
-def test_a_bin_that_runs_code_is_refused(tmp_path):
+def test_a_bin_file_that_runs_code_is_refused(tmp_path):
     folder, _ = write_checkpoint(tmp_path / "repository/tiny", V2)
     (folder / "model.safetensors").unlink()
 

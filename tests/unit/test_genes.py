@@ -1,4 +1,4 @@
-"""Genes find their Ensembl id and symbol, and nothing is lost without a word."""
+"""Genes are mapped to Ensembl ids and symbols, and every excluded gene is reported."""
 
 import gzip
 
@@ -44,19 +44,19 @@ def test_symbols_become_ids_and_rows_of_one_gene_are_summed(table):
     assert found == {
         (CD3D, "CD3D"): 1 + 2, (LYZ, "LYZ"): 4, (MATR3, "MATR3"): 8 + 16, (NKX, "NKX2-1"): 32,
     }  # fmt: skip
-    assert genes.left_out == {"no genes": 0, "of other species": 0, "not in the gene table": 1}
+    assert genes.excluded == {"not genes": 0, "from other species": 0, "not in the gene table": 1}
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("LZM", LYZ),
-        ("SHARED", None),  # of two genes
+        ("SHARED", None),  # alias of two genes
         ("T", TBXT),
-        ("NKX2.1", NKX),  # as R writes it
+        ("NKX2.1", NKX),  # as written by R
         ("FIRRM", C1ORF),
         ("lyz", LYZ),
-        ("LYZ-1", None),  # no LYZ beside it
+        ("LYZ-1", None),  # the file has no LYZ
         ("", None),
     ],
 )
@@ -65,12 +65,12 @@ def test_other_spellings_of_a_symbol(table, name, expected):
     assert [gene for gene, _ in found] == ([expected] if expected else [])
 
 
-def test_a_symbol_wins_over_an_alias(table):
+def test_a_symbol_takes_precedence_over_an_alias(table):
     assert table.ids["CD3D"] == CD3D
     assert table.ids["MATR3"] == MATR3  # the first of two ids
 
 
-def test_without_a_table_symbols_stay_and_those_that_repeat_are_summed():
+def test_without_a_table_symbols_are_kept_and_duplicates_are_summed():
     found, _ = mapped(["CD3D", "LYZ", "CD3D", "MATR3", "MATR3-1"])
     expected = {"CD3D": 1 + 4, "LYZ": 2, "MATR3": 8, "MATR3-1": 16}
     assert found == {(symbol, symbol): count for symbol, count in expected.items()}
@@ -93,14 +93,14 @@ def test_without_a_table_symbols_stay_and_those_that_repeat_are_summed():
         (["CD3D", "CD3D_protein", "chr1:1-2"], {"feature_types": ["Gene Expression", "Antibody Capture", "Peaks"]},
          {("CD3D", "CD3D"): 1}),
     ],
-    ids=["ids in a column", "versions", "CELLxGENE", "both in one", "a gene without id", "numbers beside ids",
-         "10x mixture", "mixture of symbols", "spike-in and mouse", "multi-modal"],
+    ids=["ids in a column", "versions", "CELLxGENE", "id and symbol in one", "a gene without id", "numbers as index",
+         "10x mixture", "mixture with symbols", "spike-in and mouse", "multi-modal"],
 )  # fmt: skip
-def test_files_without_a_table(index, var, expected):
+def test_files_without_a_gene_table(index, var, expected):
     assert mapped(index, **var)[0] == expected
 
 
-def test_ids_get_their_symbols_from_the_table(table):
+def test_symbols_of_ids_come_from_the_table(table):
     assert mapped([LYZ, "ENSG00000999999"], table)[0] == {(LYZ, "LYZ"): 1, ("ENSG00000999999",) * 2: 2}
 
 
@@ -113,10 +113,10 @@ def test_ids_get_their_symbols_from_the_table(table):
     ],
     ids=["csv", "no header", "HGNC"],
 )
-@pytest.mark.parametrize("zipped", [False, True])
-def test_tables_of_several_forms(tmp_path, text, zipped):
-    path = tmp_path / ("genes.txt.gz" if zipped else "genes.txt")
-    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_gene_tables_in_several_formats(tmp_path, text, gzipped):
+    path = tmp_path / ("genes.txt.gz" if gzipped else "genes.txt")
+    path.write_bytes(gzip.compress(text.encode()) if gzipped else text.encode())
     table = read_gene_table(path)
     assert table.ids["CD3D"] == CD3D and table.ids["LYZ"] == LYZ
     assert table.symbols[CD3D] == "CD3D"
@@ -125,13 +125,16 @@ def test_tables_of_several_forms(tmp_path, text, zipped):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("symbol\tlength\nCD3D\t1\n", ["columns symbol, length", "Give the columns gene_id (Ensembl) and symbol"]),
+        (
+            "symbol\tlength\nCD3D\t1\n",
+            ["required columns missing (found: symbol, length)", "Give the columns gene_id (Ensembl) and symbol"],
+        ),
         ("gene_id\tsymbol\nENSMUSG00000032094\tCd3d\n", ["gene_id", "no human Ensembl id"]),
-        ("", ["genes.tsv: no table", "Give the columns"]),
+        ("", ["genes.tsv: not a table", "Give the columns"]),
         (None, ["config: genes: table", "no such file", "Correct the path"]),
     ],
 )
-def test_a_table_that_is_none(tmp_path, text, expected):
+def test_an_invalid_gene_table(tmp_path, text, expected):
     if text is not None:
         (tmp_path / "genes.tsv").write_text(text)
     with pytest.raises(InputError) as error:
@@ -140,17 +143,17 @@ def test_a_table_that_is_none(tmp_path, text, expected):
         assert part in str(error.value)
 
 
-def test_the_share_of_counts_that_is_kept_is_recorded_and_has_a_floor(tmp_path, caplog):
+def test_the_share_of_counts_that_is_kept_is_recorded_and_has_a_minimum(tmp_path, caplog):
     (tmp_path / "genes.tsv").write_text(TABLE)
     counts = np.array([[6, 1, 0], [0, 1, 2]], dtype=np.float32)
-    cells = ad.AnnData(counts, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["CD3D", "LYZ", "unheard-of"]))
+    cells = ad.AnnData(counts, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["CD3D", "LYZ", "not-a-gene"]))
     cells.write_h5ad(tmp_path / "in.h5ad")
     row = {"dataset": "s", "source": str(tmp_path / "in.h5ad")}
     with caplog.at_level("INFO"):
         fetch_dataset(row, tmp_path / "s.h5ad", tmp_path / "genes.tsv", min_counts_kept=0.8)
     written = ad.read_h5ad(tmp_path / "s.h5ad")
     assert written.uns["counts_kept"] == pytest.approx(8 / 10)
-    assert "2 genes kept, with 80.00% of the counts; rows left out: 1 not in the gene table" in caplog.text
+    assert "2 genes kept, with 80.00% of the counts; rows excluded: 1 not in the gene table" in caplog.text
     assert written.X.toarray().tolist() == [[6, 1], [0, 1]]
     with pytest.raises(InputError, match=r"only 80.0% of the counts .* or lower genes: min_counts_kept") as error:
         fetch_dataset(row, tmp_path / "t.h5ad", tmp_path / "genes.tsv", min_counts_kept=0.81)

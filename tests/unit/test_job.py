@@ -1,4 +1,4 @@
-"""What surrounds every script: logs, errors that a user can read, progress."""
+"""What every script does: logging, one-line errors for the user, progress."""
 
 import logging
 from pathlib import Path
@@ -22,16 +22,16 @@ def read_log(job):
     return Path(job.log[0]).read_text()
 
 
-def test_a_users_mistake_is_one_line_and_exit_code_one(job, capsys):
+def test_an_input_error_is_one_line_and_exit_code_one(job, capsys):
     def main(snakemake):
         raise InputError("cells.h5ad: obs.label", "no such\n column", "Name a column")
 
     with pytest.raises(SystemExit) as stopped:
         run_job(main, job)
     assert stopped.value.code == 1
-    for told in (read_log(job), capsys.readouterr().err):
-        assert told.count("\n") == 1
-        assert told.endswith("some_rule: cells.h5ad: obs.label: no such column. Name a column\n")
+    for text in (read_log(job), capsys.readouterr().err):
+        assert text.count("\n") == 1
+        assert text.endswith("some_rule: cells.h5ad: obs.label: no such column. Name a column\n")
 
 
 def test_any_other_error_leaves_its_traceback_in_the_log(job):
@@ -46,11 +46,11 @@ def test_any_other_error_leaves_its_traceback_in_the_log(job):
 def test_the_seed_is_set(job):
     drawn = []
     for _ in range(2):
-        run_job(lambda snakemake: drawn.append(np.random.random()), job)  # noqa: NPY002 - the one that is seeded
+        run_job(lambda snakemake: drawn.append(np.random.random()), job)  # noqa: NPY002 - the generator that is seeded
     assert drawn[0] == drawn[1]
 
 
-def test_progress_tells_rate_and_time_left_but_not_too_often(monkeypatch, caplog):
+def test_progress_logs_rate_and_time_left_but_not_too_often(monkeypatch, caplog):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO)

@@ -29,7 +29,7 @@ TERM_TABLE = pd.DataFrame(
 
 
 def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test", status="parsed"):
-    """Rows that serve as truth and as predictions; slots other than the cell type are empty."""
+    """Rows to use as truth or as predictions; slots other than the cell type are empty."""
     n = len(cell_types)
     table = pd.DataFrame({"cell_id": [f"cell {i}" for i in range(n)], "split": split, "status": status})
     for slot in TERM_SLOTS:
@@ -51,7 +51,7 @@ def scores(truth, predicted, donors=None, replicates=50):
     return {(row["slot"], row["metric"]): row for row in rows}
 
 
-def test_cell_type_figures_by_hand():
+def test_cell_type_metrics_by_hand():
     truth = cells_of([B_CELL, B_CELL, NK_CELL, CD4_T])
     predicted = cells_of([B_CELL, NK_CELL, NK_CELL, None])
     found = scores(truth, predicted)
@@ -59,15 +59,15 @@ def test_cell_type_figures_by_hand():
     # F1: B 2*1/(2+1), NK 2*1/(1+2), CD4 0
     assert found["cell_type", "macro_f1"]["value"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert found["cell_type", "abstention"]["value"] == 0.25
-    near = term_similarities([truth, predicted])["cell_type"]["similarity"].loc[NK_CELL, B_CELL]
-    assert 0 < near < 1
-    assert found["cell_type", "similarity"]["value"] == pytest.approx((1 + near + 1 + 0) / 4)
-    assert found["cell_type", "similarity_among_errors"]["value"] == pytest.approx(near / 2)
+    similarity = term_similarities([truth, predicted])["cell_type"]["similarity"].loc[NK_CELL, B_CELL]
+    assert 0 < similarity < 1
+    assert found["cell_type", "similarity"]["value"] == pytest.approx((1 + similarity + 1 + 0) / 4)
+    assert found["cell_type", "similarity_among_errors"]["value"] == pytest.approx(similarity / 2)
     assert found["cell_type", "similarity_among_errors"]["n"] == 2
     assert found["cell_type", "accuracy"]["n"] == 4
 
 
-def test_a_cell_without_truth_is_left_out_and_unknown_is_never_right():
+def test_unlabelled_cells_are_excluded_and_unknown_is_never_correct():
     truth = cells_of([None, "unknown", B_CELL, NK_CELL])
     found = scores(truth, cells_of([None, "unknown", "unknown", NK_CELL]))
     assert found["cell_type", "accuracy"]["value"] == 0.5
@@ -76,12 +76,12 @@ def test_a_cell_without_truth_is_left_out_and_unknown_is_never_right():
     assert ("tissue", "accuracy") not in found
 
 
-def test_a_guess_at_a_cell_without_truth_costs_no_precision():
+def test_predictions_for_unlabelled_cells_do_not_lower_precision():
     truth = cells_of([None, B_CELL])
     assert scores(truth, cells_of([B_CELL, B_CELL]))["cell_type", "macro_f1"]["value"] == 1
 
 
-def test_no_error_gives_no_similarity_among_errors():
+def test_similarity_among_errors_needs_an_error():
     truth = cells_of([B_CELL, NK_CELL])
     found = scores(truth, truth)
     assert ("cell_type", "similarity_among_errors") not in found
@@ -93,7 +93,7 @@ labels = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcde")), 
 
 @given(labels)
 @settings(max_examples=50, deadline=None)
-def test_macro_f1_is_that_of_scikit_learn(pairs):
+def test_macro_f1_equals_that_of_scikit_learn(pairs):
     truth, predicted = (pd.Series(list(column)) for column in zip(*pairs, strict=True))
     classes = pd.Index(sorted(set(truth)))
     sums = statistics.class_statistics(truth, predicted, classes).sum(axis=0)[None]
@@ -101,17 +101,17 @@ def test_macro_f1_is_that_of_scikit_learn(pairs):
     assert statistics.macro_f1(sums)[0] == pytest.approx(expected)
 
 
-def test_sets_of_pathways_by_hand():
+def test_pathway_metrics_by_hand():
     truth = pd.Series([["P1", "P2"], ["P1", "P2"], [], ["P1"], ["P1", "P2"]])
-    said = pd.Series([np.array(["P2", "P1"]), ["P1", "P3"], None, [], ["P1", "P1"]])
-    equal, jaccard = statistics.set_statistics(truth, said)
+    predicted = pd.Series([np.array(["P2", "P1"]), ["P1", "P3"], None, [], ["P1", "P1"]])
+    equal, jaccard = statistics.set_statistics(truth, predicted)
     assert equal.tolist() == [1, 0, 1, 0, 0]
     assert jaccard.tolist() == pytest.approx([1, 1 / 3, 1, 0, 0.5])
 
 
 def test_calibration_error_by_hand():
-    # Bins: 0.5-0.6 with confidences 0.5 and 0.58, one right: |0.54 - 0.5|; 0.9-1.0 with 0.95, 1.0 and 0.9,
-    # two right: |0.95 - 2/3|. The abstention and the cell without truth do not count.
+    # Bin 0.5-0.6: confidences 0.5 and 0.58, one correct, |0.54 - 0.5|. Bin 0.9-1.0: confidences 0.95, 1.0 and 0.9,
+    # two correct, |0.95 - 2/3|. The abstention and the unlabelled cell do not count.
     truth = cells_of([B_CELL] * 6 + [None])
     predicted = cells_of(
         [B_CELL, NK_CELL, B_CELL, B_CELL, NK_CELL, None, B_CELL],
@@ -130,17 +130,17 @@ TEXTS = [
 ]
 
 
-def test_bleu_is_that_of_sacrebleu():
+def test_bleu_equals_that_of_sacrebleu():
     reference, text = (pd.Series(list(column)) for column in zip(*TEXTS * 3, strict=True))
     counts, overlap = statistics.text_statistics(reference, text)
     assert statistics.bleu(counts.sum(axis=0)[None])[0] == pytest.approx(
         sacrebleu.corpus_bleu(list(text), [list(reference)]).score / 100, abs=1e-12
     )
-    # the words shared in order, over the mean length: 5 words against 6, of which 4
+    # second pair: 4 words in common, in order, of 5 and 6 words
     assert overlap[:3].tolist() == pytest.approx([1, 2 * 4 / (5 + 6), 0])
 
 
-def test_text_figures():
+def test_text_metrics():
     reference, text = (list(column) for column in zip(*TEXTS, strict=True))
     truth = cells_of([B_CELL] * 4, texts=reference)
     predicted = cells_of([B_CELL] * 4, texts=text, status=["parsed", "parsed", "failed", "partial"])
@@ -151,14 +151,14 @@ def test_text_figures():
     assert 0 < bleu["low"] <= bleu["value"] <= bleu["high"] <= 1
 
 
-def test_a_method_without_text_has_no_text_figures():
+def test_methods_without_text_have_no_text_metrics():
     truth = cells_of([B_CELL, NK_CELL])
     found = scores(truth, truth.assign(text=None))
     assert ("text", "bleu") not in found
     assert ("text", "parsed") in found
 
 
-def test_bootstrap_is_deterministic_and_brackets_the_value():
+def test_bootstrap_intervals_are_deterministic_and_contain_the_value():
     rng = np.random.default_rng(0)
     values = statistics.mean_statistics(rng.random(60) < 0.7)
     donors = pd.Series(rng.integers(8, size=60))
@@ -168,21 +168,21 @@ def test_bootstrap_is_deterministic_and_brackets_the_value():
     assert one[1] < one[0] < one[2]
 
 
-def test_bootstrap_draws_whole_donors():
-    # Cells of a donor are all right or all wrong: with two donors a replicate's mean is 0, 1/2 or 1, and each
-    # of 0 and 1 comes up in a quarter of the draws. Cells drawn one by one would stay near 1/2.
+def test_the_bootstrap_draws_whole_donors():
+    # The cells of a donor are all correct or all wrong. With two donors, the mean of a replicate is 0, 1/2 or 1, and
+    # 0 and 1 each have a probability of 1/4. If cells were drawn, the mean would stay close to 1/2.
     values = statistics.mean_statistics(np.repeat([0.0, 1.0], 100))
     donors = pd.Series(np.repeat(["one", "two"], 100))
     bootstrap = Bootstrap(donors, 400, seed=0)
     assert (bootstrap.unit, bootstrap.units) == ("donor", 2)
     assert bootstrap.estimate(values, statistics.ratio) == (0.5, 0, 1)
-    alone = Bootstrap(pd.Series(["one"] * 200), 400, seed=0)
-    assert (alone.unit, alone.units) == ("cell", 200)
-    _, low, high = alone.estimate(values, statistics.ratio)
+    one_donor = Bootstrap(pd.Series(["one"] * 200), 400, seed=0)
+    assert (one_donor.unit, one_donor.units) == ("cell", 200)
+    _, low, high = one_donor.estimate(values, statistics.ratio)
     assert 0.4 < low < 0.5 < high < 0.6
 
 
-def test_bootstrap_of_a_mean_has_the_width_that_theory_gives():
+def test_the_bootstrap_interval_of_a_mean_has_the_expected_width():
     values = np.random.default_rng(1).random(400)
     bootstrap = Bootstrap(pd.Series(["one"] * 400), 2000, seed=0)
     value, low, high = bootstrap.estimate(statistics.mean_statistics(values), statistics.ratio)
@@ -191,18 +191,18 @@ def test_bootstrap_of_a_mean_has_the_width_that_theory_gives():
     assert (value - low, high - value) == pytest.approx((error, error), rel=0.1)
 
 
-def test_names_with_commas_and_abstentions_survive_the_tables(tmp_path):
-    truth, said = pd.Series([CD4_T, CD4_T, B_CELL]), pd.Series([CD4_T, None, CD4_T])
+def test_tables_keep_names_with_commas_and_abstentions(tmp_path):
+    truth, predicted = pd.Series([CD4_T, CD4_T, B_CELL]), pd.Series([CD4_T, None, CD4_T])
     terms = Terms(TERM_TABLE)
     path = tmp_path / "confusion.tsv"
-    confusion("cell_type", truth, said, terms).to_csv(path, sep="\t", index=False)
+    confusion("cell_type", truth, predicted, terms).to_csv(path, sep="\t", index=False)
     pairs = pd.read_csv(path, sep="\t").set_index(["true_name", "predicted_name"])["n"]
     assert pairs.to_dict() == {
         ("B cell", NAMES[CD4_T]): 1,
         (NAMES[CD4_T], NAMES[CD4_T]): 1,
         (NAMES[CD4_T], "not determined"): 1,
     }
-    rows = per_class("cell_type", truth, said, terms).set_index("name")
+    rows = per_class("cell_type", truth, predicted, terms).set_index("name")
     assert rows.loc[NAMES[CD4_T], ["n", "precision", "recall", "f1"]].tolist() == [2, 0.5, 0.5, 0.5]
     assert np.isnan(rows.loc["B cell", "precision"]) and rows.loc["B cell", "f1"] == 0
 
@@ -219,8 +219,8 @@ def results(tmp_path):
     corpus["cell_id"], corpus["donor"] = truth["cell_id"].to_numpy(), ["s|1", "s|2"] * 3 + ["s|3"] * 6
     CELLS.write(corpus, tmp_path / "cells.parquet")
     predicted = truth.assign(cell_type_confidence=np.float32(0.75))[list(PREDICTIONS.columns)]
-    told = predicted.drop(columns="stage_confidence").astype(object).where(predicted.notna(), None)
-    for split, rows in told.groupby("split"):
+    generated = predicted.drop(columns="stage_confidence").astype(object).where(predicted.notna(), None)
+    for split, rows in generated.groupby("split"):
         for shard in range(2):
             part = rows.iloc[shard::2].to_dict("records")
             write_jsonl(part, tmp_path / f"generations/{split}/{shard}.jsonl")
@@ -235,7 +235,7 @@ def results(tmp_path):
 
 def run(folder, name="evaluation"):
     outputs = {table: folder / name / f"{table}.tsv" for table in ("metrics", "per_class", "confusion")}
-    outputs |= {"calibration": folder / name / "calibration.tsv", "provenance": folder / name / "made.json"}
+    outputs |= {"calibration": folder / name / "calibration.tsv", "provenance": folder / name / "provenance.json"}
     evaluate(
         folder / "descriptions.parquet",
         folder / "terms.parquet",
@@ -265,33 +265,33 @@ def test_evaluation_end_to_end(results):
     assert bins.groupby("method")["accuracy"].max().to_dict() == pytest.approx(
         {"cell2text": 1, "majority": 1 / 3}, abs=1e-6
     )
-    made = read_json(outputs["provenance"])
-    assert made["bootstrap"]["splits"] == {
+    provenance = read_json(outputs["provenance"])
+    assert provenance["bootstrap"]["splits"] == {
         "validation": {"unit": "donor", "units": 2},
         "test": {"unit": "cell", "units": 6},
     }
-    assert sorted(made["model"]) == ["adapter/weights.safetensors", "projector.safetensors"]
-    assert made["language_model"] == {"licence": "Apache-2.0"}
+    assert sorted(provenance["model"]) == ["adapter/weights.safetensors", "projector.safetensors"]
+    assert provenance["language_model"] == {"licence": "Apache-2.0"}
 
 
-def test_equal_input_gives_equal_files(results):
+def test_the_same_input_gives_the_same_files(results):
     one, two = run(results), run(results, "again")
     assert all(one[table].read_bytes() == two[table].read_bytes() for table in one)
 
 
-@pytest.mark.parametrize("fault", ["missing", "surplus", "told twice"])
-def test_a_method_with_other_cells_is_refused(results, fault):
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "described twice"])
+def test_a_method_with_the_wrong_cells_is_rejected(results, fault):
     shard = results / "generations/test/0.jsonl"
     first, *rest = shard.read_text().splitlines()
     other = json.dumps(json.loads(first) | {"cell_id": "cell 99"})
-    lines = {"missing": rest, "surplus": [first, *rest, other], "told twice": [first, first, *rest]}[fault]
+    lines = {"missing": rest, "unexpected": [first, *rest, other], "described twice": [first, first, *rest]}[fault]
     shard.write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError, match=f"generations.*1 {fault}, such as cell"):
         run(results)
     assert not (results / "evaluation").exists()
 
 
-def test_comparison_is_the_same_file_each_time_and_needs_test_cells(results):
+def test_the_comparison_plot_is_deterministic_and_needs_test_cells(results):
     metrics = run(results)["metrics"]
     plots = [results / "one.svg", results / "two.svg"]
     for plot in plots:
@@ -300,5 +300,5 @@ def test_comparison_is_the_same_file_each_time_and_needs_test_cells(results):
     assert plots[0].read_text().count("<!-- Cell2Text -->") == 1
     table = pd.read_csv(metrics, sep="\t")
     table[table["split"] == "validation"].to_csv(metrics, sep="\t", index=False)
-    with pytest.raises(InputError, match="no main figure of the test cells"):
+    with pytest.raises(InputError, match="no score for the test cells"):
         compare(metrics, results / "three.svg")

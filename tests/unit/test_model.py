@@ -3,12 +3,11 @@
 import copy
 import sys
 from functools import partial
-from types import MethodType, ModuleType
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from peft.tuners import lora
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -16,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from cell2text.errors import InputError
 from cell2text.generation.decode import Written, write_texts
 from cell2text.generation.describe import decode, read_text
-from cell2text.model import bundle, language_model
+from cell2text.model import bundle, fast, language_model
 from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
 from cell2text.model.cell2text import INSTRUCTION
 from cell2text.model.fast import layers as fused
@@ -24,18 +23,21 @@ from cell2text.model.fast.attention import CELLS_IN_CACHE, Row, SharedPromptAtte
 from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
 from cell2text.model.fast.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
+from default_settings import finetune_settings, projector_settings
 
 CPU = torch.device("cpu")
-LORA = {"r": 4, "lora_alpha": 8}
+LORA = finetune_settings(lora_rank=4, lora_alpha=8)
 
 
 @pytest.fixture
 def build(tiny_model, monkeypatch):
     monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.float32)
 
-    def make(kind="pooled", seed=0):
+    def make(kind="pooled", seed=0, speed_up=True):
         torch.manual_seed(seed)
-        model = bundle.build(tiny_model, {"kind": kind, "soft_tokens": 3, "hidden": 16}, 5, LORA, CPU)
+        model = bundle.build(tiny_model, projector_settings(kind=kind, soft_tokens=3, hidden=16), 5, LORA, CPU)
+        if speed_up:
+            fast.speed_up(model)
         with torch.no_grad():  # an adapter that has no effect would hide mistakes
             for name, value in model.trainable().items():
                 if "lora_B" in name:
@@ -87,26 +89,31 @@ def test_batch_mates_change_nothing(build, kind):
 
 
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
-def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind, monkeypatch):
-    """One cell at a time through the stock model, prompt and all, against the whole batch in one row."""
-    (vectors, lengths), model = cells(kind), build(kind)
+def test_the_fast_path_gives_the_loss_and_gradients_of_the_plain_one(build, kind):
+    (vectors, lengths), model, plain = cells(kind), build(kind), build(kind, speed_up=False)
     text = torch.randint(5, 300, (4, 9))
     there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
     assert sum(type(part) is FusedLora for part in model.modules()) == 14
     assert sum(type(part) is FusedNorm for part in model.modules()) == 5
     assert sum(type(part) is FusedGate for part in model.modules()) == 2
-    ours, tokens = model.text_loss(*model.projector(vectors, lengths), text, there)
-    ours.backward()
-    gradients = {name: value.grad.clone() for name, value in model.trainable().items()}
-    model.zero_grad()
+    losses = []
+    for one in (model, plain):
+        loss, tokens = one.text_loss(*one.projector(vectors, lengths), text, there)
+        loss.backward()
+        losses.append(loss)
+        assert int(tokens) == 22
+    assert torch.allclose(*losses, rtol=1e-5)
+    gradients = {name: value.grad for name, value in model.trainable().items()}
+    for name, value in plain.trainable().items():
+        assert torch.allclose(gradients[name], value.grad, rtol=1e-3, atol=1e-4), name
 
-    model.language_model.set_attn_implementation("eager")
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", stock_rotation())
-    for part in model.modules():
-        if type(part) is FusedLora:
-            part.__class__ = lora.Linear
-        if type(part) is FusedGate:
-            part.act_fn, part.forward = torch.nn.SiLU(), MethodType(modeling_llama.LlamaMLP.forward, part)
+
+@pytest.mark.parametrize("kind", sorted(PROJECTORS))
+def test_the_plain_path_gives_the_loss_of_transformers_one_cell_at_a_time(build, kind):
+    (vectors, lengths), model = cells(kind), build(kind, speed_up=False)
+    text = torch.randint(5, 300, (4, 9))
+    there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    ours, _ = model.text_loss(*model.projector(vectors, lengths), text, there)
     theirs = 0
     for i in range(4):
         prompt, mask = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
@@ -114,11 +121,31 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(build, kind, mo
         labels = torch.cat([torch.full((1, prompt.shape[1]), -100), words], 1)
         embeddings = torch.cat([prompt, model.embed_tokens(words)], 1)
         theirs = theirs + model.language_model(inputs_embeds=embeddings, labels=labels).loss * words.shape[1]
-    theirs.backward()
-    assert int(tokens) == 22
     assert torch.allclose(ours, theirs, rtol=1e-5)
-    for name, value in model.trainable().items():
-        assert torch.allclose(gradients[name], value.grad, rtol=1e-3, atol=1e-4), name
+
+
+def test_both_paths_judge_the_same_tokens(build):
+    (vectors, lengths), judged = cells("pooled"), torch.arange(9) < torch.tensor([3, 0, 5, 2])[:, None]
+    text, there = torch.randint(5, 300, (4, 9)), torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    plain, found = build(speed_up=False), []
+    text[0, :3] = torch.tensor(write_texts(plain, vectors[:1], lengths[:1], 3)[0].ids)
+    for model in (build(), plain):
+        soft = model.projector(vectors, lengths)
+        loss, chosen = model.judge_text(*soft, text, there, judged)
+        assert torch.allclose(loss, model.text_loss(*soft, text, there)[0], rtol=1e-5)
+        assert chosen[0, :3].all() and chosen[~judged].all() and not chosen.all()
+        found.append(chosen)
+    assert torch.equal(*found)
+
+
+def test_a_model_that_differs_is_reported_and_not_sped_up(build, monkeypatch, caplog):
+    model, (vectors, lengths) = build(speed_up=False), cells("pooled")
+    text, there = torch.randint(5, 300, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    soft, present = (part.detach() for part in model.projector(vectors, lengths))
+    monkeypatch.setattr(fast, "fuse_norms", lambda model: model.get_decoder().norm.weight.data.mul_(1.01))
+    with caplog.at_level("INFO", logger="cell2text.model"):
+        assert not fast.check(model, soft, present, text, there)
+    assert len(caplog.messages) == 1 and "nats per token, not" in caplog.text
 
 
 @pytest.mark.parametrize("biased", [False, True])

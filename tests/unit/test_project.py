@@ -116,7 +116,14 @@ sys.meta_path.insert(0, Block())
 
 def halves():
     """Return the modules of each half; those that need no package of either are in both."""
-    language = {"device", "processes", "embedding.fit_encoder", "embedding.embed_genes", "embedding.vectors"}
+    language = {
+        "device",
+        "processes",
+        "training",
+        "embedding.fit_encoder",
+        "embedding.embed_genes",
+        "embedding.vectors",
+    }
     language |= {"evaluation.baselines.aligned", "evaluation.baselines.shuffled"}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
     both = {"models.fetch_encoder", "models.fetch_language_model", "models.sources", "models.gene_dictionaries"}

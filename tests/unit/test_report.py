@@ -1,11 +1,13 @@
-"""The run's page: what it says, and what it never lets in or out."""
+"""The report and the model card: their content, and that the page is self-contained and escapes all input."""
 
 import json
 import math
+import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,19 +15,21 @@ import pytest
 
 from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
+from cell2text.evaluation import methods
 from cell2text.evaluation.methods import title_of
 from cell2text.files import write_json, write_jsonl
 from cell2text.grammar import Slots, Terms, render
 from cell2text.report import cell_map
-from cell2text.report.cell_map import COLOURS, GRID, colours, draw_cells, lay_out
-from cell2text.report.charts import Axis, training_curve, wilson_interval
+from cell2text.report.cell_map import COLOURS, GRID, colours, lay_out, sample_cells
+from cell2text.report.charts import Axis, reliability, training_curve
 from cell2text.report.examples import choose_examples, mark_text
-from cell2text.report.limits import tell_limits
+from cell2text.report.limits import list_limits
 from cell2text.report.render_report import render_report, sort_facts
 from cell2text.report.results import CALIBRATION, CONFUSION, PER_CLASS, RunFiles, read_results
-from cell2text.report.tables import clearly_best, compare_methods, confusion_matrix
+from cell2text.report.tables import best_baseline, clearly_best, compare_methods, confusion_matrix, lost_slots
 from cell2text.report.timings import rule_costs
 
+RULES = Path(__file__).parents[2] / "workflow/rules"
 METHODS = ["cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
 TYPES = {"CL:0000236": "B cell", "CL:0000624": "CD4-positive, alpha-beta T cell", "CL:0000623": "NK cell"}
 PATHWAYS = {"GLYCOLYSIS": "glycolysis", "HYPOXIA": "hypoxia"}
@@ -40,7 +44,7 @@ def term_table():
 
 
 def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run_text=""):
-    """Write the results of a run of three cell types; every fourth test cell is wrong, cell 7 not told."""
+    """Write the results of a run with three cell types; every fourth test cell is wrong, cell 7 has no prediction."""
     table = term_table()
     terms = Terms(table)
     TERMS.write(table, folder / "terms.parquet")
@@ -70,10 +74,10 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     corpus = pd.DataFrame({name: [None] * len(ids) for name in CELLS.columns})
     CELLS.write(corpus.assign(cell_id=ids, dataset_id="study", donor=donor, split=split), folder / "cells.parquet")
 
-    told = [list(TYPES)[(i + (i % 4 == 3)) % 3] for i in range(cells)]
+    predicted = [list(TYPES)[(i + (i % 4 == 3)) % 3] for i in range(cells)]
     rows = []
     for i in range(cells):
-        term, pathways = (None, []) if i == 7 else (told[i], ["HYPOXIA" if i == 0 else "GLYCOLYSIS"])
+        term, pathways = (None, []) if i == 7 else (predicted[i], ["HYPOXIA" if i == 0 else "GLYCOLYSIS"])
         text = "words" if term is None else describe(term, pathways)
         rows.append(
             {"cell_id": ids[i], "split": "test", "text": text + run_text, "pathway_ids": pathways}
@@ -92,22 +96,22 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     }
     EMBEDDINGS.write(tensors, ids, folder / "0.safetensors")
 
-    figures = [("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("pathways", "jaccard")]
-    figures += [("text", "bleu"), ("text", "parsed")]
+    metrics = [("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("pathways", "jaccard")]
+    metrics += [("text", "bleu"), ("text", "parsed")]
     rows = [
-        ("test", method, *figure, 0.75 - 0.1 * i, 0.7 - 0.1 * i, 0.8 - 0.1 * i, cells)
+        ("test", method, *metric, 0.75 - 0.1 * i, 0.7 - 0.1 * i, 0.8 - 0.1 * i, cells)
         for i, method in enumerate(METHODS)
-        for figure in figures
+        for metric in metrics
     ]
     rows.append(("validation", "cell2text", "cell_type", "accuracy", 0.111, 0.1, 0.12, 9))
     write_tsv(rows, METRICS, folder / "metrics.tsv")
     scores = [("test", "cell2text", "cell_type", key, name, 8, math.nan, 0.5, 0.6) for key, name in TYPES.items()]
     write_tsv(scores, PER_CLASS, folder / "per_class.tsv")
-    counts = pd.DataFrame({"true": truth[:cells], "told": [row or "" for row in told]}).value_counts()
+    counts = pd.DataFrame({"true": truth[:cells], "predicted": [term or "" for term in predicted]}).value_counts()
     names = {**TYPES, "": "not determined"}
     confused = [
-        ("test", "cell2text", "cell_type", true, names[true], said, names[said], n)
-        for (true, said), n in sorted(counts.items())
+        ("test", "cell2text", "cell_type", true, names[true], guess, names[guess], n)
+        for (true, guess), n in sorted(counts.items())
     ]
     write_tsv(confused, CONFUSION, folder / "confusion.tsv")
     bins = [("test", "cell2text", "cell_type", 0.8, 0.9, 0.875, 0.75, cells - 1)]
@@ -173,6 +177,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         qc=[folder / "study.json"],
         qc_plots=[folder / "study.svg"],
         embeddings=[folder / "0.safetensors"],
+        encoder=folder / "encoder",
         model=folder,
     )
 
@@ -191,7 +196,7 @@ def history():
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, what scripts hold, and the visible text."""
+    """Tags with their attributes, the content of scripts, and the visible text."""
 
     def __init__(self, html):
         super().__init__()
@@ -235,25 +240,25 @@ def render_page(files, tmp_path, seed=3):
     return (tmp_path / "report.html").read_text()
 
 
-def test_page_tells_the_run(files, tmp_path):
+def test_the_page_shows_the_run(files, tmp_path):
     page = Page(render_page(files, tmp_path))
     text = " ".join(page.text.split())
     assert "demo" in text and "Tiny" in text
     for method in METHODS:
         assert title_of(method) in text
-    # the test split's accuracy with its interval beside the best neighbour's, not the validation split's
-    assert "75.0%" in text and "70.0–80.0" in text
-    assert f"best neighbour, {title_of('majority')}: 65.0 (60.0–70.0)" in text
+    # scores of the test split, not of the validation split
+    for score in ("Cell type accuracy", "Gene programmes (Jaccard)", "Texts parsed"):
+        assert f"{score} 75.0% 95% interval 70.0–80.0; best baseline, {title_of('majority')}: 65.0 (60.0–70.0)" in text
     assert "11.1" not in text
     assert "✗ does not hold" in text and "One donor only." in text
     assert "10 too few genes" in text
     assert "min genes 200 to 1,234" in text
     assert "Cell type 1,234 567 0.610 0.789" in text
-    assert "No benchmark file was found" in text
+    assert "No benchmark files were found" in text
     assert sum(tag == "article" for tag, _ in page.tags) == 20
 
 
-def test_page_needs_nothing_from_outside(files, tmp_path):
+def test_the_page_is_self_contained(files, tmp_path):
     html = render_page(files, tmp_path)
     page = Page(html)
     links = [
@@ -279,7 +284,7 @@ def test_same_inputs_give_the_same_bytes(files, tmp_path):
     assert render_page(files, tmp_path, seed=4) != first
 
 
-def test_nothing_that_a_user_gave_breaks_out(tmp_path):
+def test_all_user_input_is_escaped(tmp_path):
     files = write_run(tmp_path, cell_name=HOSTILE, donor=HOSTILE, run_text=HOSTILE)
     html = render_page(files, tmp_path)
     page = Page(html)
@@ -290,7 +295,7 @@ def test_nothing_that_a_user_gave_breaks_out(tmp_path):
     assert json.loads(data)["cell"][0] == f"{HOSTILE}000"
     assert all(HOSTILE in text for text in json.loads(data)["texts"])
     assert script.strip().startswith("(() =>")
-    assert HOSTILE in page.text  # shown as it was written
+    assert HOSTILE in page.text  # displayed literally
 
 
 def test_a_hostile_term_is_escaped(files, tmp_path):
@@ -305,19 +310,26 @@ def test_a_hostile_term_is_escaped(files, tmp_path):
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
 
-def test_few_cells_are_all_described(tmp_path):
+def test_a_small_test_split_is_shown_completely(tmp_path):
     page = Page(render_page(write_run(tmp_path, cells=8), tmp_path))
     assert sum(tag == "article" for tag, _ in page.tags) == 8
 
 
-def test_the_model_card_tells_data_scores_and_limits(files, tmp_path):
+def test_the_model_card_lists_data_scores_and_limits(files, tmp_path):
     render_page(files, tmp_path)
     card = (tmp_path / "model_card.md").read_text()
-    assert "all its weights learnt, with the projector 1,234,567 weights. It can say 2 cell types" in card
-    assert "hf://org/Tiny@main, licence: &lt;own&gt;" in card and "Epoch kept: 2, with 0.2500 nats" in card
-    assert "| study | 40 | 30 |" in card and "Seed 7" in card and "a" * 64 in card
-    accuracy = read_results(files).metric("cell2text", "cell_type", "accuracy")
-    assert f"| Cell2Text | {accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] |" in card
+    assert "projector and all weights of the language model (1,234,567 parameters)" in card
+    assert "The training data has 2 cell types" in card
+    assert "hf://org/Tiny@main, licence: &lt;own&gt;" in card
+    assert "epoch 2, with a validation loss of 0.2500 nats per token" in card
+    assert "| study | 40 | 30 |" in card and "Seed: 7" in card and "a" * 64 in card
+    metrics = [("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("pathways", "jaccard"), ("text", "parsed")]
+    scores = [read_results(files).metric("cell2text", *metric) for metric in metrics]
+    values = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
+    assert f"| Cell2Text | {' | '.join(values)} |" in card
+    assert (
+        "| method | cell type accuracy | cell type macro-F1 | gene programmes, Jaccard index | texts parsed |" in card
+    )
     assert "its labels are &lt;approximate&gt;" in card and "not a diagnosis" in card
 
 
@@ -329,13 +341,18 @@ def test_a_missing_file_is_named(files, tmp_path, field):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_the_rule_passes_every_file():
+    inputs = (RULES / "report.smk").read_text().split("    input:\n")[1].split("    output:\n")[0]
+    assert re.findall(r"^        (\w+)=", inputs, re.MULTILINE) == [field.name for field in fields(RunFiles)]
+
+
 def test_a_missing_history_is_named(files, tmp_path):
     (tmp_path / "history.parquet").unlink()
     with pytest.raises(InputError, match="history.parquet"):
         read_results(files)
 
 
-def test_a_cell_without_reference_or_embedding_is_told(files, tmp_path):
+def test_a_cell_without_reference_or_embedding_is_reported(files, tmp_path):
     tensors, ids = EMBEDDINGS.read(files.embeddings[0])
     EMBEDDINGS.write({key: value[2:] for key, value in tensors.items()}, ids[2:], files.embeddings[0])
     with pytest.raises(InputError, match="2 described cells have no embedding"):
@@ -365,12 +382,12 @@ def test_cells_and_embeddings_stay_together(files):
         assert names[data["truth"][i]] == row["true_cell_type_id"]
         assert data["texts"][data["text"][i]] == row["text"]
         if row["cell_type_id"] is None:
-            assert data["told"][i] == -1 and data["confidence"][i] is None
+            assert data["predicted"][i] == -1 and data["confidence"][i] is None
         else:
-            assert names[data["told"][i]] == row["cell_type_id"] and data["confidence"][i] == 0.875
+            assert names[data["predicted"][i]] == row["cell_type_id"] and data["confidence"][i] == 0.875
 
 
-def test_layout_keeps_groups_apart_and_is_repeatable():
+def test_the_layout_separates_groups_and_is_reproducible():
     rng = np.random.default_rng(0)
     pooled = np.concatenate([rng.normal(size=(30, 8)), rng.normal(size=(30, 8)) + 20]).astype(np.float32)
     places = lay_out(pooled, seed=1)
@@ -382,19 +399,19 @@ def test_layout_keeps_groups_apart_and_is_repeatable():
 
 
 @pytest.mark.parametrize("cells", [1, 2, 5])
-def test_layout_of_few_cells(cells):
+def test_the_layout_of_few_cells(cells):
     places = lay_out(np.random.default_rng(0).normal(size=(cells, 4)).astype(np.float32), seed=0)
     assert places.shape == (cells, 2) and places.min() == 0 and places.max() <= GRID
 
 
-def test_more_cells_than_the_map_holds_are_sampled(files, tmp_path, monkeypatch):
-    rows = draw_cells(50_000, seed=2)
+def test_the_map_samples_large_test_splits(files, tmp_path, monkeypatch):
+    rows = sample_cells(50_000, seed=2)
     assert len(rows) == len(set(rows)) == 20_000 and (np.diff(rows) > 0).all()
-    np.testing.assert_array_equal(rows, draw_cells(50_000, seed=2))
-    np.testing.assert_array_equal(draw_cells(7, seed=2), np.arange(7))
-    monkeypatch.setattr(cell_map, "draw_cells", lambda cells, seed: np.arange(1, 11))
+    np.testing.assert_array_equal(rows, sample_cells(50_000, seed=2))
+    np.testing.assert_array_equal(sample_cells(7, seed=2), np.arange(7))
+    monkeypatch.setattr(cell_map, "sample_cells", lambda cells, seed: np.arange(1, 11))
     page = Page(render_page(files, tmp_path))
-    assert "Shown are 10 of 24 cells, drawn at random (seed 3)" in page.text
+    assert "The map shows 10 of 24 cells, drawn at random (seed 3)" in page.text
     assert json.loads(page.scripts[0])["cell"] == [f"study|cell{i:03d}" for i in range(1, 11)]
 
 
@@ -403,17 +420,17 @@ def test_every_class_has_its_own_colour():
     assert colours(3) == list(COLOURS[:3])
 
 
-def test_best_only_where_intervals_do_not_overlap():
-    def figure(value, low, high):
+def test_a_score_is_best_only_if_intervals_do_not_overlap():
+    def score(value, low, high):
         return {"value": value, "low": low, "high": high, "n": 10}
 
-    assert clearly_best([figure(0.5, 0.4, 0.6), None, figure(0.9, 0.7, 1.0)]) == 2
-    assert clearly_best([figure(0.5, 0.4, 0.7), figure(0.9, 0.7, 1.0)]) is None
-    assert clearly_best([figure(0.9, math.nan, math.nan), figure(0.5, 0.4, 0.6)]) is None
-    assert clearly_best([None, figure(0.9, 0.7, 1.0)]) is None
+    assert clearly_best([score(0.5, 0.4, 0.6), None, score(0.9, 0.7, 1.0)]) == 2
+    assert clearly_best([score(0.5, 0.4, 0.7), score(0.9, 0.7, 1.0)]) is None
+    assert clearly_best([score(0.9, math.nan, math.nan), score(0.5, 0.4, 0.6)]) is None
+    assert clearly_best([None, score(0.9, 0.7, 1.0)]) is None
 
 
-def test_methods_that_nobody_foresaw_are_shown(files):
+def test_methods_outside_the_registry_are_shown(files):
     results = read_results(files)
     extra = results.metrics.assign(method=results.metrics["method"].replace("knn", "celltypist"))
     rows = compare_methods(replace(results, metrics=extra))
@@ -430,35 +447,35 @@ def test_confusion_matrix_counts_every_cell(files):
     results = replace(results, confusion=table)
     whole = confusion_matrix(results)
     by_name = {row["name"]: row for row in whole["rows"]}
-    marks = {column["name"]: i for i, column in enumerate(whole["columns"])}
-    assert by_name["A"]["cells"][marks["B"]] == (2, 0.2)
-    assert by_name["B"]["cells"][marks["X"]] == (3, 0.375)
-    assert by_name["C"]["cells"][marks["not determined"]] == (1, 0.5)
+    columns = {column["name"]: i for i, column in enumerate(whole["columns"])}
+    assert by_name["A"]["cells"][columns["B"]] == (2, 0.2)
+    assert by_name["B"]["cells"][columns["X"]] == (3, 0.375)
+    assert by_name["C"]["cells"][columns["not determined"]] == (1, 0.5)
     assert [column["name"] for column in whole["columns"][:3]] == [row["name"] for row in whole["rows"]]
-    assert abs(marks["A"] - marks["B"]) == 1  # those that are confused stand side by side
-    lumped = confusion_matrix(results, most=2)
-    assert [row["name"] for row in lumped["rows"]][-1] == "1 rarer types"
-    assert sum(n for row in lumped["rows"] for n, _ in row["cells"]) == table["n"].sum()
+    assert abs(columns["A"] - columns["B"]) == 1  # confused types are adjacent
+    merged = confusion_matrix(results, most=2)
+    assert [row["name"] for row in merged["rows"]][-1] == "1 rarer types"
+    assert sum(n for row in merged["rows"] for n, _ in row["cells"]) == table["n"].sum()
 
 
-def test_examples_compare_ids(files):
+def test_examples_are_compared_by_id(files):
     results = read_results(files)
     examples = {example["cell"]: example for example in choose_examples(results, seed=0, examples=24)}
-    swapped = examples["study|cell000"]  # right type, another pathway
-    assert swapped["right"]
+    swapped = examples["study|cell000"]  # correct type, wrong gene programme
+    assert swapped["correct"]
     assert [row["slot"] for row in swapped["differing"]] == ["pathways"]
-    assert [text for text, differs in swapped["told"] if differs] == ["hypoxia"]
+    assert [text for text, differs in swapped["predicted"] if differs] == ["hypoxia"]
     assert [text for text, differs in swapped["true"] if differs] == ["glycolysis"]
-    wrong = examples["study|cell003"]  # a B cell called a T cell
-    assert not wrong["right"]
-    assert [text for text, differs in wrong["told"] if differs] == [TYPES["CL:0000624"]]
+    wrong = examples["study|cell003"]  # a B cell predicted as a T cell
+    assert not wrong["correct"]
+    assert [text for text, differs in wrong["predicted"] if differs] == [TYPES["CL:0000624"]]
     assert wrong["differing"][0]["true"] == [("B cell", "CL:0000236")]
-    silent = examples["study|cell007"]
-    assert not silent["right"] and silent["differing"][0]["told"] == [("not determined", None)]
-    assert "".join(text for text, _ in silent["told"]) == "words"
+    unparsed = examples["study|cell007"]
+    assert not unparsed["correct"] and unparsed["differing"][0]["predicted"] == [("not determined", None)]
+    assert "".join(text for text, _ in unparsed["predicted"]) == "words"
 
 
-def test_marking_loses_no_letter():
+def test_marking_keeps_the_whole_text():
     terms = Terms(term_table())
     text = "This is a B cell. The sample is blood. Most active gene programmes: hypoxia; then glycolysis."
     pieces = mark_text(text, {"cell_type", "tissue"}, {"GLYCOLYSIS"}, terms)
@@ -466,20 +483,20 @@ def test_marking_loses_no_letter():
     assert [piece for piece, differs in pieces if differs] == ["B cell", "blood", "glycolysis"]
 
 
-def test_choice_of_examples_is_seeded(files):
+def test_the_choice_of_examples_is_seeded(files):
     results = read_results(files)
     chosen = [[example["cell"] for example in choose_examples(results, seed)] for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(set(chosen[0])) == 20
 
 
-def test_axis_places_values():
+def test_an_axis_maps_values_to_positions():
     assert Axis(0, 10, 100, 200).place(2.5) == 125
     assert Axis(0.01, 100, 200, 0, logarithmic=True).place(1) == 100
     assert [tick["label"] for tick in Axis(0, 1, 0, 100).ticks()] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
 
 
-def test_training_curve_keeps_stages_apart():
+def test_training_curves_of_fine_tuning():
     curve = training_curve(history(), "finetune")
     assert curve["steps"] == 4 and curve["first"] == 1.0 and curve["last"] == 0.25
     assert [(point["epoch"], point["loss"]) for point in curve["validation"]] == [(2, 0.2)]
@@ -496,31 +513,120 @@ def test_training_curve_keeps_stages_apart():
     assert training_curve(many, "finetune")["line"].count("L") < 600
 
 
-def test_wilson_interval():
-    low, high = wilson_interval(np.array([0.5, 1.0]), np.array([10, 10]))
-    np.testing.assert_allclose(low, [0.2366, 0.7225], atol=1e-4)
-    np.testing.assert_allclose(high, [0.7634, 1.0], atol=1e-4)
+def test_the_curve_of_pre_training_starts_at_zero_and_ignores_the_openings():
+    table = history()
+    table.loc[3:4, "stage"] = "openings"
+    # one row for every five steps, as pre-training writes them
+    rows = [("pretrain", step, 0, 6.0, math.nan, math.nan, math.nan, 1e-3, 0, 8.0 + step) for step in range(4, 50, 5)]
+    pretraining = pd.DataFrame(rows, columns=list(HISTORY.columns))
+    pretraining.loc[9, ["loss", "validation_loss"]] = 5.0, 5.5
+    curve = training_curve(pd.concat([table, pretraining], ignore_index=True), "pretrain")
+    assert (curve["steps"], curve["seconds"], curve["tokens"], curve["averaged"]) == (50, 57.0, 0, 5)
+    assert (curve["first"], curve["last"]) == (6.0, 5.0)
+    assert [(point["epoch"], point["loss"], point["x"]) for point in curve["validation"]] == [(1, 5.5, 560)]
+
+
+def test_pre_training_is_drawn_first_and_only_if_there_was_any(files, tmp_path):
+    stages = ["Alignment, loss in nats per cell", "Fine-tuning on whole texts, loss in nats per token"]
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert text.index(stages[0]) < text.index(stages[1])
+    assert "nats per masked gene" not in text and "masked genes" not in text
+    rows = [("pretrain", step, 0, 6.0, math.nan, 5.5, math.nan, 1e-3, 0, 1.0 + step) for step in range(3)]
+    table = pd.DataFrame(rows, columns=list(HISTORY.columns)).astype({"step": "int32", "epoch": "int32"})
+    HISTORY.write(table, files.encoder / "history.parquet")
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert "First, the encoder learned to predict masked genes of the training cells." in text
+    pretraining = (
+        "Pre-training of the encoder, loss in nats per masked gene: from 6 to 6. 3 steps, 0:03. Validation loss"
+    )
+    places = [text.index(caption) for caption in (pretraining, *stages)]
+    assert places == sorted(places)
+    assert "4 steps, 400 tokens, 0:03." in text
+
+
+def test_whiskers_are_wilson_intervals(files):
+    bins = [(0.4, 0.5, 0.45, 0.5, 10), (0.9, 1.0, 0.95, 1.0, 10)]
+    write_tsv([("test", "cell2text", "cell_type", *row) for row in bins], CALIBRATION, files.calibration)
+    drawn = reliability(read_results(files), "cell_type")["bins"]
+    low, high = ([(290 - bin[end]) / 280 for bin in drawn] for end in ("low", "high"))  # positions to shares
+    # by hand with z = 1.96: (5 + z^2/2 -+ z sqrt(10/4 + z^2/4)) / (10 + z^2), and 10 / (10 + z^2) to 1
+    np.testing.assert_allclose(low, [0.2366, 0.7225], atol=1e-3)
+    np.testing.assert_allclose(high, [0.7634, 1.0], atol=1e-3)
 
 
 def test_limits_follow_the_scores(files):
     results = read_results(files)
-    told = " ".join(tell_limits(results, {"study": "a note"}))
-    assert "One donor only." in told
-    assert "study: a note" in told
-    assert "resampling cells, not donors" in told
-    assert "3 of 3 cell types have fewer than 10 test cells" in told
-    assert f"intervals of Cell2Text and of {title_of('majority')} overlap" in told
+    limits = " ".join(list_limits(results, {"study": "a note"}))
+    assert "One donor only." in limits
+    assert "study: a note" in limits
+    assert "resampling cells, not donors" in limits
+    assert "3 of 3 cell types have fewer than 10 test cells" in limits
+    assert f"intervals of Cell2Text and {title_of('majority')} overlap" in limits
     metrics = results.metrics.copy()
     metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.9, 0.85, 0.95]
-    told = " ".join(tell_limits(replace(results, metrics=metrics), {}))
-    assert f"{title_of('majority')} is better than Cell2Text" in told
+    limits = " ".join(list_limits(replace(results, metrics=metrics), {}))
+    assert f"{title_of('majority')} is more accurate than Cell2Text" in limits
     metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.1, 0.05, 0.15]
     metrics.loc[metrics["method"] == "pca_logistic", ["value", "low", "high"]] = [0.6, 0.5, 0.69]
-    told = " ".join(tell_limits(replace(results, metrics=metrics), {}))
-    assert "overlap" not in told and "is better than" not in told
+    limits = " ".join(list_limits(replace(results, metrics=metrics), {}))
+    assert "overlap" not in limits and "is more accurate than" not in limits
 
 
-def test_costs_of_rules(tmp_path):
+def test_the_best_baseline_of_each_score(files):
+    results = read_results(files)
+    baseline = best_baseline(results, "pathways", "jaccard")
+    assert baseline == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7, "n": 24, "name": title_of("majority")})
+    assert best_baseline(results, "sex", "accuracy") is None
+    own = results.metrics[results.metrics["method"] == "cell2text"]
+    assert best_baseline(replace(results, metrics=own), "pathways", "jaccard") is None
+
+
+def test_the_first_screen_names_each_slot_in_which_a_baseline_scores_higher(files, tmp_path):
+    assert lost_slots(read_results(files)) == []
+    assert "scores higher than" not in Page(render_page(files, tmp_path)).text
+    table = pd.read_csv(files.metrics, sep="\t")
+    scores = ["value", "low", "high"]
+    knn = (table["method"] == "knn") & (table["split"] == "test")
+    table.loc[knn & (table["metric"] == "accuracy"), scores] = [0.78, 0.71, 0.85]
+    table.loc[knn & (table["metric"] == "jaccard"), scores] = [0.9, 0.85, 0.95]
+    table.loc[knn & (table["metric"] == "parsed"), scores] = [0.75, 0.7, 0.8]  # equal, not higher
+    table.to_csv(files.metrics, sep="\t", index=False)
+    sentences = lost_slots(read_results(files))
+    assert sentences == [
+        f"Cell type: {title_of('knn')} scores higher than Cell2Text "
+        "(accuracy 78.0% vs. 75.0%; the 95% intervals overlap).",
+        f"Gene programmes: {title_of('knn')} scores higher than Cell2Text "
+        "(Jaccard index 90.0% vs. 75.0%; the 95% intervals do not overlap).",
+    ]
+    header = " ".join(Page(render_page(files, tmp_path)).text.split()).split("Map of the test cells")[0]
+    assert all(sentence in header for sentence in sentences)
+    card = (tmp_path / "model_card.md").read_text()
+    assert all(sentence in card for sentence in sentences)
+
+
+def test_scores_that_were_not_computed_are_absent(files, tmp_path):
+    table = pd.read_csv(files.metrics, sep="\t")
+    table[table["slot"] != "pathways"].to_csv(files.metrics, sep="\t", index=False)
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert "Gene programmes (Jaccard)" not in text and "Texts parsed 75.0%" in text
+    values = "0.750 [0.700, 0.800]"
+    assert f"| Cell2Text | {values} | {values} | – | {values} |" in (tmp_path / "model_card.md").read_text()
+
+
+def test_names_of_methods_come_from_the_registry(files, tmp_path, monkeypatch):
+    for number, name in enumerate(METHODS):
+        monkeypatch.setitem(methods.METHODS, name, methods.Method(f"title-{number}", f"summary-{number}"))
+    page = Page(render_page(files, tmp_path)).text
+    card = (tmp_path / "model_card.md").read_text()
+    for number in range(len(METHODS)):
+        assert f"title-{number}" in page and f"summary-{number}" in page and f"| title-{number} |" in card
+    # Cell2Text is left only as the name of the project
+    named = {line.strip() for line in page.splitlines() if "Cell2Text" in line}
+    assert named == {"demo · Cell2Text", "Cell2Text", "Cell2Text run"}
+    assert re.findall(r".*Cell2Text.*", card) == ["# Cell2Text model of run demo"]
+
+
+def test_costs_are_summed_by_rule(tmp_path):
     (tmp_path / "embed" / "study").mkdir(parents=True)
     one = {"s": 1.5, "h:m:s": "0:00:01", "max_rss": 100.0, "cpu_time": 2.0}
     write_jsonl([one], tmp_path / "embed" / "study" / "0.jsonl")
@@ -536,7 +642,7 @@ def test_costs_of_rules(tmp_path):
 def test_costs_are_shown(files, tmp_path):
     write_jsonl([{"s": 75.2, "max_rss": 1234.5, "cpu_time": 80.0}], tmp_path / "none" / "finetune.jsonl")
     text = " ".join(Page(render_page(files, tmp_path)).text.split())
-    assert "1 job took 1:15 in all" in text and "finetune 1 1:15 1:20 1,234 MB" in text
+    assert "1 job took 1:15 in total" in text and "finetune 1 1:15 1:20 1,234 MB" in text
 
 
 def test_facts_are_sorted_by_kind():
@@ -553,7 +659,7 @@ def test_facts_are_sorted_by_kind():
     }
 
 
-def test_script_runs_in_a_browser(tmp_path):
+def test_the_script_runs_in_a_browser(tmp_path):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
@@ -566,6 +672,6 @@ def test_script_runs_in_a_browser(tmp_path):
     assert "CONSOLE" not in done.stderr
     page = Page(done.stdout)
     buttons = [attributes for tag, attributes in page.tags if tag == "button"]
-    assert len(buttons) == 3 + len(TYPES)  # three ways to colour, and the legend
+    assert len(buttons) == 3 + len(TYPES)  # three colour modes, and the legend
     assert "study|cell000" in page.text and "88%" in page.text  # the first cell's card
     assert sum(tag == "img" for tag, _ in page.tags) == 2

@@ -22,7 +22,7 @@ def test_path_of_three_by_hand():
     assert table.loc["b", "c"] == table.loc["a", "b"]
 
 
-def test_a_term_without_an_edge_is_near_itself_alone():
+def test_a_term_without_edges_is_similar_only_to_itself():
     graph = TermGraph(PATH)
     for table in (graph.similarity(["a", "x"]), graph.paper_similarity(["a", "x"])):
         assert table.to_numpy().tolist() == [[1, 0], [0, 1]]
@@ -56,7 +56,7 @@ def test_similarity_is_symmetric_and_between_0_and_1(pairs):
 
 @settings(max_examples=20, deadline=None)
 @given(edges)
-def test_paper_similarity_is_networkx_pagerank(pairs):
+def test_paper_similarity_equals_networkx_pagerank(pairs):
     undirected = nx.Graph(pairs)
     terms = sorted(undirected)[:5]
     ranks = [nx.pagerank(undirected, alpha=0.9, personalization={s: 1}, tol=1e-14, max_iter=10_000) for s in terms]
@@ -68,13 +68,13 @@ def test_paper_similarity_is_networkx_pagerank(pairs):
     assert np.abs(given.to_numpy() - expected).max() < 1e-6
 
 
-def test_paper_similarity_reads_rows_as_predicted():
-    # A walk that restarts at the end of the path is often in its middle; the reverse is rarer.
+def test_rows_of_paper_similarity_are_predictions():
+    # A walk that restarts at the end of the path is often in the middle; the reverse is less frequent.
     table = TermGraph(PATH).paper_similarity(["a", "b"])
     assert table.loc["a", "b"] > table.loc["b", "a"]
 
 
-def test_cell_ontology_orders_errors_as_a_biologist_would():
+def test_similar_cell_types_score_higher_in_the_cell_ontology():
     naive_cd4, memory_cd4, b_cell, neuron = "CL:0000895", "CL:0000897", "CL:0000236", "CL:0000540"
     table = TermGraph(ontology_edges("CL")).similarity([naive_cd4, memory_cd4, b_cell, neuron])
     assert 1 > table.loc[naive_cd4, memory_cd4] > table.loc[naive_cd4, b_cell] > table.loc[naive_cd4, neuron]
@@ -85,7 +85,7 @@ def test_uberon_has_part_of_edges():
     assert (spleen, immune_system) in ontology_edges("UBERON")
 
 
-def test_mondo_is_solved_by_columns_and_normal_stands_alone():
+def test_mondo_is_solved_by_columns_and_normal_is_similar_only_to_itself():
     lung_adenocarcinoma, lung_squamous, normal = "MONDO:0005061", "MONDO:0005097", "PATO:0000461"
     graph = TermGraph(ontology_edges("MONDO"))
     table = graph.similarity([lung_adenocarcinoma, lung_squamous, normal])

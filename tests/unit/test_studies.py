@@ -1,4 +1,4 @@
-"""Studies of every kind of source give the same cells."""
+"""The same study in every supported format gives the same cells."""
 
 import gzip
 from pathlib import Path
@@ -24,22 +24,22 @@ KINDS = ["Gene Expression"] * 5
 
 
 def write_10x_hdf5(path, counts=COUNTS, ids=IDS, symbols=SYMBOLS, kinds=KINDS, group="matrix"):
-    """As Cell Ranger writes it: genes by cells, compressed by cell; version 2 has a group a genome."""
+    """As written by Cell Ranger: genes by cells, compressed by cell; version 2 has one group per genome."""
     by_cell = sparse.csr_matrix(counts.astype(np.int32))
-    texts = {"id": ids, "name": symbols, "feature_type": kinds, "genome": ["GRCh38"] * len(ids)}
+    features = {"id": ids, "name": symbols, "feature_type": kinds, "genome": ["GRCh38"] * len(ids)}
     with h5py.File(path, "a") as file:
         for name in ("data", "indices", "indptr"):
             file[f"{group}/{name}"] = getattr(by_cell, name)
         file[f"{group}/shape"] = np.array(counts.shape[::-1], dtype=np.int32)
         file[f"{group}/barcodes"] = np.array(BARCODES, dtype="S")
         if group == "matrix":
-            for name, values in texts.items():
+            for name, values in features.items():
                 file[f"{group}/features/{name}"] = np.array(values, dtype="S")
         else:
             file[f"{group}/genes"], file[f"{group}/gene_names"] = np.array(ids, "S"), np.array(symbols, "S")
 
 
-def write_10x_folder(path, zipped=True, prefix="", features=("ids", "symbols", "kinds"), order="F", counts=COUNTS):
+def write_10x_folder(path, gzipped=True, prefix="", features=("ids", "symbols", "kinds"), order="F", counts=COUNTS):
     path.mkdir()
     matrix = sparse.coo_matrix(counts.T.astype(int))
     if order == "shuffled":
@@ -51,11 +51,11 @@ def write_10x_folder(path, zipped=True, prefix="", features=("ids", "symbols", "
     texts = {
         "matrix.mtx": (path / "new.mtx").read_text(),
         "barcodes.tsv": "".join(f"{barcode}\n" for barcode in BARCODES),
-        "features.tsv" if zipped else "genes.tsv": "".join(f"{line}\n" for line in lines),
+        "features.tsv" if gzipped else "genes.tsv": "".join(f"{line}\n" for line in lines),
     }
     (path / "new.mtx").unlink()
     for name, text in texts.items():
-        if zipped:
+        if gzipped:
             (path / f"{prefix}{name}.gz").write_bytes(gzip.compress(text.encode()))
         else:
             (path / f"{prefix}{name}").write_text(text)
@@ -77,7 +77,9 @@ SOURCES = {
         [*KINDS, "Antibody Capture", "Antibody Capture"],
     ),
     "10x folder": write_10x_folder,
-    "10x folder, not zipped, no kinds": lambda path: write_10x_folder(path, zipped=False, features=("ids", "symbols")),
+    "10x folder, not gzipped, no feature types": lambda path: write_10x_folder(
+        path, gzipped=False, features=("ids", "symbols")
+    ),
     "10x folder with a prefix": lambda path: write_10x_folder(path, prefix="GSM1_sample_"),
     "10x folder, entries in any order": lambda path: write_10x_folder(path, order="shuffled"),
     "zarr, csr": lambda path: write_zarr(path, sparse.csr_matrix(COUNTS)),
@@ -101,11 +103,11 @@ def test_every_kind_of_source(tmp_path, monkeypatch, kind, at_once):
     assert np.array_equal(cells.X.toarray(), COUNTS)
     assert list(cells.obs_names) == [f"s|{barcode}" for barcode in BARCODES]
     assert list(cells.var_names) == IDS and list(cells.var["symbol"]) == SYMBOLS
-    assert cells.uns["counts_kept"] == 1  # antibodies are not missed
+    assert cells.uns["counts_kept"] == 1  # antibodies do not count as lost
 
 
 def cut_lines(path):
-    write_10x_folder(path, zipped=False)
+    write_10x_folder(path, gzipped=False)
     lines = (path / "matrix.mtx").read_text().splitlines()
     (path / "matrix.mtx").write_text("\n".join(lines[:-4]))
 
@@ -117,7 +119,7 @@ def cut_bytes(path):
 
 
 def edit(path, name, change):
-    write_10x_folder(path, zipped=False)
+    write_10x_folder(path, gzipped=False)
     (path / name).write_text(change((path / name).read_text()))
 
 
@@ -142,31 +144,37 @@ def break_zarr_values(path):
 @pytest.mark.parametrize(
     ("write", "expected"),
     [
-        (cut_lines, ["matrix.mtx: ", "entries where its header says", "write the file again"]),
+        (cut_lines, ["matrix.mtx: ", "entries, but the header says", "write the file again"]),
         (cut_bytes, ["matrix.mtx.gz: damaged", "write the file again"]),
         (lambda path: edit(path, "matrix.mtx", lambda text: text + "1 2 x\n"), ["matrix.mtx: damaged"]),
         (lambda path: edit(path, "matrix.mtx", lambda text: text.replace("integer", "pattern")), ["of counts"]),
-        (lambda path: edit(path, "matrix.mtx", lambda text: text + "77 1 1\n"), ["gene number 76 where there are 5"]),
+        (
+            lambda path: edit(path, "matrix.mtx", lambda text: text + "77 1 1\n"),
+            ["gene index 76, but there are 5 genes"],
+        ),
         (lambda path: edit(path, "barcodes.tsv", lambda text: text[:-9]), ["(9, 5) values for 8 cells and 5 genes"]),
-        (lambda path: (write_10x_folder(path), (path / "barcodes.tsv.gz").unlink()), ["barcodes.tsv: none"]),
-        (two_genomes, ["several genomes: GRCh38, mm10", "human genes alone"]),
-        (break_zarr, ["not a whole Zarr folder", "write the file again"]),
+        (
+            lambda path: (write_10x_folder(path), (path / "barcodes.tsv.gz").unlink()),
+            ["expected one file barcodes.tsv, found none"],
+        ),
+        (two_genomes, ["several genomes: GRCh38, mm10", "human genes only"]),
+        (break_zarr, ["not a complete Zarr folder", "write the file again"]),
         (break_zarr_values, ["source: X: damaged", "while reading values"]),
     ],
     ids=[
-        "cut lines",
-        "cut bytes",
-        "no number",
+        "missing lines",
+        "missing bytes",
+        "not a number",
         "pattern",
-        "no such gene",
-        "barcodes",
+        "gene out of range",
+        "too few barcodes",
         "no barcodes",
-        "genomes",
-        "zarr",
+        "two genomes",
+        "zarr metadata",
         "zarr values",
     ],
 )
-def test_a_damaged_source_is_told_in_one_line(tmp_path, write, expected):
+def test_a_damaged_source_is_reported_in_one_line(tmp_path, write, expected):
     write(tmp_path / "source")
     with pytest.raises(InputError) as error:
         fetch(tmp_path / "source", tmp_path / "out/s.h5ad")
@@ -176,7 +184,7 @@ def test_a_damaged_source_is_told_in_one_line(tmp_path, write, expected):
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
 
 
-def test_a_file_of_before_anndata_07_is_read(tmp_path):
+def test_a_file_from_before_anndata_07_is_read(tmp_path):
     path = Path(sc.__file__).parent / "datasets/10x_pbmc68k_reduced.h5ad"
     with h5py.File(path) as file:
         assert isinstance(file["obs"], h5py.Dataset)
@@ -185,7 +193,7 @@ def test_a_file_of_before_anndata_07_is_read(tmp_path):
     assert list(old.var_names) == list(bundled.var_names)
 
 
-def test_categories_as_anndata_07_wrote_them(tmp_path):
+def test_categories_in_the_format_of_anndata_07(tmp_path):
     cells = ad.AnnData(COUNTS, pd.DataFrame(index=BARCODES), pd.DataFrame(index=IDS))
     cells.obs["donor_id"] = list("ababababa")
     cells.write_h5ad(tmp_path / "in.h5ad")
@@ -198,8 +206,8 @@ def test_categories_as_anndata_07_wrote_them(tmp_path):
     assert list(fetch(tmp_path / "in.h5ad", tmp_path / "out.h5ad").obs["donor_id"]) == list("ababababa")
 
 
-def test_a_file_of_cellxgenes_needs_no_configuration(tmp_path):
-    """Counts in raw, which has more genes than X and whose names stand in var alone."""
+def test_a_file_from_cellxgene_needs_no_configuration(tmp_path):
+    """Counts are in raw, which has more genes than X; only var has gene names."""
     labels = {
         "cell_type": "CL:0000236", "tissue": "UBERON:0000178", "disease": "MONDO:0100096", "sex": "PATO:0000384",
         "development_stage": "HsapDv:0000123", "assay": "EFO:0009922", "self_reported_ethnicity": "unknown",
@@ -227,7 +235,7 @@ def test_a_file_of_cellxgenes_needs_no_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\t", ","])
-def test_a_table_of_cells_stands_in_for_obs(tmp_path, separator):
+def test_a_cell_table_replaces_columns_of_obs(tmp_path, separator):
     write_10x_folder(tmp_path / "source")
     lines = ["barcode,label,donor_id", *(f"{barcode},B,d{i}" for i, barcode in enumerate(BARCODES[:7]))]
     (tmp_path / "cells.csv").write_text("\n".join(lines).replace(",", separator))
@@ -242,11 +250,11 @@ def test_a_table_of_cells_stands_in_for_obs(tmp_path, separator):
     ("text", "expected"),
     [
         ("barcode,label\nother-1,B\n", "none of its cells (other-1) is in the file (AAAC0-1, AAAC1-1)"),
-        ("barcode,label\nAAAC0-1,B\nAAAC0-1,B\n", "the cell AAAC0-1 is there twice"),
+        ("barcode,label\nAAAC0-1,B\nAAAC0-1,B\n", "cell AAAC0-1 occurs twice"),
         (None, "no such file"),
     ],
 )
-def test_a_table_of_cells_that_does_not_fit(tmp_path, text, expected):
+def test_an_invalid_cell_table(tmp_path, text, expected):
     write_10x_folder(tmp_path / "source")
     if text:
         (tmp_path / "cells.csv").write_text(text)

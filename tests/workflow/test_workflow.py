@@ -1,4 +1,4 @@
-"""The whole workflow on a few cells: it runs, rests, reruns what it must, and refuses mistakes."""
+"""The whole workflow on a few cells: complete runs, reruns, resuming after a kill, and error messages."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def new_folder(folder, tiny_model):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_model):
-    """A folder in which the tiny run has ended."""
+    """A folder with the finished tiny run."""
     folder = new_folder(tmp_path_factory.mktemp("tiny") / "work", tiny_model)
     code, output = snakemake(folder, "--cores", "2", "--configfile", folder / "tiny.yaml")
     assert code == 0, output
@@ -48,14 +48,14 @@ def fresh(tmp_path, tiny_model):
 
 
 def planned(folder, *arguments, config="tiny.yaml"):
-    """Return the rules that a dry run would run, and its output."""
+    """Return the rules that a dry run lists, and its output."""
     code, output = snakemake(folder, "--dry-run", "--configfile", folder / config, *arguments)
     assert code == 0, output
     table = output.split("Job stats:")[1].split("total")[0] if "Job stats:" in output else ""
     return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE)), output
 
 
-def test_tiny_run_leaves_what_the_design_names(finished):
+def test_the_tiny_run_writes_all_results(finished):
     results = finished / "results/tiny"
     metrics = pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")
     assert {"cell2text", "majority", "pca_logistic", "knn", "nearest_text", "aligned", "shuffled"} == set(
@@ -70,13 +70,13 @@ def test_tiny_run_leaves_what_the_design_names(finished):
     assert not [path for path in finished.rglob("*") if path.suffix in {".pkl", ".bin", ".pt"}]
 
 
-def test_second_run_does_nothing(finished):
+def test_a_second_run_does_nothing(finished):
     rules, output = planned(finished)
     assert rules == set()
     assert "Nothing to be done" in output
 
 
-def test_lost_generations_are_made_again_without_fine_tuning(finished):
+def test_deleted_generations_are_regenerated_without_fine_tuning(finished):
     generations = finished / "results/tiny/generations"
     kept = generations.with_name("kept")
     generations.rename(kept)
@@ -88,7 +88,7 @@ def test_lost_generations_are_made_again_without_fine_tuning(finished):
     assert not rules & {"finetune", "embed_genes", "fit_encoder", "filter_cells", "fetch_language_model"}
 
 
-def test_an_evaluation_key_reruns_evaluation_only(finished, tmp_path):
+def test_changing_an_evaluation_key_reruns_only_the_evaluation(finished, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text((finished / "tiny.yaml").read_text().replace("bootstrap: 50", "bootstrap: 60"))
     rules, _ = planned(finished, config=changed)
@@ -97,7 +97,7 @@ def test_an_evaluation_key_reruns_evaluation_only(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_geneformer(finished, tmp_path_factory):
-    """A folder as the finished one, with a tiny Geneformer that knows its genes, and gene vectors made on the fly."""
+    """A copy of the finished run that uses a tiny Geneformer with its genes and computes gene vectors on the fly."""
     folder = tmp_path_factory.mktemp("geneformer") / "work"
     shutil.copytree(finished, folder, symlinks=True)
     shutil.rmtree(folder / "results/tiny/genes.tsv", ignore_errors=True)
@@ -109,7 +109,7 @@ def with_geneformer(finished, tmp_path_factory):
     return folder
 
 
-def test_a_geneformer_describes_cells_and_its_vectors_need_no_cache(with_geneformer):
+def test_a_run_with_geneformer_and_without_cached_vectors(with_geneformer):
     folder = with_geneformer
     code, output = snakemake(folder, "--cores", "2", "--configfile", folder / "tiny.yaml")
     assert code == 0, output
@@ -126,11 +126,11 @@ def test_a_geneformer_describes_cells_and_its_vectors_need_no_cache(with_genefor
     assert planned(folder)[0] == set()
 
 
-def test_finished_shards_outlive_a_kill_and_the_rest_come_out_the_same(with_geneformer):
+def test_a_killed_run_keeps_finished_shards_and_resumes_to_the_same_bytes(with_geneformer):
     folder = with_geneformer
     shards = folder / "results/tiny/embeddings/pbmc68k"
-    unbroken = {path.name: path.read_bytes() for path in shards.iterdir()}
-    assert len(unbroken) == 3
+    uninterrupted = {path.name: path.read_bytes() for path in shards.iterdir()}
+    assert len(uninterrupted) == 3
     shutil.rmtree(shards)
     arguments = ["embeddings", "--cores", "1", "--configfile", folder / "tiny.yaml"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder, *arguments]
@@ -147,16 +147,16 @@ def test_finished_shards_outlive_a_kill_and_the_rest_come_out_the_same(with_gene
     assert snakemake(folder, "--configfile", folder / "tiny.yaml", "--unlock")[0] == 0
     code, output = snakemake(folder, *arguments, "--rerun-incomplete")
     assert code == 0, output
-    assert {path.name: path.read_bytes() for path in shards.iterdir()} == unbroken
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == uninterrupted
     kept = [path for path, time_ in done.items() if path.stat().st_mtime_ns == time_]
-    assert len(kept) >= len(done) - 1  # one may have been written while its job was still running
+    assert len(kept) >= len(done) - 1  # the job of one shard may have been killed after it wrote the file
 
 
-def test_slurm_profile_plans_the_same_jobs(fresh):
+def test_the_slurm_profile_plans_the_same_jobs(fresh):
     assert planned(fresh, "--workflow-profile", str(ROOT / "profiles/slurm"))[0] == planned(fresh)[0]
 
 
-def test_snakemakes_own_report_builds(finished):
+def test_the_snakemake_report_builds(finished):
     code, output = snakemake(
         finished, "--configfile", finished / "tiny.yaml", "--report", finished / "snakemake-report.html"
     )
@@ -206,18 +206,18 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", sorted(MISTAKES))
-def test_mistakes_are_told_before_anything_runs(fresh, mistake):
+def test_mistakes_in_the_config_are_reported_before_anything_runs(fresh, mistake):
     make, expected = MISTAKES[mistake]
     make(fresh)
     code, output = snakemake(fresh, "--cores", "1", "--configfile", fresh / "tiny.yaml")
     assert code != 0
-    told = [line for line in output.splitlines() if re.search(expected, line)]
-    assert len(told) == 1, output
+    reported = [line for line in output.splitlines() if re.search(expected, line)]
+    assert len(reported) == 1, output
     assert "Traceback" not in output
     assert not (fresh / "results").exists()
 
 
-def test_a_mistake_in_a_rule_is_one_line_without_a_traceback(fresh):
+def test_an_error_in_a_rule_is_reported_in_one_line_without_a_traceback(fresh):
     sheet(fresh, label_column="no_such_column")
     target = "results/tiny/cells/pbmc68k.h5ad"
     code, output = snakemake(fresh, target, "--cores", "1", "--configfile", fresh / "tiny.yaml")

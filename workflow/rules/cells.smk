@@ -1,20 +1,19 @@
 """
-This part of the workflow turns studies as their authors left them, and cells of CELLxGENE Census, into filtered
-raw counts of one form.
+This part of the workflow converts studies in their authors' formats, and cells of CELLxGENE Census, to filtered raw
+counts in a common format.
 
-Each Census shard is a dataset of its own from here on. The Census rules use the network, unless the source is a
-copy on disk: where the nodes of a cluster have none, run the target `census` on a machine that has.
+From here on, each Census shard is a dataset. The Census rules use the network unless the source is a copy on disk. If
+the nodes of a cluster have no network, run the target `census` on a machine that has.
 
-Inputs: the sources named in the sheet of datasets.
+Inputs: the sources named in the datasets sheet.
 Outputs: <results>/census/, <results>/raw/, <results>/cells/{dataset}.h5ad, <results>/qc/.
 """
 
-
-# matches nothing where no row of the sheet is of the Census
+# matches nothing if no row of the sheet has a Census source
 CENSUS_NAMES = "|".join(CENSUS) or "(?!)"
 
 
-# both rules could make the file of a shard
+# both rules could produce the file of a shard
 ruleorder: fetch_census_shard > fetch_dataset
 
 
@@ -31,7 +30,7 @@ rule choose_census_cells:
         "../../envs/census.yaml"
     threads: 4
     resources:
-        # a hundred bytes or two for each cell of the Census, of which there may be a hundred million
+        # 100 to 200 bytes per cell, for up to a hundred million cells in the Census
         mem_mb=lambda wildcards, attempt: 24000 * attempt,
         runtime=hours(2),
     params:
@@ -50,7 +49,7 @@ rule fetch_census_shard:
     input:
         cells="<results>/census/{census}.parquet",
     output:
-        # kept, unlike other raw counts: they cost hours to fetch again
+        # kept, unlike other raw counts, because fetching them again takes hours
         cells="<results>/raw/{census}-{shard}.h5ad",
     log:
         "<logs>/fetch_census_shard/{census}-{shard}.log",
@@ -58,7 +57,7 @@ rule fetch_census_shard:
         "<benchmarks>/fetch_census_shard/{census}-{shard}.jsonl"
     wildcard_constraints:
         census=CENSUS_NAMES,
-    # for the network: mistakes end the choice of cells before
+    # for network errors: mistakes in the config already fail in choose_census_cells
     retries: 2
     conda:
         "../../envs/census.yaml"
@@ -77,7 +76,6 @@ rule fetch_census_shard:
         "../scripts/fetch_census_shard.py"
 
 
-
 rule fetch_dataset:
     input:
         files=dataset_files,
@@ -92,7 +90,7 @@ rule fetch_dataset:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        # a block of cells, and what is known of each
+        # a block of counts, and the metadata of all cells
         mem_mb=lambda wildcards, input, attempt: (2000 + int(input.size_mb / 2))
         * attempt,
         runtime=hours(2),
@@ -130,7 +128,7 @@ rule filter_cells:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        # a block of cells or those of one search for doublets, however many cells there are
+        # a block of counts, or one part of the doublet scoring; independent of the number of cells
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(4),
     params:

@@ -12,7 +12,7 @@ from cell2text.evaluation.methods import BASELINES
 from cell2text.provenance import hash_config, library_version
 
 try:
-    # the default config comes last; files from the command line stand before it
+    # the default config is last, after files from the command line
     CONFIG_FILE = (workflow.configfiles[:-1] or workflow.configfiles)[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
@@ -34,13 +34,13 @@ GENERATIONS = collect(
     "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
 )
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
-# The folder of an encoder that is fetched and not fitted; else no folder.
+# The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [
     "<resources>/models/{}".format(Path(config["encoder"]["source"]).name)
     for kind in [config["encoder"]["kind"]]
     if kind == "geneformer"
 ]
-# Ranked genes, where the language model's rules make gene vectors of them on the fly; else no file.
+# Ranked genes from which later rules compute gene vectors on the fly, or nothing if the vectors are stored.
 TOKENS_ON_THE_FLY = (
     []
     if config["encoder"]["cache"]
@@ -55,7 +55,7 @@ wildcard_constraints:
 
 
 def on_the_fly(wildcards, input):
-    """What it takes to make gene vectors that are not stored."""
+    """Return the arguments for computing gene vectors on the fly; empty if they are stored."""
     if config["encoder"]["cache"]:
         return {}
     top_k = config["encoder"]["top_k"]
@@ -63,12 +63,12 @@ def on_the_fly(wildcards, input):
 
 
 def mem_from_input(wildcards, input, attempt):
-    """MB of memory for work that holds its input, which lies compressed on disk, a few times."""
+    """Return the memory in MB for jobs that have several copies of their decompressed input in memory."""
     return max(2000, int(12 * input.size_mb)) * attempt
 
 
 def hours(amount):
-    """Run time in minutes, doubled at each retry."""
+    """Return a run time limit in minutes, doubled at each retry."""
     return lambda wildcards, attempt: int(60 * amount * 2 ** (attempt - 1))
 
 
@@ -77,7 +77,7 @@ def dataset_row(wildcards):
 
 
 def dataset_files(wildcards):
-    """The files that a row of the sheet names."""
+    """Return the local files named in a dataset's row of the sheet."""
     row = SHEET[wildcards.dataset]
     return [
         row[key]
@@ -87,6 +87,6 @@ def dataset_files(wildcards):
 
 
 def own_limits(wildcards):
-    """The QC limits that the dataset's row of the sheet sets in the place of the run's."""
+    """Return the QC limits in the dataset's row of the sheet, which override those of the run."""
     row = SHEET[wildcards.dataset]
     return {key: float(row[key]) for key in config["qc"] if key in row}

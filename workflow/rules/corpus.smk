@@ -1,5 +1,5 @@
 """
-The cells to learn from and to be judged on, and the text that describes each.
+The cells of the corpus, their split, and the reference text of each.
 
 Inputs: <results>/cells/{dataset}.h5ad, gene sets. Outputs: <results>/corpus/.
 """
@@ -19,7 +19,7 @@ rule sample_cells:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        # a block of cells, and what is known of each
+        # one block of counts, and the labels of all cells
         mem_mb=lambda wildcards, input, attempt: (2000 + int(input.size_mb / 2))
         * attempt,
         runtime=hours(1),
@@ -30,14 +30,14 @@ rule sample_cells:
         caps=lookup("sample/caps", within=config),
         library=library_version("sample_cells.py"),
     message:
-        "Choosing the cells of the corpus"
+        "Sampling the cells of the corpus"
     script:
         "../scripts/sample_cells.py"
 
 
 rule split_donors:
     input:
-        # a split of the user's is a table to read
+        # a split given by the user is a table
         [config["split"]] if config["split"].endswith(".tsv") else [],
         cells="<results>/corpus/sampled.parquet",
         diversity="<results>/corpus/diversity.tsv",
@@ -52,7 +52,7 @@ rule split_donors:
         "../../envs/cells.yaml"
     threads: 1
     resources:
-        # what is known of each cell, which lies well compressed
+        # the labels of all cells, which are well compressed on disk
         mem_mb=lambda wildcards, input, attempt: (2000 + int(25 * input.size_mb))
         * attempt,
         runtime=hours(1),

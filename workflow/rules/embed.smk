@@ -1,5 +1,5 @@
 """
-From counts to vectors: each cell's genes ranked, and one vector a gene.
+From counts to vectors: ranked genes of each cell, and one vector per gene.
 
 Inputs: <results>/cells/, <results>/corpus/cells.parquet.
 Outputs: <results>/genes.tsv, <results>/tokens/, <results>/encoder/, <results>/embeddings/.
@@ -26,7 +26,7 @@ rule measure_genes:
     params:
         library=library_version("measure_genes.py"),
     message:
-        "Measuring each gene's typical expression in the training cells"
+        "Computing the median expression of each gene"
     script:
         "../scripts/measure_genes.py"
 
@@ -108,6 +108,6 @@ rule embed_genes:
         top_k=config["encoder"]["top_k"] if config["encoder"]["cache"] else 0,
         library=library_version("embed_genes.py"),
     message:
-        "Embedding the genes of {wildcards.dataset}, shard {wildcards.shard}"
+        "Computing gene vectors of {wildcards.dataset}, shard {wildcards.shard}"
     script:
         "../scripts/embed_genes.py"

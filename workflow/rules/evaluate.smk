@@ -1,5 +1,5 @@
 """
-Every method scored on the same cells, beside simple neighbours.
+The fine-tuned model and the baselines, scored on the same cells.
 
 Inputs: <results>/generations/, <results>/corpus/, <results>/cells/, <results>/embeddings/.
 Outputs: <results>/baselines/{name}.parquet, <results>/evaluation/.
@@ -25,7 +25,7 @@ rule baseline_majority:
     params:
         library=library_version("baseline_majority.py"),
     message:
-        "Baseline: the most frequent label"
+        "Baseline: most frequent label"
     script:
         "../scripts/baseline_majority.py"
 
@@ -76,7 +76,7 @@ rule baseline_knn:
     params:
         library=library_version("baseline_knn.py"),
     message:
-        "Baseline: nearest neighbours on pooled embeddings"
+        "Baseline: k nearest neighbours by pooled embedding"
     script:
         "../scripts/baseline_knn.py"
 
@@ -100,7 +100,7 @@ rule baseline_nearest_text:
     params:
         library=library_version("baseline_nearest_text.py"),
     message:
-        "Baseline: the text of the nearest training cell"
+        "Baseline: text of the nearest training cell"
     script:
         "../scripts/baseline_nearest_text.py"
 
@@ -133,7 +133,7 @@ rule baseline_shuffled:
         on_the_fly=on_the_fly,
         library=library_version("baseline_shuffled.py"),
     message:
-        "Baseline: the fine-tuned model with each cell given another cell's embedding"
+        "Baseline: fine-tuned model with shuffled embeddings"
     script:
         "../scripts/baseline_shuffled.py"
 
@@ -163,7 +163,7 @@ rule baseline_aligned:
         on_the_fly=on_the_fly,
         library=library_version("baseline_aligned.py"),
     message:
-        "Baseline: the label whose name a cell's soft tokens are nearest to"
+        "Baseline: label nearest to the projector's soft tokens"
     script:
         "../scripts/baseline_aligned.py"
 
@@ -199,7 +199,7 @@ rule evaluate:
         config_hash=hash_config(config),
         library=library_version("evaluate.py"),
     message:
-        "Scoring every method on the same cells"
+        "Scoring all methods"
     script:
         "../scripts/evaluate.py"
 
@@ -227,6 +227,6 @@ rule compare:
     params:
         library=library_version("compare.py"),
     message:
-        "Plotting the methods side by side"
+        "Plotting the scores of all methods"
     script:
         "../scripts/compare.py"

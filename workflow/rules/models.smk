@@ -1,5 +1,6 @@
 """
-Models from where the config says, once, as safetensors. Only these rules use the network.
+This part of the workflow downloads the models that the config names, once, and stores them as safetensors. Apart from
+the Census rules, only these rules use the network.
 
 Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json.
 """

@@ -1,7 +1,7 @@
 """
-One page that shows what ran and what came of it; opens offline.
+The run's report, one HTML page that opens offline, and the model card.
 
-Inputs: all of the above. Outputs: <results>/report.html, <results>/model_card.md.
+Inputs: results of all other stages. Outputs: <results>/report.html, <results>/model_card.md.
 """
 
 
@@ -21,6 +21,7 @@ rule render_report:
         qc=collect("<results>/qc/{dataset}.json", dataset=DATASETS),
         qc_plots=collect("<results>/qc/{dataset}.svg", dataset=DATASETS),
         embeddings=EMBEDDINGS,
+        encoder="<results>/encoder",
         model="<results>/model",
     output:
         report=report(

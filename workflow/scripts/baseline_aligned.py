@@ -1,4 +1,4 @@
-"""Describe each cell by the labels whose names its soft tokens are nearest to."""
+"""Predict the labels that are nearest to each cell's soft tokens."""
 
 from cell2text.contracts import SPLITS
 from cell2text.embedding.vectors import Embeddings

@@ -1,4 +1,4 @@
-"""Predict the slots by the vote of the nearest training cells."""
+"""Predict the slots by a vote of the nearest training cells."""
 
 from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.job import run_job

@@ -1,4 +1,4 @@
-"""Call every cell by the most frequent training label."""
+"""Predict the most frequent training label for every cell."""
 
 from cell2text.evaluation.baselines.majority import predict_majority
 from cell2text.job import run_job

@@ -1,4 +1,4 @@
-"""Give each cell the text of the nearest training cell."""
+"""Copy the description of the nearest training cell."""
 
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
 from cell2text.job import run_job

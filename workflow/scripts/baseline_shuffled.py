@@ -1,9 +1,10 @@
-"""Describe each cell from another cell's embedding: what a model that does not read its cells would score."""
+"""Describe each cell from another cell's embedding, as a negative control."""
 
 from cell2text.contracts import SPLITS
 from cell2text.embedding.vectors import Embeddings
 from cell2text.evaluation.baselines.shuffled import predict_shuffled
 from cell2text.job import run_job
+from cell2text.settings import GenerateSettings
 
 
 def main(snakemake):
@@ -16,7 +17,7 @@ def main(snakemake):
         Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
         snakemake.output.predictions,
         splits=SPLITS[1:],
-        settings=snakemake.params.generate,
+        settings=GenerateSettings(**snakemake.params.generate),
         seed=snakemake.params.seed,
     )
 

@@ -2,14 +2,15 @@
 
 from cell2text.cells.choose_census_cells import choose_census_cells
 from cell2text.job import run_job
+from cell2text.settings import CensusSettings, SampleSettings
 
 
 def main(snakemake):
     """Run the rule."""
     choose_census_cells(
         snakemake.params.source,
-        wanted=snakemake.params.wanted,
-        sample=snakemake.params.sample,
+        wanted=CensusSettings(**snakemake.params.wanted),
+        sample=SampleSettings(**snakemake.params.sample),
         seed=snakemake.params.seed,
         path=snakemake.output.cells,
     )

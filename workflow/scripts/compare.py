@@ -1,4 +1,4 @@
-"""Plot the methods side by side."""
+"""Plot the scores of all methods."""
 
 from cell2text.evaluation.compare import compare
 from cell2text.job import run_job

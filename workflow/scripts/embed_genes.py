@@ -1,4 +1,4 @@
-"""Embed the genes of one shard of a dataset's cells."""
+"""Compute the gene vectors of one shard of a dataset's cells."""
 
 from cell2text.embedding.embed_genes import embed_genes
 from cell2text.job import run_job

@@ -1,4 +1,4 @@
-"""Bring a study into one form: raw counts, CELLxGENE's columns, one id a cell."""
+"""Convert a study to the common format: raw counts, columns of the CELLxGENE schema, one id per cell."""
 
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.job import run_job

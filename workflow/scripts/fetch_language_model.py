@@ -1,4 +1,4 @@
-"""Fetch the language model that the config names and lay it down as safetensors."""
+"""Fetch the language model that the config names and store it with safetensors weights."""
 
 from cell2text.job import run_job
 from cell2text.models.fetch_language_model import fetch_language_model

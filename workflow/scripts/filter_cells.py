@@ -1,7 +1,8 @@
-"""Leave out poor and unlabelled cells, and say why."""
+"""Exclude low-quality and unlabelled cells, and record why."""
 
 from cell2text.cells.filter_cells import filter_cells
 from cell2text.job import run_job
+from cell2text.settings import QcSettings
 
 
 def main(snakemake):
@@ -12,7 +13,7 @@ def main(snakemake):
         snakemake.output.table,
         snakemake.output.summary,
         snakemake.output.plot,
-        limits=snakemake.params.limits,
+        limits=QcSettings(**snakemake.params.limits),
         own_limits=snakemake.params.own_limits,
         seed=snakemake.params.seed,
     )

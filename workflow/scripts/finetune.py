@@ -5,6 +5,7 @@ import torch
 from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.finetune import finetune
 from cell2text.job import run_job
+from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 
 def main(snakemake):
@@ -15,8 +16,8 @@ def main(snakemake):
         snakemake.input.terms,
         Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
         snakemake.output.model,
-        projector=snakemake.params.projector,
-        settings=snakemake.params.finetune,
+        projector=ProjectorSettings(**snakemake.params.projector),
+        settings=FinetuneSettings(**snakemake.params.finetune),
         seed=snakemake.params.seed,
         library=snakemake.params.library,
         processes=snakemake.resources.gpu if torch.cuda.is_available() else 1,

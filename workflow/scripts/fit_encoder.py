@@ -2,6 +2,7 @@
 
 from cell2text.embedding.fit_encoder import fit_encoder
 from cell2text.job import run_job
+from cell2text.settings import EncoderSettings
 
 
 def main(snakemake):
@@ -11,8 +12,9 @@ def main(snakemake):
         snakemake.input.genes,
         snakemake.input.tokens,
         snakemake.output.encoder,
-        settings=snakemake.params.encoder | {"directory": next(iter(snakemake.input.fetched), None)},
+        settings=EncoderSettings(**snakemake.params.encoder),
         seed=snakemake.params.seed,
+        fetched=next(iter(snakemake.input.fetched), None),
     )
 
 

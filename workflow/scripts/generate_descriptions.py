@@ -3,6 +3,7 @@
 from cell2text.embedding.vectors import Embeddings
 from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.job import run_job
+from cell2text.settings import GenerateSettings
 
 
 def main(snakemake):
@@ -15,7 +16,7 @@ def main(snakemake):
         Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
         snakemake.output.generations,
         split=snakemake.wildcards.split,
-        settings=snakemake.params.generate,
+        settings=GenerateSettings(**snakemake.params.generate),
     )
 
 

@@ -1,4 +1,4 @@
-"""Give each gene a token and its typical expression: measured in the training cells, or as the encoder has it."""
+"""Write the token and median expression of each gene, from the training cells or from a fetched encoder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Show what ran and what came of it on one page that opens offline."""
+"""Write the run's report, one HTML page that opens offline, and the model card."""
 
 from cell2text.job import run_job
 from cell2text.report.render_report import render_report

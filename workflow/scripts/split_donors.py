@@ -1,4 +1,4 @@
-"""Split the corpus into training, validation and test, and write down what the split guarantees."""
+"""Split the corpus into training, validation and test, and audit the split."""
 
 from cell2text.corpus.split_donors import split_donors
 from cell2text.job import run_job

@@ -1,4 +1,4 @@
-"""Write the text that describes each cell, from its labels and its most active gene sets."""
+"""Write the reference description of each cell from its labels and its most active gene sets."""
 
 from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.job import run_job

@@ -1,4 +1,4 @@
-"""Checks of the configuration and of the sheet of datasets, before any rule runs."""
+"""Checks of the configuration and of the sheet of datasets before any rule runs."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 
 from cell2text.errors import InputError
 
-CENSUS = "census://"  # how the source of a row begins whose cells come from CELLxGENE Census
+CENSUS = "census://"  # prefix of sources in CELLxGENE Census
 CENSUS_COLUMNS = {"dataset", "source", "notes", "min_genes", "min_counts", "max_mitochondrial_percent"}
 
 
@@ -23,12 +23,12 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     schema_file
         JSON schema, as YAML.
     where
-        The file that the configuration comes from, for messages.
+        The file of the configuration, for messages.
 
     Raises
     ------
     InputError
-        If a key is unknown, a value does not fit, or the shares of the splits do not sum to one.
+        If a key is unknown, a value is invalid, or the shares of the splits do not sum to 1.
     """
     schema = yaml.safe_load(schema_file.read_text())
     filled = _fill_defaults(config, schema)
@@ -39,7 +39,7 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
 
 
 def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, str]]:
-    """Return the rows of the sheet of datasets by dataset id, empty cells left out.
+    """Return the rows of the sheet of datasets by dataset id, without empty fields.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, s
         If the sheet or a file it names is missing, a column is unknown, or a dataset repeats.
     """
     if not Path(sheet).is_file():
-        raise InputError(sheet, "no such file", "Name a sheet of datasets under `datasets` in the config")
+        raise InputError(sheet, "no such file", "Set `datasets` in the config to a sheet of datasets")
     schema = yaml.safe_load(schema_file.read_text())
     table = pd.read_csv(sheet, sep="\t", dtype=str, keep_default_na=False, comment="#")
     rows: dict[str, dict[str, str]] = {}
@@ -56,32 +56,32 @@ def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, s
         where = f"{sheet} line {number}"
         _check(row, schema, where, "config/README.md lists the columns")
         if row["dataset"] in rows:
-            raise InputError(f"{where}: dataset", f"{row['dataset']} repeats", "Give each dataset its own id")
+            raise InputError(f"{where}: dataset", f"{row['dataset']} repeats", "Give each dataset a unique id")
         for column in ("source", "label_table", "cell_table"):
             if column in row and "://" not in row[column] and not Path(row[column]).exists():
                 raise InputError(f"{where}: {column}", f"no such file: {row[column]}", "Correct the path")
         rows[row["dataset"]] = row
     if not rows:
-        raise InputError(sheet, "no dataset in it", "Add a row for each study")
+        raise InputError(sheet, "no datasets", "Add a row for each study")
     return rows
 
 
 def cut_census(rows: dict[str, dict[str, str]], shards: int) -> dict[str, list[str]]:
-    """Return, for each row whose source is the Census, the names of the datasets that it becomes.
+    """Return the names of the shards of each row whose source is the Census.
 
-    Each shard is a dataset of its own in every later stage, ``{dataset}-{shard}``.
+    Each shard, ``{dataset}-{shard}``, is a dataset of its own in all later stages.
 
     Parameters
     ----------
     rows
-        As ``read_datasets`` gives them.
+        Output of ``read_datasets``.
     shards
-        Pieces of each Census source.
+        Number of shards of each Census source.
 
     Raises
     ------
     InputError
-        If a row of the Census has a column that says nothing of it, or a name is taken.
+        If a Census row has a column that does not apply to it, or a name is taken.
     """
     pieces = {}
     for name, row in rows.items():
@@ -90,7 +90,7 @@ def cut_census(rows: dict[str, dict[str, str]], shards: int) -> dict[str, list[s
         surplus = sorted(set(row) - CENSUS_COLUMNS)
         if surplus:
             where = f"datasets sheet: {', '.join(surplus)} of {name}"
-            raise InputError(where, "the Census brings its own labels", "Leave the cell empty")
+            raise InputError(where, "the Census brings its own labels", "Leave this field empty")
         pieces[name] = [f"{name}-{shard}" for shard in range(shards)]
         taken = sorted(set(pieces[name]) & set(rows))
         if taken:
@@ -103,8 +103,8 @@ def cut_census(rows: dict[str, dict[str, str]], shards: int) -> dict[str, list[s
 def _check(values: dict[str, Any], schema: dict[str, Any], where: str | Path, fix: str) -> None:
     errors = sorted(Draft202012Validator(schema).iter_errors(values), key=lambda error: list(error.path))
     if errors:
-        told = "; ".join(f"{'.'.join(map(str, error.path)) or 'keys'}: {error.message}" for error in errors)
-        raise InputError(where, told, fix)
+        problems = "; ".join(f"{'.'.join(map(str, error.path)) or 'keys'}: {error.message}" for error in errors)
+        raise InputError(where, problems, fix)
 
 
 def _fill_defaults(values: Any, schema: dict[str, Any]) -> Any:

@@ -1,15 +1,15 @@
-"""The one error that a user's input may raise."""
+"""The one error for mistakes in the user's input."""
 
 
 class InputError(Exception):
-    """A mistake in what the user gave, told in one line: the place, what is wrong, how to mend it.
+    """A mistake in the user's input, reported in one line: where, what is wrong, how to fix it.
 
     Parameters
     ----------
     where
-        The file, and the field in it where there is one, as in ``"config/datasets.tsv: label_column"``.
+        The file and, if there is one, the field, as in ``"config/datasets.tsv: label_column"``.
     problem
-        What is wrong there.
+        What is wrong.
     fix
         What the user should do.
     """

@@ -1,13 +1,12 @@
-"""One grammar for descriptions, both ways: slots are rendered as text and text is parsed to slots.
+"""The grammar of descriptions: renders slots as text and parses text into slots.
 
-A description tells up to seven slots, in this order::
+A description has up to seven slots, in this order::
 
     This is a {cell type}. By definition: {definition} The sample is {tissue} from a {sex} donor at the
     {stage}, with {disease}. Most active gene programmes: {name} ({what it is}); then {name} ({what it is}).
 
-A slot that is not known is left out together with the words that lead to it, so the rest still reads well; a
-stage or disease without tissue and sex is that of "a donor".
-Slots hold ontology ids; names are only how the text writes them.
+An unknown slot is omitted together with the words that introduce it; a stage or disease without tissue and sex is
+that of "a donor". Slots hold ontology ids; the text uses their names.
 """
 
 import re
@@ -18,7 +17,7 @@ import pandas as pd
 
 from cell2text.contracts import TERM_SLOTS
 
-NORMAL = "PATO:0000461"  # the id that CELLxGENE gives to the absence of disease
+NORMAL = "PATO:0000461"  # the term that CELLxGENE uses for the absence of disease
 PATHWAY = "pathway"
 _HEALTHY = "without known disease"
 _THEN = "; then "
@@ -34,14 +33,14 @@ _GRAMMAR = re.compile(
 
 @dataclass(frozen=True)
 class Slots:
-    """What is told of a cell: an ontology id a slot, or None where it is not known.
+    """The content of a description: one ontology id per slot, or None if unknown.
 
     Parameters
     ----------
     cell_type, tissue, disease, sex, stage
-        Ids of the Cell Ontology, UBERON, MONDO (or PATO:0000461, normal), PATO and HsapDv.
+        Ids from the Cell Ontology, UBERON, MONDO (or PATO:0000461, normal), PATO and HsapDv.
     definition
-        Text that defines the cell type.
+        Definition of the cell type.
     pathways
         Ids of the most active gene sets, most active first.
     """
@@ -57,15 +56,15 @@ class Slots:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a text says.
+    """A parsed text.
 
     Parameters
     ----------
     slots
         The slots that could be read.
     status
-        ``"parsed"`` when the whole text follows the grammar and every name in it is a known term;
-        ``"partial"`` when some slot could not be read; ``"failed"`` when there is no cell type.
+        ``"parsed"`` if the whole text follows the grammar and every name is a known term; ``"partial"`` if some
+        slot could not be read; ``"failed"`` if there is no cell type.
     spans
         Start and end of each term's name in the text, by slot.
     """
@@ -76,13 +75,12 @@ class Parsed:
 
 
 class Terms:
-    """The terms that each slot may hold: id, name and definition.
+    """The terms of each slot: id, name and definition.
 
     Parameters
     ----------
     table
-        A table that follows ``contracts.TERMS``. For pathways the definition is the sentence that explains
-        the gene set.
+        Rows of ``contracts.TERMS``. The definition of a pathway is the phrase that explains the gene set.
     """
 
     def __init__(self, table: pd.DataFrame):
@@ -123,8 +121,8 @@ def render(slots: Slots, terms: Terms) -> str:
     if sample:
         sentences.append(f"The sample is {sample}.")
     if slots.pathways:
-        told = _THEN.join(_render_pathway(pathway, terms) for pathway in slots.pathways)
-        sentences.append(f"Most active gene programmes: {told}.")
+        pathways = _THEN.join(_render_pathway(pathway, terms) for pathway in slots.pathways)
+        sentences.append(f"Most active gene programmes: {pathways}.")
     return " ".join(sentences)
 
 
@@ -150,20 +148,20 @@ def _render_pathway(pathway: str, terms: Terms) -> str:
 
 
 def _article(name: str) -> str:
-    """Return ``a`` or ``an``, by how the name is spoken: an acinar cell, a unipolar neuron, an NK cell."""
+    """Return ``a`` or ``an``, depending on pronunciation: an acinar cell, a unipolar neuron, an NK cell."""
     first = re.split(r"[\s\-,/]", name, maxsplit=1)[0]
     if first.isupper() or (len(first) > 1 and first[:2].isupper()) or len(first) == 1:
-        return "an" if first[0] in "AEFHILMNORSX8" else "a"  # letters said one by one: "an M", "a B"
+        return "an" if first[0] in "AEFHILMNORSX8" else "a"  # spelt out: "an M", "a B"
     if re.match(r"(?i)(uni|eu|us|ur[aeio]|ub|ut)", first):
         return "a"
     return "an" if first[0].lower() in "aeiou8" or first == "Fc" else "a"
 
 
 def parse(text: str, terms: Terms) -> Parsed:
-    """Read the slots of a description back.
+    """Parse the slots of a description.
 
-    ``parse(render(slots)).slots == slots`` for every term of the ontologies. A name that is no term leaves
-    its slot empty.
+    ``parse(render(slots)).slots == slots`` for every term of the ontologies. A name that is not a term leaves its
+    slot empty.
     """
     match = _GRAMMAR.fullmatch(text.strip())
     if match is None:
@@ -172,7 +170,7 @@ def parse(text: str, terms: Terms) -> Parsed:
 
 
 def find_opening(text: str) -> str:
-    """Return the sentence of a description that names the cell type, its first; empty where none is named.
+    """Return the first sentence of a description, which names the cell type; empty if there is no cell type.
 
     Examples
     --------
@@ -184,7 +182,7 @@ def find_opening(text: str) -> str:
 
 
 def _parse_pieces(text: str, terms: Terms) -> Parsed:
-    """Read what can be read of a text that leaves the grammar: its first sentence holds the cell type."""
+    """Parse what is readable in a text that violates the grammar, if its first sentence names a cell type."""
     text = text.strip()
     first = re.match(r"This is an? (?P<cell_type>.+?)\.(?= |$)", text)
     cell_type = terms.id["cell_type"].get(first["cell_type"]) if first else None
@@ -223,7 +221,7 @@ def _read(match: re.Match[str], terms: Terms) -> Parsed:
 
 
 def _read_pathways(text: str, terms: Terms) -> Iterable[str | None]:
-    """Return the id of each gene set named, or None for one that is not known."""
+    """Return the id of each named gene set, or None if it is unknown."""
     return tuple(_read_pathway(piece, terms) for piece in text.split(_THEN))
 
 

@@ -1,6 +1,6 @@
-"""The ontologies, offline: names, definitions, replaced ids, and the graph of live terms.
+"""Ontologies, offline: names, definitions, replaced ids, and the graph of live (not deprecated) terms.
 
-Source: the package cellxgene-ontology-guide, which carries the releases that the CELLxGENE schema names
+Source: the package cellxgene-ontology-guide, which ships the releases that the CELLxGENE schema requires
 (CL, UBERON, MONDO: CC-BY-4.0; UBERON: CC-BY-3.0; HsapDv: CC-BY-3.0; PATO: CC-BY-3.0).
 """
 
@@ -17,7 +17,7 @@ from cell2text.grammar import NORMAL
 
 log = logging.getLogger("cell2text.ontology")
 
-# The ontology of each slot, and the ids that a slot may hold besides.
+# The ontology of each slot, and the ids that a slot may take from elsewhere.
 ONTOLOGIES = {"cell_type": "CL", "tissue": "UBERON", "disease": "MONDO", "sex": "PATO", "stage": "HsapDv"}
 SEXES = {"PATO:0000383": "female", "PATO:0000384": "male"}
 UNKNOWN = {"", "unknown", "na", "nan", "none"}
@@ -26,7 +26,7 @@ ANY_CELL = "CL:0000000"  # the root of the Cell Ontology
 
 @cache
 def live_terms(ontology: str) -> dict[str, dict]:
-    """Return id -> entry (label, description, ancestors with distances) of an ontology's live terms."""
+    """Return id -> entry (label, description, ancestors with distances) for the live terms of an ontology."""
     terms = CXGSchema().ontology(ontology)
     return {
         key: entry
@@ -36,7 +36,7 @@ def live_terms(ontology: str) -> dict[str, dict]:
 
 
 def slot_terms(slot: str) -> pd.DataFrame:
-    """Return the terms that a slot may hold, as ``contracts.TERMS``."""
+    """Return the terms that a slot may take, as ``contracts.TERMS``."""
     if slot == "sex":
         rows = [(slot, key, name, "", None) for key, name in SEXES.items()]
     else:
@@ -46,7 +46,7 @@ def slot_terms(slot: str) -> pd.DataFrame:
                 key,
                 entry["label"],
                 first_sentence(entry.get("description")) if slot == "cell_type" else "",
-                # the package counts the shortest way to each ancestor
+                # the package gives the length of the shortest path to each ancestor
                 entry["ancestors"].get(ANY_CELL, 0) if slot == "cell_type" else None,
             )
             for key, entry in live_terms(ONTOLOGIES[slot]).items()
@@ -57,7 +57,7 @@ def slot_terms(slot: str) -> pd.DataFrame:
 
 
 def first_sentence(definition: str | None) -> str:
-    """Return the first sentence of a definition, with its full stop; empty where there is none.
+    """Return the first sentence of a definition, with its full stop; empty if there is no definition.
 
     Examples
     --------
@@ -70,16 +70,16 @@ def first_sentence(definition: str | None) -> str:
 
 
 def live_id(slot: str, term: str, where: str) -> str:
-    """Return the live term that an id stands for; ``"unknown"`` where it tells nothing.
+    """Resolve an id to a live term; ``"unknown"`` if it carries no information.
 
-    A deprecated id is followed to its replacement. CELLxGENE's other ways are understood, too: of several
-    diseases (``A || B``) the first is taken, ``UBERON:… (organoid)`` is that tissue, and a cell type in the place
-    of a tissue (cell culture) is no tissue. Each of these is told in the log.
+    A deprecated id is followed to its replacement. CELLxGENE's conventions are resolved as well: the first of
+    several diseases (``A || B``) is used, ``UBERON:… (organoid)`` becomes that tissue, and a cell type given as
+    tissue (cell culture) becomes unknown. Each of these is logged.
 
     Parameters
     ----------
     slot
-        As in ``contracts.TERM_SLOTS``.
+        One of ``contracts.TERM_SLOTS``.
     term
         An ontology id, or a word for unknown.
     where
@@ -88,43 +88,43 @@ def live_id(slot: str, term: str, where: str) -> str:
     Raises
     ------
     InputError
-        If the id is no term of the slot's ontology, or a deprecated one without replacement.
+        If the id is not a term of the slot's ontology, or is deprecated without a replacement.
     """
     given, ontology = term, ONTOLOGIES[slot]
     term = re.sub(r" \([a-z ]+\)$", "", term.split(" || ")[0].strip())
     if term.lower() in UNKNOWN:
         return "unknown"
     if slot == "tissue" and re.match(r"(CL:|CVCL_)", term):
-        log.warning("%s: %s is a cultured cell and no tissue: unknown", where, given)
+        log.warning("%s: %s is a cultured cell, not a tissue; set to unknown", where, given)
         return "unknown"
-    every, seen = CXGSchema().ontology(ontology), {term}
-    while every.get(term, {}).get("deprecated") and every[term].get("replaced_by") not in {None, *seen}:
-        term = every[term]["replaced_by"]
+    entries, seen = CXGSchema().ontology(ontology), {term}
+    while entries.get(term, {}).get("deprecated") and entries[term].get("replaced_by") not in {None, *seen}:
+        term = entries[term]["replaced_by"]
         seen.add(term)
-    if not _fits(slot, term):
-        problem = f"{given} is no term of {ontology}"
-        if every.get(given, {}).get("deprecated"):
-            problem = f"{given} is deprecated and nothing in {ontology} replaces it"
-        live = " or ".join(SEXES) if slot == "sex" else f"a live {ontology} id"
-        raise InputError(where, problem, f"Give {live}")
+    if not _is_live(slot, term):
+        problem = f"{given} is not a term of {ontology}"
+        if entries.get(given, {}).get("deprecated"):
+            problem = f"{given} is deprecated and {ontology} names no replacement"
+        live = " or ".join(SEXES) if slot == "sex" else f"a {ontology} id that is not deprecated"
+        raise InputError(where, problem, f"Use {live}")
     if term != given:
-        log.warning("%s: %s is read as %s (%s)", where, given, term, name_of(slot, term))
+        log.warning("%s: %s is replaced by %s (%s)", where, given, term, name_of(slot, term))
     return term
 
 
-def _fits(slot: str, term: str) -> bool:
+def _is_live(slot: str, term: str) -> bool:
     if slot == "sex":
         return term in SEXES
     return term in live_terms(ONTOLOGIES[slot]) or (slot == "disease" and term == NORMAL)
 
 
 def name_of(slot: str, term: str, where: str = "") -> str:
-    """Return the name of a slot's term, or of what replaces it; ``"unknown"`` for an unknown one.
+    """Return the name of a slot's term, or of its replacement; ``"unknown"`` for an unknown term.
 
     Raises
     ------
     InputError
-        As ``live_id`` does.
+        As in ``live_id``.
     """
     term = live_id(slot, term, where)
     if term == "unknown":

@@ -1,4 +1,4 @@
-"""Progress in plain lines: how much is done, how fast, how long is left."""
+"""Progress in plain log lines: amount done, rate and time left."""
 
 import logging
 import time
@@ -7,18 +7,18 @@ log = logging.getLogger("cell2text.progress")
 
 
 class Progress:
-    """Logs a line at most every ``every`` seconds; works the same in a terminal, a file and a cluster log.
+    """Logs at most one line every ``every`` seconds; works the same in a terminal, a file and a cluster log.
 
     Parameters
     ----------
     total
         Amount of work, in ``unit``.
     unit
-        What is counted, as in ``"cells"``.
+        Unit of work, as in ``"cells"``.
     done
-        Work that an earlier, interrupted run already did; it does not count towards the rate.
+        Work done by an earlier, interrupted run; it does not count towards the rate.
     every
-        Seconds between lines.
+        Minimum number of seconds between lines.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0, every: float = 10.0):
@@ -27,7 +27,7 @@ class Progress:
         self.before = done
 
     def advance(self, amount: int, note: str = "") -> None:
-        """Count ``amount`` more as done and log a line when one is due, or when all is done."""
+        """Add ``amount`` to the work done; log a line if one is due or all work is done."""
         self.done += amount
         now = time.monotonic()
         if now - self.last < self.every and self.done < self.total:

@@ -1,4 +1,4 @@
-"""Hashes that say which code and which files made a result."""
+"""Hashes and versions that identify the code and the files behind a result."""
 
 import ast
 import hashlib
@@ -12,15 +12,15 @@ PACKAGE = Path(__file__).parent
 
 
 def library_version(script: str, package: Path = PACKAGE) -> str:
-    """Return a short hash of every package module that a script imports, directly or not.
+    """Return a short hash of all package modules that a script imports, directly or indirectly.
 
-    Snakemake sees a change of the script but not of what the script imports, so each rule carries this
-    hash as a parameter. Syntax trees are hashed, so comments and formatting change nothing.
+    Snakemake detects changes of the script but not of its imports, so each rule has this hash as a parameter. The
+    hash is that of the syntax trees, so comments and formatting do not matter.
 
     Parameters
     ----------
     script
-        Name of a script in the folder that holds the package.
+        Name of a script in the folder that contains the package.
     package
         Folder of the package.
     """
@@ -34,7 +34,7 @@ def library_version(script: str, package: Path = PACKAGE) -> str:
         tree = ast.parse(path.read_text())
         found[module] = ast.dump(tree)
         if path.name == "__init__.py":
-            # templates and styles that lie in the package
+            # templates and style sheets in the package
             others = sorted(other for other in path.parent.iterdir() if other.is_file() and other.suffix != ".py")
             found |= {f"{module}/{other.name}": hash_file(other) for other in others}
         waiting.extend(_imported_modules(tree, package.name))
@@ -42,7 +42,7 @@ def library_version(script: str, package: Path = PACKAGE) -> str:
 
 
 def _imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
-    """Yield the dotted names under ``package`` that a module may import (names in it may be modules, too)."""
+    """Yield the dotted names under ``package`` that a module imports; imported names may be modules, too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
             yield node.module or package
@@ -57,23 +57,23 @@ def _module_file(module: str, package: Path) -> Path | None:
 
 
 def hash_text(text: str) -> str:
-    """Return the sha256 of a text, in hexadecimal."""
+    """Return the SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_file(path: str | Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_config(config: dict[str, Any]) -> str:
-    """Return the sha256 of a configuration, whatever the order of its keys."""
+    """Return the SHA-256 of a configuration, independent of the order of its keys."""
     return hash_text(json.dumps(config, sort_keys=True))
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the installed version of each package; absent ones are left out."""
+    """Return the version of each installed package, skipping packages that are not installed."""
     found = {}
     for package in sorted(packages):
         try:

@@ -1,1 +1,1 @@
-"""Counts of studies in one form, and the cells of them that are fit for use."""
+"""Raw counts of every study in a common format, and the cells that pass QC."""

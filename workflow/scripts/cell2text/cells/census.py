@@ -1,6 +1,6 @@
-"""CELLxGENE Census as a source: cells chosen from its table of cells, then their counts fetched in shards.
+"""CELLxGENE Census as a source: cells are chosen by their metadata, then their counts are fetched in shards.
 
-Source: the package cellxgene-census, which reads SOMA arrays kept by TileDB; the data are CC-BY-4.0.
+Source: the package cellxgene-census, which reads SOMA arrays stored in TileDB; the data are CC-BY-4.0.
 """
 
 import logging
@@ -20,18 +20,18 @@ log = logging.getLogger("cell2text.census")
 RELEASE = r"\d{4}-\d{2}-\d{2}"
 IDS = {slot: f"{column}_ontology_term_id" for slot, column in CELLXGENE.items()}
 ASSAY, ORGAN = "assay_ontology_term_id", "tissue_general_ontology_term_id"
-# Bytes of a column that are read at once, and of all that TileDB holds; by default one gigabyte and ten.
+# Bytes read at once per column, and TileDB's total memory budget; the defaults are 1 GB and 10 GB.
 BUFFER, BUDGET = 64 << 20, 3 << 30
 
 
 @contextmanager
 def open_census(source: str) -> Iterator[Any]:
-    """Open a Census and give the SOMA experiment of its human cells.
+    """Open a Census and yield the SOMA experiment of its human cells.
 
     Raises
     ------
     InputError
-        If there is no such Census, or reading it fails in here or later, as when the network does.
+        If the Census does not exist, or reading it fails inside the ``with`` block, for example in a network error.
     """
     try:
         import cellxgene_census
@@ -41,13 +41,13 @@ def open_census(source: str) -> Iterator[Any]:
         raise InputError(
             source,
             "the package cellxgene-census is not installed",
-            "Run with --sdm conda, or install what envs/census.yaml names",
+            "Run with --sdm conda, or install the packages listed in envs/census.yaml",
         ) from None
     place = source.removeprefix(CENSUS)
     if released := re.fullmatch(RELEASE, place):
-        fix = "Check the release and the network of the machine that runs this, then run again: finished shards stay"
+        fix = "Check the release and this machine's network, then run again; finished shards are kept"
     else:
-        fix = f"Give a release as {CENSUS}2025-01-30, or a whole copy as {CENSUS}/path/to/soma"
+        fix = f"Give a release as {CENSUS}2025-01-30, or a complete copy as {CENSUS}/path/to/soma"
     try:
         census = cellxgene_census.open_soma(
             **({"census_version": place} if released else {"uri": place}),
@@ -61,12 +61,12 @@ def open_census(source: str) -> Iterator[Any]:
 
 @cache
 def read_term(slot: str, term: str) -> str:
-    """Return the live term that an id of the Census stands for; ``"unknown"`` where there is none.
+    """Resolve an id of the Census to a live term; ``"unknown"`` if there is none.
 
-    A release of the Census is older than the ontologies here, and nobody can correct its ids.
+    A Census release is older than the ontologies used here and its ids cannot be corrected, so this is no error.
     """
     try:
         return live_id(slot, term, f"Census: {IDS[slot]}")
     except InputError as error:
-        log.warning("%s: cells without %s", error, slot.replace("_", " "))
+        log.warning("%s (these cells are treated as having no %s)", error, slot.replace("_", " "))
         return "unknown"

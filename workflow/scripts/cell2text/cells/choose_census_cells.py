@@ -1,4 +1,4 @@
-"""Cells of CELLxGENE Census chosen by their labels; no counts are read."""
+"""Choose cells of CELLxGENE Census by their labels; no counts are read."""
 
 import logging
 from collections import Counter
@@ -15,28 +15,29 @@ from cell2text.cells.sampling import draw_sample
 from cell2text.contracts import CENSUS_CELLS
 from cell2text.errors import InputError
 from cell2text.ontology import UNKNOWN
+from cell2text.settings import CensusSettings, SampleSettings
 
 log = logging.getLogger("cell2text.census")
 
-NEEDED = ("cell_type", "tissue", "disease")  # a cell of which one of these is not known is of no use
+REQUIRED = ("cell_type", "tissue", "disease")  # a cell must have all of these labels
 
 
 def choose_census_cells(
-    source: str, wanted: dict[str, list[str]], sample: dict[str, Any], seed: int, path: str | Path
+    source: str, wanted: CensusSettings, sample: SampleSettings, seed: int, path: str | Path
 ) -> None:
     """Choose the cells of the Census to work on; no counts are read.
 
-    Of the primary human cells those pass whose study and assay are wanted and whose cell type, tissue and
-    disease are known. The sample is drawn from them by ``sampling.draw_sample``, organs standing for tissues.
+    A primary human cell passes if the settings include its study and assay and its cell type, tissue and disease
+    are known. The sample is drawn from these cells by ``sampling.draw_sample``, balanced by organ instead of tissue.
 
     Parameters
     ----------
     source
-        As in the sheet of datasets: ``census://2025-01-30``, or ``census://`` and the place of a copy.
+        As in the datasets sheet: ``census://2025-01-30``, or ``census://`` and the path of a copy.
     wanted
-        The section ``census`` of the config.
+        Which studies and assays to include.
     sample
-        The section ``sample`` of the config.
+        How many cells to draw, and how.
     seed
         Seed of the draw.
     path
@@ -48,62 +49,62 @@ def choose_census_cells(
         If the Census cannot be read or no cell passes.
     """
     with open_census(source) as human:
-        cells, faults = read_census_obs(human, wanted)
-    told = ", ".join(f"{fault}: {n}" for fault, n in sorted(faults.items())) or "none"
+        cells, excluded = read_census_obs(human, wanted)
+    listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(excluded.items())) or "none"
     if cells.empty:
-        raise InputError(f"{source}: obs", f"no cell is left (left out: {told})", "Change `census` in the config")
-    log.info("%s: %d primary cells pass; left out: %s", source, len(cells), told)
+        raise InputError(f"{source}: obs", f"no cell passes (excluded: {listed})", "Change `census` in the config")
+    log.info("%s: %d primary cells pass; excluded: %s", source, len(cells), listed)
     rng = np.random.default_rng(seed)
-    rows = draw_sample(group_cells(cells), sample["cells"], sample["shares"], sample["caps"], rng)
+    rows = draw_sample(group_cells(cells), sample.cells, sample.shares, sample.caps, rng)
     cells = cells.iloc[rows][list(CENSUS_CELLS.columns)]
-    log.info("%s: %d cells of %d studies chosen", source, len(cells), cells["dataset_id"].nunique())
+    log.info("%s: chose %d cells of %d studies", source, len(cells), cells["dataset_id"].nunique())
     CENSUS_CELLS.write(cells, path)
 
 
-def read_census_obs(human: Any, wanted: dict[str, list[str]]) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Return the primary cells that pass, and how many do not for which fault.
+def read_census_obs(human: Any, wanted: CensusSettings) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Return the primary cells that pass, and the number of excluded cells by reason.
 
     Parameters
     ----------
     human
-        SOMA experiment of the human cells. Its table is read in batches; of a batch only what passes stays.
+        SOMA experiment of the human cells. Its ``obs`` is read in batches; only the cells that pass stay in memory.
     wanted
         As in ``choose_census_cells``.
 
     Returns
     -------
     tuple of DataFrame and dict
-        ``soma_joinid``, ascending, and the ids of study, donor, assay, organ and slots as categories.
+        ``soma_joinid``, ascending, and the ids of study, donor, assay, organ and slots as categories; cells by reason.
     """
     columns = ["soma_joinid", "dataset_id", "donor_id", ASSAY, ORGAN, *IDS.values()]
-    assays = kinds_of(wanted["leave_out_assays"])
-    faults: Counter = Counter()
+    assays = with_descendants(wanted.leave_out_assays)
+    excluded: Counter = Counter()
     passed = []
     for batch in human.obs.read(column_names=columns, value_filter="is_primary_data == True"):
         batch = pa.table({name: _encode(batch[name]) for name in columns})
-        told = find_faults(batch.to_pandas(), wanted, assays)
-        faults.update(told.value_counts().to_dict())
-        passed.append(batch.filter(pa.array(told.isna())))
+        reasons = find_exclusions(batch.to_pandas(), wanted, assays)
+        excluded.update(reasons.value_counts().to_dict())
+        passed.append(batch.filter(pa.array(reasons.isna())))
     table = pa.concat_tables(passed).unify_dictionaries()
     del passed, batch
     cells = table.to_pandas(split_blocks=True, self_destruct=True)
     if not cells["soma_joinid"].is_monotonic_increasing:
         cells = cells.sort_values("soma_joinid", ignore_index=True)
-    return cells, {fault: n for fault, n in faults.items() if n}
+    return cells, {reason: n for reason, n in excluded.items() if n}
 
 
 def _encode(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a column of text as codes; the Census keeps most such columns so, but not in every release."""
+    """Dictionary-encode a text column; most releases of the Census store them encoded, but not all."""
     if not pa.types.is_integer(column.type) and not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     if pa.types.is_dictionary(column.type):
-        # batches may come with codes and texts of different width
+        # the types of codes and strings may differ between batches
         column = column.cast(pa.dictionary(pa.int32(), pa.string()))
     return column
 
 
-def find_faults(cells: pd.DataFrame, wanted: dict[str, list[str]], assays: set[str]) -> pd.Series:
-    """Return why each cell does not pass, as categories; missing for a cell that does.
+def find_exclusions(cells: pd.DataFrame, wanted: CensusSettings, assays: set[str]) -> pd.Series:
+    """Return the reason why each cell is excluded, as categories; missing for a cell that passes.
 
     Parameters
     ----------
@@ -112,45 +113,47 @@ def find_faults(cells: pd.DataFrame, wanted: dict[str, list[str]], assays: set[s
     wanted
         As in ``choose_census_cells``.
     assays
-        Assays to leave out.
+        Assays to exclude, with their descendants in EFO.
     """
-    faults = {
-        "study not wanted": cells["dataset_id"].isin(wanted["leave_out_datasets"]),
-        "assay left out": cells[ASSAY].isin(assays),
+    exclusions = {
+        "study not selected": cells["dataset_id"].isin(wanted.leave_out_datasets),
+        "assay not selected": cells[ASSAY].isin(assays),
     }
-    for slot in NEEDED:
+    for slot in REQUIRED:
         terms = cells[IDS[slot]].cat.categories
         known = [term for term in terms if read_term(slot, term) != "unknown"]
-        faults[f"no {slot.replace('_', ' ')}"] = ~cells[IDS[slot]].isin(known)
-    if wanted["datasets"]:
-        faults["study not wanted"] |= ~cells["dataset_id"].isin(wanted["datasets"])
-    codes = np.select(list(faults.values()), range(len(faults)), default=-1)
-    return pd.Series(pd.Categorical.from_codes(codes, list(faults)))
+        exclusions[f"no {slot.replace('_', ' ')}"] = ~cells[IDS[slot]].isin(known)
+    if wanted.datasets:
+        exclusions["study not selected"] |= ~cells["dataset_id"].isin(wanted.datasets)
+    codes = np.select(list(exclusions.values()), range(len(exclusions)), default=-1)
+    return pd.Series(pd.Categorical.from_codes(codes, list(exclusions)))
 
 
-def kinds_of(assays: list[str]) -> set[str]:
-    """Return assays and all kinds of them that EFO knows.
+def with_descendants(assays: list[str]) -> set[str]:
+    """Return assays and all their descendants in EFO.
 
     Raises
     ------
     InputError
-        If EFO has no such assay.
+        If an assay is not a term of EFO.
     """
     terms = CXGSchema().ontology("EFO")
     unknown = sorted(set(assays) - set(terms))
     if unknown:
-        raise InputError("config: census.leave_out_assays", f"{', '.join(unknown)} is no term of EFO", "Correct the id")
+        raise InputError(
+            "config: census.leave_out_assays", f"not in EFO: {', '.join(unknown)}", "Correct or remove the id"
+        )
     return {term for term, entry in terms.items() if not set(assays).isdisjoint({term, *entry.get("ancestors", {})})}
 
 
 def group_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return what ``sampling.draw_sample`` balances cells by, as categories; missing where not known."""
+    """Return the columns by which ``sampling.draw_sample`` balances cells, as categories; missing if unknown."""
     studies, donors = cells["dataset_id"].cat, cells["donor_id"].cat
-    every = np.array(["unknown", *donors.categories], dtype=object)
-    pairs = studies.codes.to_numpy(dtype=np.int64) * len(every) + donors.codes.to_numpy() + 1
-    codes, found = pd.factorize(pairs)
-    study, donor = np.divmod(found, len(every))
-    names = studies.categories.to_numpy(dtype=object)[study] + "|" + every[donor]
+    donor_names = np.array(["unknown", *donors.categories], dtype=object)
+    pairs = studies.codes.to_numpy(dtype=np.int64) * len(donor_names) + donors.codes.to_numpy() + 1
+    codes, unique = pd.factorize(pairs)
+    study, donor = np.divmod(unique, len(donor_names))
+    names = studies.categories.to_numpy(dtype=object)[study] + "|" + donor_names[donor]
     return pd.DataFrame(
         {
             "cell_type_id": cells[IDS["cell_type"]],

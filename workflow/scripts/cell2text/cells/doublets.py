@@ -1,4 +1,4 @@
-"""Doublet scores of a sample's cells, by Scrublet in bounded memory."""
+"""Doublet scores per sample, by Scrublet in bounded memory."""
 
 import logging
 import shutil
@@ -13,23 +13,23 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from cell2text.cells.h5ad import read_blocks
-from cell2text.cells.qc import CELLS_OF_A_SAMPLE
+from cell2text.cells.qc import MIN_SAMPLE_CELLS
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.qc")
 
-CELLS_A_RUN = 1_000  # of Scrublet, whose memory grows with them
+CELLS_PER_RUN = 1_000  # Scrublet's memory grows with the number of cells
 
 
 def score_doublets(
     cells_file: str | Path, good: np.ndarray, samples: pd.Categorical, genes: int, seed: int, scratch: Path
 ) -> np.ndarray:
-    """Return the doublet score of each good cell among the good cells of its sample.
+    """Return the doublet score of each good cell, computed among the good cells of its sample.
 
-    This is Scrublet (Wolock et al., Cell Systems 2019) as in scanpy's ``pp.scrublet``, but for two settings:
-    genes are scaled and not centred, so that matrices stay sparse, and neighbours are exact. A sample of more
-    than 1,000 cells is cut at random into equal parts of at most so many. A sample of fewer than 50, or one in
-    which too few genes vary, gets NaN.
+    This is Scrublet (Wolock et al., Cell Systems 2019) as in scanpy's ``pp.scrublet``, except for two settings:
+    genes are scaled but not centred, so that matrices stay sparse, and neighbours are exact. A sample of more than
+    1,000 cells is split at random into parts of equal size with at most 1,000 cells. A sample of fewer than 50 cells,
+    or with too few variable genes, gets NaN.
 
     Parameters
     ----------
@@ -40,11 +40,11 @@ def score_doublets(
     samples
         Sample of each cell of the file.
     genes
-        Genes of the file.
+        Number of genes of the file.
     seed
-        Seed of the parts and of the simulated doublets.
+        Seed of the random parts and of the simulated doublets.
     scratch
-        Folder to sort the cells in, at 6 bytes a stored count; removed in the end.
+        Folder in which the cells are sorted, 6 bytes per stored count; removed at the end.
 
     Returns
     -------
@@ -75,31 +75,31 @@ def score_doublets(
 
 
 def cut_samples(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the number of each cell's part: its sample, or an equal random piece of a large one.
+    """Assign each cell to a part: its whole sample, or a random part of equal size of a large sample.
 
     Parameters
     ----------
     samples
         Number of each cell's sample.
     rng
-        Source of chance.
+        Random generator.
 
     Returns
     -------
     array of int, shape (cells,)
-        Parts count from 0; -1 in a sample of too few cells.
+        Part of each cell, from 0; -1 in a sample with too few cells.
     """
     cells = np.bincount(samples)
-    pieces = np.where(cells < CELLS_OF_A_SAMPLE, 0, -(-cells // CELLS_A_RUN))
+    pieces = np.where(cells < MIN_SAMPLE_CELLS, 0, -(-cells // CELLS_PER_RUN))
     order = np.lexsort((rng.permutation(len(samples)), samples))
-    place = np.empty(len(samples), dtype=np.int64)  # of a cell among those of its sample, in random order
-    place[order] = np.arange(len(samples)) - (np.cumsum(cells) - cells)[samples[order]]
-    parts = (np.cumsum(pieces) - pieces)[samples] + place % np.maximum(pieces, 1)[samples]
+    rank = np.empty(len(samples), dtype=np.int64)  # of a cell within its sample, in random order
+    rank[order] = np.arange(len(samples)) - (np.cumsum(cells) - cells)[samples[order]]
+    parts = (np.cumsum(pieces) - pieces)[samples] + rank % np.maximum(pieces, 1)[samples]
     return np.where(pieces[samples] > 0, parts, -1)
 
 
 def _sort_into_files(blocks: Iterable[sparse.csr_matrix], parts: np.ndarray, folder: Path) -> np.ndarray:
-    """Write the counts of each part's cells to a file of its own; return how many counts each cell has."""
+    """Write the counts of each part to its own file; return the number of stored counts of each cell."""
     lengths, start = np.empty(len(parts), dtype=np.int32), 0
     for counts in blocks:
         counts.eliminate_zeros()
@@ -109,35 +109,35 @@ def _sort_into_files(blocks: Iterable[sparse.csr_matrix], parts: np.ndarray, fol
         start = stop
         order = np.argsort(part, kind="stable")
         counts = counts[order]
-        held = np.empty(counts.nnz, dtype=_entry(counts.shape[1]))
-        held["gene"], held["count"] = counts.indices, counts.data
+        entries = np.empty(counts.nnz, dtype=_entry_type(counts.shape[1]))
+        entries["gene"], entries["count"] = counts.indices, counts.data
         numbers, firsts = np.unique(part[order], return_index=True)
-        for number, some in zip(numbers, np.split(held, counts.indptr[firsts[1:]]), strict=True):
+        for number, chunk in zip(numbers, np.split(entries, counts.indptr[firsts[1:]]), strict=True):
             with (folder / str(number)).open("ab") as file:
-                some.tofile(file)
+                chunk.tofile(file)
     return lengths
 
 
-def _entry(genes: int) -> np.dtype:
+def _entry_type(genes: int) -> np.dtype:
     return np.dtype([("gene", np.min_scalar_type(genes)), ("count", np.float32)])
 
 
 def _read_part(path: Path, lengths: np.ndarray, genes: int) -> sparse.csr_matrix:
-    held = np.fromfile(path, dtype=_entry(genes))
+    entries = np.fromfile(path, dtype=_entry_type(genes))
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    return sparse.csr_matrix((held["count"], held["gene"], ends), shape=(len(lengths), genes))
+    return sparse.csr_matrix((entries["count"], entries["gene"], ends), shape=(len(lengths), genes))
 
 
 def _score_part(counts: sparse.csr_matrix, seed: int) -> np.ndarray:
     cells = ad.AnnData(counts)
     try:
-        # one thread, for sums in another order may change a neighbour
+        # one thread: a different order of summation could change the neighbours
         with threadpool_limits(1):
             sc.pp.scrublet(
                 cells,
                 mean_center=False,
                 use_approx_neighbors=False,
-                threshold=0.0,  # only its scores are used, and to find a threshold it needs scikit-image
+                threshold=0.0,  # only the scores are used, and finding a threshold requires scikit-image
                 verbose=False,
                 random_state=seed,
             )

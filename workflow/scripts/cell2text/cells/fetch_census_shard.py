@@ -1,4 +1,4 @@
-"""Counts of one shard of the cells chosen from CELLxGENE Census, in the form of every other dataset."""
+"""Counts of one shard of the cells chosen from CELLxGENE Census, in the same format as every other dataset."""
 
 import logging
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ log = logging.getLogger("cell2text.census")
 
 
 def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: int, path: str | Path) -> None:
-    """Fetch the counts of one shard of the chosen cells and write them in the form of ``counts.fetch_dataset``.
+    """Fetch the counts of one shard of the chosen cells and write them in the format of ``fetch_dataset``.
 
-    A shard is a stretch of the Census, so no part of its arrays is read for two shards. ``dataset_id`` is the
-    Census's own, and a cell's id ``{dataset_id}|{soma_joinid}``.
+    A shard is a contiguous range of the Census, so no part of its arrays is read for two shards. ``dataset_id`` is
+    that of the Census, and the id of a cell is ``{dataset_id}|{soma_joinid}``.
 
     Parameters
     ----------
@@ -34,20 +34,22 @@ def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: 
     source
         As in ``choose_census_cells``.
     shard, shards
-        Which piece, from 0, of how many.
+        Number of this shard, from 0, and number of shards.
     path
         Where to write.
 
     Raises
     ------
     InputError
-        If the Census cannot be read, there is no cell for the shard, or a count is no whole number.
+        If the Census cannot be read, the shard is empty, or a count is not a whole number.
     """
     cells = CENSUS_CELLS.read(cells_file, categories=list(CENSUS_CELLS.columns)[1:])
     first, last = (len(cells) * edge // shards for edge in (shard, shard + 1))
     cells = cells.iloc[first:last].reset_index(drop=True)
     if cells.empty:
-        raise InputError("config: shards", f"{shards} shards, fewer cells chosen from {source}", "Lower `shards`")
+        raise InputError(
+            "config: shards", f"{shards} shards, but fewer cells were chosen from {source}", "Lower `shards`"
+        )
     obs = label_census_cells(cells)
     with open_census(source) as human:
         genes = read_census_genes(human, source)
@@ -57,9 +59,9 @@ def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: 
 
 
 def label_census_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the chosen cells in CELLxGENE's columns, each a categorical, with names looked up from the ids.
+    """Return the chosen cells in the columns of the CELLxGENE schema, each a categorical; names come from the ids.
 
-    The study stands in for a donor that it does not name.
+    A cell without a donor gets its study as donor.
 
     Parameters
     ----------
@@ -79,7 +81,7 @@ def label_census_cells(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_census_genes(human: Any, source: str) -> GeneMap:
-    """Return what becomes of the genes of the Census, in the order of its counts."""
+    """Return the mapping of the Census's genes, in the order of its count matrix."""
     columns = ["soma_joinid", "feature_id", "feature_name"]
     genes = human.ms["RNA"].var.read(column_names=columns).concat().to_pandas().sort_values("soma_joinid")
     return map_genes(genes.set_index("feature_id"), source)
@@ -88,7 +90,7 @@ def read_census_genes(human: Any, source: str) -> GeneMap:
 def read_census_counts(
     human: Any, joinids: np.ndarray, cell_ids: pd.Index, genes: GeneMap, source: str
 ) -> Iterator[sparse.csr_matrix]:
-    """Yield the counts of cells, float32, a block at a time.
+    """Yield the counts of cells, float32, one block at a time.
 
     Parameters
     ----------
@@ -99,31 +101,31 @@ def read_census_counts(
     cell_ids
         Ids of the same cells, for messages.
     genes
-        As ``read_census_genes`` gives them.
+        From ``read_census_genes``.
     source
         The source, for messages.
 
     Raises
     ------
     InputError
-        If a count is no whole number.
+        If a count is not a whole number.
     """
     counts = human.ms["RNA"].X["raw"].read((joinids,))
     progress = Progress(len(joinids), "cells")
     done = 0
     for stored, _ in counts.blockwise(axis=0, size=CELLS_AT_ONCE, reindex_disable_on_axis=[1]).scipy():
-        # some releases declare room for more genes than they have
+        # some releases declare more columns than they have genes
         shape = stored.shape[0], len(genes.column)
         block = sparse.csr_matrix((stored.data, stored.indices, stored.indptr), shape, np.float32)
         block.eliminate_zeros()
-        wrong = (block.data < 0) | (block.data != np.rint(block.data))
-        if wrong.any():
-            position = int(np.argmax(wrong))
+        invalid = (block.data < 0) | (block.data != np.rint(block.data))
+        if invalid.any():
+            position = int(np.argmax(invalid))
             cell = cell_ids[done + np.searchsorted(block.indptr, position, side="right") - 1]
             raise InputError(
                 f"{source}: X/raw",
                 f"not a whole number: {block.data[position]:g} in cell {cell}",
-                "Leave the study or its assay out under `census` in the config",
+                "Exclude the study or its assay under `census` in the config",
             )
         block.sort_indices()
         yield genes.gather(block)

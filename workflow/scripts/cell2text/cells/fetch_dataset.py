@@ -1,4 +1,4 @@
-"""One study brought into one form: raw counts, CELLxGENE's columns, one id per cell."""
+"""Convert a study to the common format: raw counts, columns of the CELLxGENE schema, one id per cell."""
 
 import logging
 from collections.abc import Iterator
@@ -17,36 +17,36 @@ from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.counts")
 
-# Where counts are looked for, in this order, if the sheet does not say where they are.
+# Where to look for counts, in this order, unless the sheet names a matrix.
 PLACES = ("raw.X", 'layers["counts"]', 'layers["raw_counts"]', "X")
-FIX = 'Put raw counts, whole numbers, in X, raw.X or layers["counts"], or name their place in the column `matrix`'
+FIX = 'Put raw counts (whole numbers) in X, raw.X or layers["counts"], or name their matrix in the column `matrix`'
 
 
 def fetch_dataset(
     row: dict[str, str], path: str | Path, gene_table: str | Path | None = None, min_counts_kept: float = 0.5
 ) -> None:
-    """Bring a study into one form and write it as h5ad.
+    """Convert a study to the common format and write it as h5ad.
 
-    The first of ``PLACES`` whose stored values are all counts is taken; where there is none, the first whose
-    values prove to be logs of counts. If the row names a ``matrix``, no other is looked at.
+    Uses the first of ``PLACES`` whose stored values are all counts, or else the first whose values are provably
+    log1p of counts. If the row names a ``matrix``, no other is checked.
 
     Parameters
     ----------
     row
-        The study's row of the sheet of datasets, empty cells left out.
+        The study's row of the datasets sheet, without empty fields.
     path
-        Where to write. ``X`` holds counts (CSR, float32), ``obs`` is indexed by ``{dataset}|{barcode}``
-        and holds the columns of CELLxGENE's schema, ``var`` is indexed by gene id and holds ``symbol``,
-        ``uns`` tells where the counts come from and which share of them lies in the genes kept.
+        Where to write. ``X`` holds counts (CSR, float32); ``obs`` is indexed by ``{dataset}|{barcode}`` and holds the
+        columns of the CELLxGENE schema; ``var`` is indexed by gene id and holds ``symbol``; ``uns`` holds the source
+        of the counts and the share of them in the genes that are kept.
     gene_table
-        Ensembl ids and symbols, see ``genes.read_gene_table``; None to leave symbols as they are.
+        Ensembl ids and symbols, see ``genes.read_gene_table``; None to keep symbols as they are.
     min_counts_kept
-        Least share of the counts that must lie in genes that are kept.
+        Minimum share of the counts in the genes that are kept.
 
     Raises
     ------
     InputError
-        If the file, its counts, its genes, its labels or its ontology ids are not what they should be.
+        If the file, its counts, genes, labels or ontology ids are invalid.
     """
     path, where = Path(path), row["source"]
     table = read_gene_table(gene_table) if gene_table else None
@@ -54,10 +54,10 @@ def fetch_dataset(
     with open_study(where, wanted) as study:
         _check_species(study)
         obs = label_cells(study.obs, row, study.obs_columns)
-        faults: dict[str, NotCountsError] = {}
+        errors: dict[str, NotCountsError] = {}
         for read in (check_counts, recover_counts):
             for place in choose_places(study, row.get("matrix")):
-                if read is recover_counts and not faults[place].logs:
+                if read is recover_counts and not errors[place].maybe_logs:
                     continue
                 genes = map_genes(study.matrices[place][1], where, table)
                 uns = {"source": f"{where} ({place})"}
@@ -65,20 +65,16 @@ def fetch_dataset(
                 try:
                     counts = keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns)
                     write_cells(path, counts, [obs.index], obs, genes.genes, uns)
-                except NotCountsError as fault:
-                    first = f"{faults[place]}; " if place in faults else ""
-                    faults[place] = NotCountsError(f"{first}{fault}", fault.logs)
+                except NotCountsError as error:
+                    first = f"{errors[place]}; " if place in errors else ""
+                    errors[place] = NotCountsError(f"{first}{error}", error.maybe_logs)
                     continue
                 log.info("%s: %d cells, %d genes, counts from %s", row["dataset"], len(obs), len(genes.genes), place)
                 return
-    told = "; ".join(f"{place}: {fault}" for place, fault in faults.items()) or "no matrix in the usual places"
-    others = ", ".join(sorted(set(study.matrices) - set(faults)))
-    told += f"; not looked at: {others}" if others else ""
-    raise InputError(
-        where,
-        f"no raw counts found ({told})",
-        FIX,
-    )
+    reasons = "; ".join(f"{place}: {error}" for place, error in errors.items()) or "no matrix in the usual places"
+    others = ", ".join(sorted(set(study.matrices) - set(errors)))
+    reasons += f"; not checked: {others}" if others else ""
+    raise InputError(where, f"no raw counts found ({reasons})", FIX)
 
 
 def _check_species(study: Study) -> None:
@@ -90,19 +86,19 @@ def _check_species(study: Study) -> None:
 
 
 def choose_places(study: Study, named: str | None) -> list[str]:
-    """Return the places of a study's matrices to look at.
+    """Return the matrices of a study that may hold its counts.
 
     Parameters
     ----------
     study
         An open study.
     named
-        What the sheet's column ``matrix`` says: ``X``, ``raw.X`` or the name of a layer; None if nothing.
+        Value of the sheet's column ``matrix``: ``X``, ``raw.X`` or the name of a layer; None if empty.
 
     Raises
     ------
     InputError
-        If there is no such matrix.
+        If the study has no such matrix.
     """
     if named is None:
         return [place for place in PLACES if place in study.matrices]
@@ -124,29 +120,29 @@ def keep_genes(
     min_counts_kept: float,
     uns: dict[str, Any],
 ) -> Iterator[sparse.csr_matrix]:
-    """Yield counts over the genes that are kept; at the end tell which share of all counts that is.
+    """Yield counts over the genes that are kept; at the end record the share of all counts in them.
 
     Parameters
     ----------
     blocks
-        Counts over all rows of the file's table of genes.
+        Counts over all rows of the file's gene table.
     genes
-        What becomes of those rows.
+        Mapping of those rows to genes.
     cells
-        Number of cells in all.
+        Total number of cells.
     where
         The file, for messages.
     min_counts_kept
-        Least share of the counts that must be kept.
+        Minimum share of the counts that must be kept.
     uns
-        Takes the share as ``counts_kept``.
+        The share is added to it as ``counts_kept``.
 
     Raises
     ------
     NotCountsError
-        If there is no count above nought.
+        If there is no value above zero.
     InputError
-        If fewer are kept.
+        If the share is below the minimum.
     """
     progress, measured, kept = Progress(cells, "cells"), 0.0, 0.0
     for block in blocks:
@@ -156,15 +152,15 @@ def keep_genes(
         progress.advance(block.shape[0])
         yield gathered
     if not measured:
-        raise NotCountsError("no value above nought")
+        raise NotCountsError("no value above zero")
     share = kept / measured
-    reasons = ", ".join(f"{rows} {why}" for why, rows in genes.left_out.items() if rows)
+    reasons = ", ".join(f"{rows} {reason}" for reason, rows in genes.excluded.items() if rows)
     log.info("%s: %d genes kept, with %.2f%% of the counts%s", where, len(genes.genes), 100 * share,
-             f"; rows left out: {reasons}" if reasons else "")  # fmt: skip
+             f"; rows excluded: {reasons}" if reasons else "")  # fmt: skip
     if share < min_counts_kept:
         raise InputError(
             f"{where}: var",
-            f"only {share:.1%} of the counts lie in genes that are kept (rows left out: {reasons})",
+            f"only {share:.1%} of the counts are in genes that are kept (rows excluded: {reasons})",
             "Check the species and the gene table, or lower genes: min_counts_kept",
         )
     uns["counts_kept"] = share

@@ -1,7 +1,7 @@
-"""Which cells are fit for use, and why the others are not.
+"""Filter cells by QC metrics, and record why cells are excluded.
 
-Counts are read a block at a time and never held: one pass measures the cells, one sorts those that look good
-into files for the search of doublets, one writes the cells that are kept.
+Counts are read block by block and never held in memory as a whole: one pass computes the metrics, one sorts the good
+cells into files for doublet scoring, one writes the cells that are kept.
 """
 
 import logging
@@ -30,6 +30,7 @@ from cell2text.cells.qc_plot import draw_qc
 from cell2text.contracts import QC
 from cell2text.errors import InputError
 from cell2text.files import write_json
+from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.qc")
 
@@ -42,30 +43,29 @@ def filter_cells(
     table_file: str | Path,
     summary_file: str | Path,
     plot_file: str | Path,
-    limits: Mapping[str, Any],
+    limits: QcSettings,
     own_limits: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> None:
-    """Leave out poor and unlabelled cells; write the rest, every cell's figures, a summary and a plot.
+    """Exclude low-quality and unlabelled cells; write the others, the metrics of every cell, a summary and a plot.
 
     Parameters
     ----------
     cells_file
-        Raw counts, as ``counts.fetch_dataset`` writes them.
+        Raw counts, as ``fetch_dataset`` writes them.
     kept_file, table_file, summary_file, plot_file
         The four files to write: h5ad, Parquet (``contracts.QC``), JSON and SVG.
     limits
-        The section ``qc`` of the config: ``min_genes``, ``min_counts`` and ``max_mitochondrial_percent`` of a
-        whole transcriptome, ``mads``, ``score_doublets`` and ``max_doublet_score``.
+        QC limits of a whole transcriptome, and how doublets are scored.
     own_limits
-        Limits that the user set for this dataset; they hold as they are, see ``scale_limits``.
+        Limits from this dataset's row of the sheet, used without scaling by ``scale_limits``.
     seed
-        Seed of the search for doublets.
+        Seed of the doublet scores.
 
     Raises
     ------
     InputError
-        If no cell is left.
+        If no cell is kept.
     """
     kept = _judge_file(Path(cells_file), table_file, summary_file, plot_file, limits, own_limits or {}, seed)
     with h5py.File(cells_file, "r") as file:
@@ -81,11 +81,11 @@ def _judge_file(
     table_file: str | Path,
     summary_file: str | Path,
     plot_file: str | Path,
-    limits: Mapping[str, Any],
+    limits: QcSettings,
     own_limits: Mapping[str, float],
     seed: int,
 ) -> np.ndarray:
-    """Write the figures of a file's cells, the summary and the plot; return which cells are kept."""
+    """Write the table of metrics, the summary and the plot; return which cells are kept."""
     with h5py.File(cells_file, "r") as file:
         symbols = ad.io.read_elem(file["var"])["symbol"]
         source = str(ad.io.read_elem(file["uns"]).get("source", ""))
@@ -96,46 +96,46 @@ def _judge_file(
     samples = name_samples(study, donor)
 
     blocks = (counts for _, counts in read_blocks(cells_file, np.ones(len(samples), dtype=bool)))
-    figures, detected = measure_cells(blocks, len(samples), symbols)
+    metrics, detected = measure_cells(blocks, len(samples), symbols)
     fixed = scale_limits(limits, detected) | dict(own_limits)
-    bounds = limit_samples(figures, samples, fixed, limits.get("mads"))
-    if limits.get("score_doublets"):
-        good = judge_cells(figures, samples, bounds)[0] == ""
+    bounds = limit_samples(metrics, samples, fixed, limits.mads)
+    if limits.score_doublets:
+        good = judge_cells(metrics, samples, bounds)[0] == ""
         scratch = Path(f"{table_file}.scratch")
-        figures["doublet_score"] = score_doublets(cells_file, good, samples, len(symbols), seed, scratch)
-    kinds, reasons = judge_cells(figures, samples, bounds, np.asarray(label != "unknown"))
-    kept = kinds == ""
+        metrics["doublet_score"] = score_doublets(cells_file, good, samples, len(symbols), seed, scratch)
+    failed, reasons = judge_cells(metrics, samples, bounds, np.asarray(label != "unknown"))
+    kept = failed == ""
     summary = {
         "dataset_id": name,
         "cells": len(kept),
         "kept": int(kept.sum()),
-        "dropped": _count_dropped(kinds, name),
+        "dropped": _count_dropped(failed, name),
         "limits": fixed,
-        "mads": limits.get("mads"),
-        "samples": list(_tell_samples(samples, kept, bounds)),
+        "mads": limits.mads,
+        "samples": list(_summarise_samples(samples, kept, bounds)),
         "genes": len(symbols),
         "genes_detected": detected,
         "genes_mitochondrial": int(is_mitochondrial(symbols).sum()),
         "genes_ribosomal": int(is_ribosomal(symbols).sum()),
         "source": source,
     }
-    table = {"dataset_id": study, "donor": samples, **figures, "kept": kept, "reason": reasons}
+    table = {"dataset_id": study, "donor": samples, **metrics, "kept": kept, "reason": reasons}
     QC.write_parts(_add_ids(cells_file, table), table_file)
-    draw_qc(figures, kept, bounds, name, plot_file)
+    draw_qc(metrics, kept, bounds, name, plot_file)
     write_json(summary, summary_file)
     return kept
 
 
-def _count_dropped(kinds: pd.Categorical, name: str) -> dict[str, int]:
-    dropped = {kind: int(number) for kind, number in kinds.value_counts().items() if kind and number}
-    told = ", ".join(f"{kind}: {number}" for kind, number in dropped.items()) or "none"
-    kept = len(kinds) - sum(dropped.values())
+def _count_dropped(failed: pd.Categorical, name: str) -> dict[str, int]:
+    dropped = {reason: int(number) for reason, number in failed.value_counts().items() if reason and number}
+    listed = ", ".join(f"{reason}: {number}" for reason, number in dropped.items()) or "none"
+    kept = len(failed) - sum(dropped.values())
     if not kept:
-        mend = "Lower the limits under `qc` in the config or in the dataset's row of the sheet"
+        fix = "Relax the limits under `qc` in the config or in the dataset's row of the sheet"
         if max(dropped, key=dropped.get, default="") == UNLABELLED:
-            mend = "Give labels through label_column and label_table in the datasets sheet"
-        raise InputError(f"{name}: qc", f"all {len(kinds)} cells are left out ({told})", mend)
-    log.info("%s: %d of %d cells kept; left out: %s", name, kept, len(kinds), told)
+            fix = "Provide labels through label_column and label_table in the datasets sheet"
+        raise InputError(f"{name}: qc", f"all {len(failed)} cells are excluded ({listed})", fix)
+    log.info("%s: %d of %d cells kept; excluded: %s", name, kept, len(failed), listed)
     return dropped
 
 
@@ -151,17 +151,17 @@ def _drop_unused_categories(obs: pd.DataFrame) -> pd.DataFrame:
     return obs.assign(**{name: obs[name].cat.remove_unused_categories() for name in obs.select_dtypes("category")})
 
 
-def _tell_samples(samples: pd.Categorical, kept: np.ndarray, bounds: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield for each sample its name, numbers of cells and the limits that hold in it."""
+def _summarise_samples(samples: pd.Categorical, kept: np.ndarray, bounds: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield the name, the numbers of cells and the limits of each sample."""
     cells = np.bincount(samples.codes, minlength=len(bounds))
-    left = np.bincount(samples.codes[kept], minlength=len(bounds))
-    for name, row, n, n_kept in zip(bounds.index, bounds.to_dict("records"), cells, left, strict=True):
+    cells_kept = np.bincount(samples.codes[kept], minlength=len(bounds))
+    for name, row, n, n_kept in zip(bounds.index, bounds.to_dict("records"), cells, cells_kept, strict=True):
         limits = {limit: value for limit, value in row.items() if not math.isnan(value)}
         yield {"donor": name, "cells": int(n), "kept": int(n_kept), **limits}
 
 
 def name_samples(study: pd.Categorical, donor: pd.Categorical) -> pd.Categorical:
-    """Return the sample of each cell: what came from one donor in one study, ``{dataset}|{donor}``."""
+    """Return the sample of each cell: the cells of one donor in one study, ``{dataset}|{donor}``."""
     codes = study.codes.astype(np.int64) * len(donor.categories) + donor.codes
     pairs, codes = np.unique(codes, return_inverse=True)
     pairs = [divmod(pair, len(donor.categories)) for pair in pairs]

@@ -1,4 +1,4 @@
-"""Names of genes: which rows of a study are human genes, their Ensembl ids and their symbols."""
+"""Gene names: which rows of a study are human genes, their Ensembl ids and their symbols."""
 
 import gzip
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from scipy import sparse
 from cell2text.errors import InputError
 
 ENSEMBL = r"(?<![A-Z0-9])ENSG\d{11}(?!\d)"
-# As Cell Ranger names the genes of a mixture of species, and Ensembl those of another one.
+# How Cell Ranger prefixes the genes of a species mixture, and how Ensembl names genes of other species.
 HUMAN_GENOME = r"^(?:GRCh|hg)\d+_+"
 OTHER_SPECIES = r"^(?:GRCm|mm|mRatBN|Rnor_|rn)[\d.]+_+|^ENS[A-Z]{3,}G\d{11}"
 SPIKE_IN = r"^ERCC-\d{5}$"
@@ -19,7 +19,7 @@ ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_i
 SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol")
 ALIAS_COLUMNS = ("aliases", "prev_symbol", "alias_symbol")
 VAR_COLUMNS = (*ID_COLUMNS, *SYMBOL_COLUMNS, "feature_types")
-MITOCHONDRIAL = "MT-"  # how the symbols of the mitochondrial genome's genes begin
+MITOCHONDRIAL = "MT-"  # prefix of the symbols of mitochondrially encoded genes
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,32 @@ class GeneTable:
 
 @dataclass(frozen=True)
 class GeneMap:
-    """What becomes of the rows of a file's table of genes.
+    """Mapping of the rows of a file's gene table to the genes that are kept.
 
     Parameters
     ----------
     genes
         The genes that are kept: ``symbol``, indexed by gene id.
     column
-        For each row of the file its place in ``genes``, or -1; rows of one gene share a place.
+        Position in ``genes`` of each row of the file, or -1; rows of the same gene share a position.
     measured
-        Which rows are of genes at all, and not antibodies, peaks or spike-ins.
-    left_out
-        Number of rows by the reason why they are not kept.
+        Which rows are genes, not antibodies, peaks or spike-ins; bool.
+    excluded
+        Number of excluded rows by reason.
     """
 
     genes: pd.DataFrame
     column: np.ndarray
     measured: np.ndarray
-    left_out: dict[str, int]
+    excluded: dict[str, int]
 
     def gather(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Return counts over ``genes`` from counts over the rows of the file; those of one gene are summed."""
+        """Convert counts over the rows of the file to counts over ``genes``; rows of the same gene are summed."""
         if np.array_equal(self.column, np.arange(len(self.genes))):
             return counts
         rows = np.flatnonzero(self.column >= 0)
-        places = (np.ones(len(rows), dtype=counts.dtype), (rows, self.column[rows]))
-        gathered = counts @ sparse.csr_matrix(places, shape=(len(self.column), len(self.genes)))
+        indicator = (np.ones(len(rows), dtype=counts.dtype), (rows, self.column[rows]))
+        gathered = counts @ sparse.csr_matrix(indicator, shape=(len(self.column), len(self.genes)))
         gathered.sort_indices()
         return gathered
 
@@ -73,45 +73,46 @@ class GeneMap:
 def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> GeneMap:
     """Find the id and the symbol of each gene.
 
-    Ids are Ensembl's, without version, from the index or one of ``ID_COLUMNS``, whichever holds the most of
-    them. A gene without one is looked up by its symbol in ``table``, and left out where the table does not know
-    it; without a table it keeps its symbol as id. Symbols are taken from ``SYMBOL_COLUMNS``, else from the
-    table, else they are the names themselves.
+    Ids are Ensembl ids without version, from the index or from the column of ``ID_COLUMNS`` that holds the most. A
+    gene without an id is looked up by its symbol in ``table`` and excluded if it is not there; without a table its
+    symbol becomes its id. Symbols come from ``SYMBOL_COLUMNS``, else from the index; where these hold an Ensembl id,
+    the symbol comes from the table.
 
-    Rows with the same id become one gene whose counts are their sum: versions of an id, the two copies of a
-    gene on X and Y, a symbol that is there twice, several symbols of one gene in the table. Names that were
-    made unique by a suffix (``MATR3-1`` beside ``MATR3``) are one gene where the table knows only the name
-    without it; without a table they stay apart, since ``-1`` may be part of a symbol.
+    Rows with the same id become one gene and their counts are summed: versions of an id, the X and Y copies of a
+    gene, a repeated symbol, several symbols of one gene in the table. Names made unique by a suffix (``MATR3-1`` next
+    to ``MATR3``) are the same gene if the table has only the name without suffix; without a table they stay separate,
+    because ``-1`` may be part of a symbol.
 
-    Genes of other species in a mixture (``mm10_``, ``ENSMUSG``) are left out: descriptions are of human cells.
-    Features that are no genes (antibodies, peaks, spike-ins) are neither kept nor missed.
+    Genes of other species in a mixture (``mm10_``, ``ENSMUSG``) are excluded: descriptions are of human cells.
+    Features that are not genes (antibodies, peaks, spike-ins) are dropped and do not count towards the share of
+    counts that is kept.
 
     Parameters
     ----------
     var
-        A file's table of genes, one row a gene.
+        A file's gene table, one row per gene.
     where
         The file, for messages.
     table
-        As ``read_gene_table`` gives it.
+        From ``read_gene_table``; None to keep symbols as they are.
 
     Raises
     ------
     InputError
-        If genes have numbers for names, or the symbols of another species.
+        If gene names are numbers, or symbols of another species.
     """
     names = pd.Series(var.index.astype(str))
-    columns = [names, *(_texts(var[column]) for column in ID_COLUMNS if column in var)]
+    columns = [names, *(_as_text(var[column]) for column in ID_COLUMNS if column in var)]
     ids = max((column.str.extract(f"({ENSEMBL})")[0] for column in columns), key=lambda found: found.notna().sum())
     other = pd.concat([column.str.contains(OTHER_SPECIES) for column in columns], axis=1).any(axis=1) & ids.isna()
     measured = ~names.str.contains(SPIKE_IN)
-    if "feature_types" in var and (kinds := _texts(var["feature_types"])).eq("Gene Expression").any():
+    if "feature_types" in var and (kinds := _as_text(var["feature_types"])).eq("Gene Expression").any():
         measured &= kinds.eq("Gene Expression")
 
-    symbols = next((_texts(var[column]) for column in SYMBOL_COLUMNS if column in var), names)
+    symbols = next((_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var), names)
     symbols = symbols.mask(symbols.isin(["", "nan", "None"]), names)
     symbols = symbols.str.replace(HUMAN_GENOME, "", regex=True)
-    # CELLxGENE writes symbols that repeat as MATR3_ENSG00000015479
+    # CELLxGENE writes repeated symbols as MATR3_ENSG00000015479
     bare = symbols.str.replace(rf"[_|]?{ENSEMBL}(?:\.\d+)?(?:_PAR_Y)?[_|]?", "", regex=True)
     symbols = bare.where(bare != "", symbols)
     if table is not None:
@@ -133,16 +134,16 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     genes = pd.DataFrame(
         {"symbol": symbols[kept].to_numpy(dtype=object)[first]}, index=pd.Index(unique, name="gene_id", dtype=object)
     )
-    left_out = {"no genes": ~measured, "of other species": measured & other, "not in the gene table": unknown}
-    return GeneMap(genes, column, measured.to_numpy(), {why: int(rows.sum()) for why, rows in left_out.items()})
+    excluded = {"not genes": ~measured, "from other species": measured & other, "not in the gene table": unknown}
+    return GeneMap(genes, column, measured.to_numpy(), {reason: int(rows.sum()) for reason, rows in excluded.items()})
 
 
-def _texts(column: pd.Series) -> pd.Series:
+def _as_text(column: pd.Series) -> pd.Series:
     return column.astype(object).where(column.notna(), "").astype(str).reset_index(drop=True)
 
 
 def _look_up(symbols: pd.Series, table: GeneTable) -> pd.Series:
-    """Return Ensembl ids by symbol, tried as written, with R's dots as dashes, in capitals, without a suffix."""
+    """Look up Ensembl ids by symbol: as written, with R's dots as hyphens, in upper case, without a suffix."""
     ids = symbols.map(table.ids)
     stems = symbols.str.replace(r"[-.]\d+$", "", regex=True)
     for spelling in (
@@ -159,41 +160,41 @@ def _check_symbols(symbols: pd.Series, any_ids: bool, where: str) -> None:
         return
     if symbols.str.fullmatch(r"\d+").all():
         raise InputError(
-            f"{where}: var", f"genes have numbers for names ({', '.join(symbols[:3])})",
+            f"{where}: var", f"gene names are numbers ({', '.join(symbols[:3])})",
             "Give Ensembl ids or symbols as index",
         )  # fmt: skip
     foreign = symbols.str.fullmatch(r"[A-Z][a-z]+[a-z0-9.-]*|mt-.*")
     if foreign.mean() > 0.5:
         raise InputError(
-            f"{where}: var", f"symbols are written as those of mouse and rat are ({', '.join(symbols[foreign][:3])})",
-            "Give human genes, or the human orthologues",
+            f"{where}: var", f"symbols look like mouse or rat genes ({', '.join(symbols[foreign][:3])})",
+            "Give human genes, or map them to human orthologues",
         )  # fmt: skip
 
 
 def read_gene_table(path: str | Path) -> GeneTable:
-    """Read Ensembl ids and symbols, and other names where there are some.
+    """Read Ensembl ids, symbols and, if present, aliases.
 
     Parameters
     ----------
     path
-        Tab- or comma-separated, also gzipped, with the columns ``gene_id`` and ``symbol``, and perhaps
-        ``aliases`` (parted by ``|``); HGNC's complete set is read as it is, and so is a file without header whose
-        first two columns are ids and symbols. A symbol of several ids stands for the first of them; an alias
-        of several genes, or one that is a symbol itself, for none.
+        Tab- or comma-separated, optionally gzipped, with the columns ``gene_id`` and ``symbol`` and optionally
+        ``aliases`` (separated by ``|``). HGNC's complete set can be used unchanged, and so can a file without header
+        whose first two columns are ids and symbols. A symbol with several ids maps to the first of them; an alias
+        of several genes, or one that is itself a symbol, is ignored.
 
     Raises
     ------
     InputError
-        If there is no such file, it lacks a column or holds no Ensembl id.
+        If the file does not exist, lacks a column or holds no Ensembl id.
     """
     where, fix = f"{path}", "Give the columns gene_id (Ensembl) and symbol"
     if not Path(path).is_file():
         raise InputError("config: genes: table", f"no such file: {path}", "Correct the path")
     try:
-        # a gene is called NA, so no text is read as missing
+        # there is a gene called NA, so no text is read as missing
         table = pd.read_csv(path, sep=_separator(path), dtype=str, keep_default_na=False, header=None, quotechar='"')
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(where, f"no table ({error})", fix) from error
+        raise InputError(where, f"not a table ({error})", fix) from error
     first = table.iloc[0]
     if first.str.contains(ENSEMBL).any():
         names = ["gene_id", "symbol", *map(str, range(2, table.shape[1]))]
@@ -202,7 +203,7 @@ def read_gene_table(path: str | Path) -> GeneTable:
     table.columns = names[: table.shape[1]]
     found = [next((name for name in wanted if name in names), None) for wanted in (ID_COLUMNS, SYMBOL_COLUMNS)]
     if None in found:
-        raise InputError(where, f"columns {', '.join(names)}", fix)
+        raise InputError(where, f"required columns missing (found: {', '.join(names)})", fix)
     ids = table[found[0]].str.extract(f"({ENSEMBL})")[0]
     table = table[ids.notna().to_numpy()].assign(id=ids[ids.notna()])
     if table.empty:

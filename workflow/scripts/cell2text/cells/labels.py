@@ -1,4 +1,4 @@
-"""What is known of each cell: donor, assay and labels, in the columns of CELLxGENE's schema."""
+"""Metadata of each cell (donor, assay and labels), in the columns of the CELLxGENE schema."""
 
 import csv
 import logging
@@ -14,44 +14,44 @@ from cell2text.ontology import UNKNOWN, live_id, name_of
 
 log = logging.getLogger("cell2text.counts")
 
-# Column of a slot in CELLxGENE's schema, where it has another name than the slot.
+# Column of each slot in the CELLxGENE schema; only one differs from the slot's name.
 CELLXGENE = {slot: slot for slot in TERM_SLOTS} | {"stage": "development_stage"}
 TERM_COLUMNS = [f"{column}_ontology_term_id" for column in CELLXGENE.values()]
 OBS_COLUMNS = ["donor_id", "assay_ontology_term_id", "is_primary_data", *TERM_COLUMNS]
 
 
 def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> pd.DataFrame:
-    """Return what is known of each cell, in CELLxGENE's columns, each a categorical.
+    """Return the metadata of each cell in the columns of the CELLxGENE schema, each a categorical.
 
-    What the file leaves unknown is filled from the row's constants; what stays unknown is ``"unknown"``.
-    Ids are the truth: names are looked up from them.
+    Values that the file lacks are filled from the constants of the row; what remains unknown is ``"unknown"``.
+    Names are always looked up from the ids.
 
     Parameters
     ----------
     obs
-        ``OBS_COLUMNS`` and the label column of the file's table of cells, those that it has.
+        The columns of the file's ``obs`` that are in ``OBS_COLUMNS``, and its label column.
     row
-        The study's row of the sheet of datasets.
+        The study's row of the datasets sheet.
     columns
-        Names of all columns of the file's table, for messages.
+        Names of all columns of the file's ``obs``, for messages.
 
     Raises
     ------
     InputError
-        If cells, labels or ontology ids do not fit.
+        If cells, labels or ontology ids are invalid.
     """
     dataset, where = row["dataset"], row["source"]
     if "label_table" in row and "label_column" not in row:
         raise InputError(
             f"datasets sheet: label_table of {dataset}",
-            "no label_column beside it",
+            "no label_column in the same row",
             "Name the column of obs that holds the authors' labels",
         )
     if not len(obs):
-        raise InputError(f"{where}: obs", "no cells in it", "Give a study with cells")
+        raise InputError(f"{where}: obs", "no cells", "Give a study with cells")
     if obs.index.has_duplicates:
-        twice = obs.index[obs.index.duplicated()][0]
-        raise InputError(f"{where}: obs", f"the cell {twice} is there twice", "Give each cell its own name")
+        duplicate = obs.index[obs.index.duplicated()][0]
+        raise InputError(f"{where}: obs", f"cell {duplicate} occurs twice", "Give each cell a unique name")
     if "cell_table" in row:
         obs = join_cell_table(obs, row)
         columns = [*obs]
@@ -59,7 +59,7 @@ def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
     known.index = pd.Index(f"{dataset}|" + obs.index.astype(str), name="cell_id")
     known["donor_id"] = _fill(obs, "donor_id", row.get("donor"))
     if "unknown" in known["donor_id"].cat.categories:
-        log.info("%s: no donor given for some cells; the dataset stands in as their donor", dataset)
+        log.info("%s: no donor given for some cells; the dataset is used as their donor", dataset)
         known["donor_id"] = _fill(obs, "donor_id", row.get("donor", dataset))
     known["assay_ontology_term_id"] = _fill(obs, "assay_ontology_term_id", row.get("assay"))
     for slot, column in CELLXGENE.items():
@@ -72,40 +72,40 @@ def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
         known[f"{column}_ontology_term_id"] = ids
         known[column] = _rename(ids, {term: name_of(slot, term) for term in ids.categories})
     if "is_primary_data" in obs and (secondary := (obs["is_primary_data"].astype(str) == "False").sum()):
-        log.info("%s: %d of %d cells are not primary data: another study has them, too", dataset, secondary, len(obs))
+        log.info("%s: %d of %d cells are not primary data: another study has them too", dataset, secondary, len(obs))
     return known
 
 
 def _fill(obs: pd.DataFrame, column: str, constant: str | None) -> pd.Categorical:
-    """Return a column as text, unknown values replaced by a constant, or by ``"unknown"``."""
-    rest = constant or "unknown"
+    """Return a column as text; unknown values become the constant, or ``"unknown"`` if there is none."""
+    default = constant or "unknown"
     if column not in obs:
-        return pd.Categorical([rest]).repeat(len(obs))
+        return pd.Categorical([default]).repeat(len(obs))
     values = pd.Categorical(obs[column])
     names = [_text(name) for name in values.categories]
-    names = [rest if name.lower() in UNKNOWN else name for name in names]
-    return _regroup(values.codes, [*names, rest])  # code -1, a missing value, takes the last
+    names = [default if name.lower() in UNKNOWN else name for name in names]
+    return _regroup(values.codes, [*names, default])  # a missing value has code -1, the last entry
 
 
 def _text(value: object) -> str:
-    # clusters that are numbers become floats where one is missing
+    # cluster numbers become floats if one is missing
     return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _rename(values: pd.Categorical, names: dict[str, str]) -> pd.Categorical:
-    """Return values under other names, of which some may be the same."""
+    """Rename categories; several may get the same new name."""
     return _regroup(values.codes, [names[name] for name in values.categories])
 
 
 def _regroup(codes: np.ndarray, names: list[str]) -> pd.Categorical:
-    """Return a categorical of ``names[code]`` that holds the names that occur, in alphabetical order."""
+    """Return ``names[code]`` as a categorical whose categories are the names that occur, in alphabetical order."""
     used = sorted({names[code] for code in np.unique(codes)})
-    places = np.array([used.index(name) if name in used else -1 for name in names])
-    return pd.Categorical.from_codes(places[codes], used)
+    positions = np.array([used.index(name) if name in used else -1 for name in names])
+    return pd.Categorical.from_codes(positions[codes], used)
 
 
 def join_cell_table(obs: pd.DataFrame, row: dict[str, str]) -> pd.DataFrame:
-    """Return ``obs`` with the columns of a table of cells, which count in the place of the file's own.
+    """Return ``obs`` with the columns of the row's cell table, which replace columns of the same name.
 
     Raises
     ------
@@ -115,19 +115,19 @@ def join_cell_table(obs: pd.DataFrame, row: dict[str, str]) -> pd.DataFrame:
     path = row["cell_table"]
     table = _read_table(path, sep=None, engine="python", index_col=0)
     if table.index.has_duplicates:
-        twice = table.index[table.index.duplicated()][0]
-        raise InputError(path, f"the cell {twice} is there twice", "Keep one line a cell")
+        duplicate = table.index[table.index.duplicated()][0]
+        raise InputError(path, f"cell {duplicate} occurs twice", "Keep one line per cell")
     if not obs.index.isin(table.index).any():
         raise InputError(
             path,
             f"none of its cells ({', '.join(table.index[:2])}) is in the file ({', '.join(obs.index[:2])})",
-            "Give the barcodes of the file in its first column",
+            "Put the barcodes of the file in the first column",
         )
     return obs.drop(columns=table.columns, errors="ignore").join(table)
 
 
 def read_labels(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> pd.Categorical:
-    """Return each cell's Cell Ontology id from the authors' labels; ``"unknown"`` for a cell without label.
+    """Map the authors' labels to Cell Ontology ids; ``"unknown"`` for a cell without a label.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def read_labels(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
     Raises
     ------
     InputError
-        If the column is absent, the table is malformed, or labels are missing from it.
+        If the column is missing, the table is malformed, or labels are missing from it.
     """
     column = row["label_column"]
     if column not in obs:
@@ -153,7 +153,7 @@ def read_labels(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
         raise InputError(
             row["label_table"],
             f"no line for the labels {', '.join(absent)} of {row['dataset']}",
-            "Add a line with the Cell Ontology id of each",
+            "Add a line with a Cell Ontology id for each label",
         )
     return _rename(labels, {**table, "unknown": "unknown"})
 
@@ -164,25 +164,27 @@ def read_label_table(path: str | Path) -> dict[str, str]:
     Raises
     ------
     InputError
-        If a column is missing, a label repeats or an id is no term.
+        If a column is missing, a label is repeated or an id is not a term.
     """
     columns = ["author_label", "cell_type_ontology_term_id"]
     table = _read_table(path, sep="\t")
     if not set(columns) <= set(table):
-        raise InputError(path, f"columns {', '.join(table)}", f"Give the columns {' and '.join(columns)}")
+        raise InputError(
+            path, f"required columns missing (found: {', '.join(table)})", f"Give the columns {' and '.join(columns)}"
+        )
     table["author_label"] = table["author_label"].str.strip()
     repeated = table["author_label"][table["author_label"].duplicated()]
     if len(repeated):
-        raise InputError(path, f"the label {repeated.iloc[0]} is there twice", "Keep one line a label")
+        raise InputError(path, f"label {repeated.iloc[0]} occurs twice", "Keep one line per label")
     for line, term in enumerate(table["cell_type_ontology_term_id"], start=2):
         live_id("cell_type", term, f"{path} line {line}: cell_type_ontology_term_id")
     return {label: term or "unknown" for label, term in table[columns].itertuples(index=False)}
 
 
-def _read_table(path: str | Path, **form: Any) -> pd.DataFrame:
+def _read_table(path: str | Path, **options: Any) -> pd.DataFrame:
     if not Path(path).is_file():
         raise InputError(path, "no such file", "Correct its path in the datasets sheet")
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, **form)
+        return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
     except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise InputError(path, f"no table ({error})", "Give tab-separated text") from error
+        raise InputError(path, f"not a table ({error})", "Give tab-separated text") from error

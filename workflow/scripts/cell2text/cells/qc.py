@@ -1,64 +1,64 @@
-"""QC metrics of cells, the limits on them, and which cells are excluded for what."""
+"""QC metrics of cells, the limits on them, and which cells are excluded for which reason."""
 
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from cell2text.cells.genes import MITOCHONDRIAL
+from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.qc")
 
-# Proteins of the ribosome: not RPS6KA1 and other kinases, RPS19BP1, or pseudogenes such as RPL7P9.
+# Ribosomal proteins; excludes kinases such as RPS6KA1, RPS19BP1, and pseudogenes such as RPL7P9.
 RIBOSOMAL = re.compile(r"RP[SL](\d+(A|L|X|AL|L1|Y[12])?|P[0-2]|A2?)", re.IGNORECASE)
-WHOLE_TRANSCRIPTOME = 15_000  # genes with a count: fewer make a panel
-CELLS_OF_A_SAMPLE = 50  # fewer say too little of what is usual in a sample
+WHOLE_TRANSCRIPTOME = 15_000  # detected genes; a file with fewer is treated as a gene panel
+MIN_SAMPLE_CELLS = 50  # a smaller sample gives no reliable median
 SD_PER_MAD = 1.4826  # of a normal distribution
-USUAL_MITOCHONDRIAL = 5.0  # percent: no cell is left out for less, however alike the others are
-# What may be wrong with a cell, in the order in which it is told: its figure, and the limit beyond which it is.
-FAULTS = {
+USUAL_MITOCHONDRIAL = 5.0  # percent; the adaptive limit is never stricter, however little the cells vary
+# The filters in the order in which they are applied: reason, metric, sign and limit.
+FILTERS = {
     "too few genes": ("n_genes", "<", "min_genes"),
     "too few counts": ("n_counts", "<", "min_counts"),
     "too many mitochondrial counts": ("mitochondrial_percent", ">", "max_mitochondrial_percent"),
     "likely a doublet": ("doublet_score", ">", "max_doublet_score"),
 }
-LIMITS = [limit for _, _, limit in FAULTS.values()]
+LIMITS = [limit for _, _, limit in FILTERS.values()]
 UNLABELLED = "no cell type label"
 
 
 def is_mitochondrial(symbols: pd.Series) -> np.ndarray:
-    """Return which symbols are of genes of the mitochondrial genome."""
+    """Return which symbols are mitochondrially encoded genes: bool."""
     return symbols.str.upper().str.startswith(MITOCHONDRIAL).to_numpy(dtype=bool)
 
 
 def is_ribosomal(symbols: pd.Series) -> np.ndarray:
-    """Return which symbols are of proteins of the ribosome."""
+    """Return which symbols are ribosomal proteins: bool."""
     return symbols.str.fullmatch(RIBOSOMAL).to_numpy(dtype=bool)
 
 
 def measure_cells(blocks: Iterable[sparse.csr_matrix], cells: int, symbols: pd.Series) -> tuple[pd.DataFrame, int]:
-    """Return the figures of each cell, and how many genes have a count in any.
+    """Return the QC metrics of each cell, and the number of genes with a count in any cell.
 
-    The figures are those of scanpy's ``pp.calculate_qc_metrics``: ``n_counts``, ``n_genes``,
-    ``mitochondrial_percent`` and ``ribosomal_percent`` (0 in an empty cell). ``doublet_score`` is NaN as yet.
+    The metrics are those of scanpy's ``pp.calculate_qc_metrics``: ``n_counts``, ``n_genes``,
+    ``mitochondrial_percent`` and ``ribosomal_percent`` (0 in an empty cell). ``doublet_score`` is NaN at this stage.
 
     Parameters
     ----------
     blocks
-        Raw counts, cells by genes, some cells at a time.
+        Raw counts, cells by genes, in blocks of cells.
     cells
-        Number of all cells.
+        Total number of cells.
     symbols
         Symbols of the genes.
     """
     counted = np.column_stack([np.ones(len(symbols)), is_mitochondrial(symbols), is_ribosomal(symbols)])
     if not counted[:, 1].any():
-        log.info("No mitochondrial gene measured, so the limit on them leaves out no cell")
+        log.info("No mitochondrial genes measured, so the limit on mitochondrial counts excludes no cell")
     sums, expressed, detected = (
         np.empty((3, cells)),
         np.empty(cells, dtype=np.int32),
@@ -74,38 +74,38 @@ def measure_cells(blocks: Iterable[sparse.csr_matrix], cells: int, symbols: pd.S
         start = stop
     total, *parts = sums
     mitochondrial, ribosomal = (np.float32(100 * part / np.maximum(total, 1)) for part in parts)
-    figures = {
+    metrics = {
         "n_counts": total.copy(),
         "n_genes": expressed,
         "mitochondrial_percent": mitochondrial,
         "ribosomal_percent": ribosomal,
         "doublet_score": np.full(len(total), np.nan, dtype=np.float32),
     }
-    return pd.DataFrame(figures), int(detected.sum())
+    return pd.DataFrame(metrics), int(detected.sum())
 
 
-def scale_limits(limits: Mapping[str, Any], detected: int) -> dict[str, float]:
-    """Return the limits of a file that may measure a panel of genes, from those of a whole transcriptome.
+def scale_limits(limits: QcSettings, detected: int) -> dict[str, float]:
+    """Scale the limits of a whole transcriptome to a file that may measure a gene panel.
 
-    A panel holds a part f of the genes of a whole transcriptome (15,000 detected ones and more), f < 1. A good
-    cell's genes and counts shrink with it, so ``min_genes`` and ``min_counts`` are multiplied by f. Its share of
-    mitochondrial counts grows, for they are seldom left out: a share p of all counts becomes p / (p + f (1 - p)).
-    A limit on doublets, if any, stays.
+    A panel has a fraction f < 1 of the genes of a whole transcriptome (15,000 or more detected genes). The genes and
+    counts of a cell decrease with f, so ``min_genes`` and ``min_counts`` are multiplied by f. The share of
+    mitochondrial counts increases, because panels usually keep the mitochondrial genes: a share p of all counts
+    becomes p / (p + f (1 - p)). The limit on the doublet score, if any, is not scaled.
 
     Parameters
     ----------
     limits
-        Of a whole transcriptome; those that are None or absent are left out.
+        Limits of a whole transcriptome; those that are None are omitted from the result.
     detected
-        Genes with a count in any cell.
+        Number of genes with a count in any cell.
 
     Examples
     --------
-    >>> scale_limits({"min_genes": 200, "min_counts": 300, "max_mitochondrial_percent": 20}, 1500)
+    >>> scale_limits(QcSettings(200, 300, 20, mads=5, score_doublets=True, max_doublet_score=None), 1500)
     {'min_genes': 20, 'min_counts': 30, 'max_mitochondrial_percent': 71.43}
     """
     part = min(detected / WHOLE_TRANSCRIPTOME, 1)
-    scaled = {limit: limits[limit] for limit in LIMITS if limits.get(limit) is not None}
+    scaled = {limit: getattr(limits, limit) for limit in LIMITS if getattr(limits, limit) is not None}
     for limit in ("min_genes", "min_counts"):
         if limit in scaled:
             scaled[limit] = math.ceil(part * scaled[limit])
@@ -115,94 +115,94 @@ def scale_limits(limits: Mapping[str, Any], detected: int) -> dict[str, float]:
 
 
 def limit_samples(
-    figures: pd.DataFrame, samples: pd.Categorical, fixed: Mapping[str, float], mads: float | None
+    metrics: pd.DataFrame, samples: pd.Categorical, fixed: Mapping[str, float], mads: float | None
 ) -> pd.DataFrame:
-    """Return the limits that hold in each sample: the stricter of the fixed and the adaptive ones.
+    """Return the limits of each sample: the stricter of the fixed and the adaptive limits.
 
-    An adaptive limit lies ``mads`` median absolute deviations, in units of a normal distribution's standard
-    deviation, from the sample's median: below that of log counts and log genes, above that of the mitochondrial
-    share (McCarthy et al., Bioinformatics 2017). There is none above counts and genes, for large cells are not
-    poor ones; none where half of the cells are alike; none in a sample of fewer than 50 cells. Only cells within
-    the fixed limits count, so empty droplets do not set what is usual.
+    An adaptive limit is ``mads`` median absolute deviations, in units of a normal distribution's standard deviation,
+    away from the sample's median: below the median of log counts and log genes, above that of the mitochondrial
+    share (McCarthy et al., Bioinformatics 2017). Counts and genes have no upper limit, because large cells are not
+    low-quality cells. There is no adaptive limit if half of the cells have the same value or if the sample has fewer
+    than 50 cells. Medians are taken over the cells within the fixed limits, so empty droplets do not shift them.
 
     Parameters
     ----------
-    figures
-        As ``measure_cells`` gives them.
+    metrics
+        From ``measure_cells``.
     samples
         Sample of each cell.
     fixed
-        As ``scale_limits`` gives them.
+        Limits by name, as in ``scale_limits``.
     mads
-        How many deviations; None for fixed limits alone.
+        Number of deviations; None for fixed limits only.
 
     Returns
     -------
     DataFrame
-        A row a sample, a column for each of ``LIMITS``; NaN where there is no limit.
+        One row per sample, one column for each of ``LIMITS``; NaN if there is no limit.
     """
     bounds = pd.DataFrame(
         {limit: float(fixed.get(limit, np.nan)) for limit in LIMITS}, index=samples.categories, dtype=float
     )
-    # without a count there is nothing to scale by
+    # an empty cell cannot be normalised
     bounds["min_counts"] = bounds["min_counts"].fillna(1).clip(lower=1)
     if mads is None:
         return bounds
-    good = judge_cells(figures, samples, bounds)[0] == ""
-    usual, codes = figures[good], samples.codes[good]
+    mask = judge_cells(metrics, samples, bounds)[0] == ""
+    good, codes = metrics[mask], samples.codes[mask]
     for limit, column in (("min_counts", "n_counts"), ("min_genes", "n_genes")):
-        low = np.ceil(np.expm1(_beyond_median(np.log1p(usual[column]), codes, len(bounds), -mads)))
+        low = np.ceil(np.expm1(_beyond_median(np.log1p(good[column]), codes, len(bounds), -mads)))
         bounds[limit] = np.fmax(bounds[limit], low)
-    high = _beyond_median(usual["mitochondrial_percent"].astype(float), codes, len(bounds), mads).round(2)
+    high = _beyond_median(good["mitochondrial_percent"].astype(float), codes, len(bounds), mads).round(2)
     column = "max_mitochondrial_percent"
     bounds[column] = np.fmin(bounds[column], np.maximum(high, USUAL_MITOCHONDRIAL))
     return bounds
 
 
 def _beyond_median(values: pd.Series, codes: np.ndarray, samples: int, mads: float) -> np.ndarray:
-    """Return what lies so many deviations from each sample's median; NaN where nothing can be said."""
+    """Return the value ``mads`` deviations from each sample's median; NaN if the sample is small or has no spread."""
     grouped = values.groupby(codes)
     median, cells = (table.reindex(range(samples)).to_numpy() for table in (grouped.median(), grouped.size()))
     deviation = (values - median[codes]).abs().groupby(codes).median().reindex(range(samples)).to_numpy()
-    known = (cells >= CELLS_OF_A_SAMPLE) & (deviation > 0)
+    known = (cells >= MIN_SAMPLE_CELLS) & (deviation > 0)
     return np.where(known, median + mads * SD_PER_MAD * deviation, np.nan)
 
 
 def judge_cells(
-    figures: pd.DataFrame, samples: pd.Categorical, bounds: pd.DataFrame, labelled: np.ndarray | None = None
+    metrics: pd.DataFrame, samples: pd.Categorical, bounds: pd.DataFrame, labelled: np.ndarray | None = None
 ) -> tuple[pd.Categorical, pd.Categorical]:
-    """Return the kind of fault of each cell and the same with its figures; both empty for a good cell.
+    """Return the filter that each cell fails, and the full reason with its value; both empty for a good cell.
 
-    The first fault in the order of ``FAULTS`` is the one told, and a missing label the last. A cell without
-    any count is always left out, for its counts cannot be scaled.
+    Only the first failed filter in the order of ``FILTERS`` is reported, and a missing label last. A cell without
+    counts is always excluded, because it cannot be normalised.
 
     Parameters
     ----------
-    figures
-        As ``measure_cells`` gives them.
+    metrics
+        From ``measure_cells``.
     samples
         Sample of each cell.
     bounds
-        As ``limit_samples`` gives them.
+        From ``limit_samples``.
     labelled
-        Whether each cell has a cell type; None where that does not matter.
+        Whether each cell has a cell type; None to ignore labels.
     """
-    kinds = np.zeros(len(figures), dtype=np.int8)
-    which, reasons = np.zeros(len(figures), dtype=np.int32), [""]
-    for number, (kind, (figure, sign, limit)) in enumerate(FAULTS.items(), start=1):
-        values, bound = figures[figure].to_numpy(), bounds[limit].to_numpy()[samples.codes]
+    failed = np.zeros(len(metrics), dtype=np.int8)
+    which, reasons = np.zeros(len(metrics), dtype=np.int32), [""]
+    for number, (name, (metric, sign, limit)) in enumerate(FILTERS.items(), start=1):
+        values, bound = metrics[metric].to_numpy(), bounds[limit].to_numpy()[samples.codes]
         beyond = values < bound if sign == "<" else values > bound
-        first = np.flatnonzero((kinds == 0) & beyond)
-        kinds[first] = number
-        # few pairs of figure and limit differ, so few texts are made however many the cells
+        first = np.flatnonzero((failed == 0) & beyond)
+        failed[first] = number
+        # few distinct pairs of value and limit, so few strings however many cells there are
         pairs = np.column_stack([values[first].astype(float).round(2), bound[first]])
         pairs, position = np.unique(pairs, axis=0, return_inverse=True)
         which[first] = len(reasons) + position
-        reasons += [f"{kind} ({value:.10g} {sign} {end:.10g})" for value, end in pairs]
+        reasons += [f"{name} ({value:.10g} {sign} {end:.10g})" for value, end in pairs]
     if labelled is not None:
-        unlabelled = (kinds == 0) & ~labelled
-        kinds[unlabelled], which[unlabelled] = len(FAULTS) + 1, len(reasons)
+        unlabelled = (failed == 0) & ~labelled
+        failed[unlabelled], which[unlabelled] = len(FILTERS) + 1, len(reasons)
     return (
-        pd.Categorical.from_codes(kinds, ["", *FAULTS, UNLABELLED]),
+        pd.Categorical.from_codes(failed, ["", *FILTERS, UNLABELLED]),
         pd.Categorical.from_codes(which, [*reasons, UNLABELLED]),
     )

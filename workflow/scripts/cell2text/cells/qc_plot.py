@@ -1,4 +1,4 @@
-"""The QC plot of a dataset: a histogram of each metric with its limits."""
+"""The QC plot of a dataset: one histogram per metric, with its limits."""
 
 from pathlib import Path
 
@@ -21,18 +21,18 @@ PANELS = {
 }
 
 
-def draw_qc(figures: pd.DataFrame, kept: np.ndarray, bounds: pd.DataFrame, name: str, path: str | Path) -> None:
-    """Draw a histogram of each figure and its limits, and write it as SVG, the same bytes each time.
+def draw_qc(metrics: pd.DataFrame, kept: np.ndarray, bounds: pd.DataFrame, name: str, path: str | Path) -> None:
+    """Draw a histogram of each metric with its limits, and write it as SVG, reproducible to the byte.
 
-    Limits are dashed lines; where those of the samples differ, the least and the greatest, shaded between.
+    Limits are dashed lines. If they differ between samples, the lowest and the highest are drawn, with shading between.
     """
-    drawn = {column: panel for column, panel in PANELS.items() if figures[column].any()}
+    drawn = {column: panel for column, panel in PANELS.items() if metrics[column].any()}
     with mpl.rc_context({"svg.hashsalt": "cell2text", "font.size": 9}):
         figure = Figure(figsize=(2.6 * len(drawn), 2.8), layout="constrained")
         axes = figure.subplots(1, len(drawn))
         for axis, (column, (title, limit, logarithmic)) in zip(axes, drawn.items(), strict=True):
             limits = bounds[limit].dropna().to_numpy() if limit else np.empty(0)
-            _draw_histogram(axis, figures[column].to_numpy(), kept, limits, logarithmic)
+            _draw_histogram(axis, metrics[column].to_numpy(), kept, limits, logarithmic)
             axis.set_xlabel(title)
         axes[0].set_ylabel("Cells")
         figure.suptitle(f"{name}: {kept.sum():,} of {len(kept):,} cells kept", x=0.01, ha="left", fontsize=11)
@@ -56,7 +56,7 @@ def _draw_histogram(axis: Axes, values: np.ndarray, kept: np.ndarray, limits: np
     else:
         bins = np.linspace(0, (high or 1) * 1.05, 41)
     parts = [values[kept], values[~kept]]
-    axis.hist(parts, bins=bins, stacked=True, color=[KEPT, DROPPED], label=["kept", "left out"])
+    axis.hist(parts, bins=bins, stacked=True, color=[KEPT, DROPPED], label=["kept", "excluded"])
     ends = np.unique([limits.min(), limits.max()]) if len(limits) else limits
     for limit in ends:
         axis.axvline(limit, color=LIMIT, linestyle="--", linewidth=1)

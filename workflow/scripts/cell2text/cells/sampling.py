@@ -1,4 +1,4 @@
-"""Which cells make up a corpus: drawn as they come, or balanced by what they are, and how diverse they then are."""
+"""Sampling of the cells of a corpus, at random or balanced by labels, and the diversity of the sample."""
 
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-# What each pool looks at, in the order in which pools are filled.
+# The column that each pool balances or caps, in the order in which pools are filled.
 POOLS = {
     "natural": "tissue_id",
     "cell_type": "cell_type_id",
@@ -15,7 +15,7 @@ POOLS = {
     "rare_tissue": "tissue_id",
 }
 ANY = "any"
-RARE = 0.1  # a tissue is rare in the lowest tenth of the tissues by number of cells
+RARE = 0.1  # a tissue is rare if its number of cells is in the lowest tenth of all tissues
 DIVERSITY = {
     "cell_type": "cell_type_id",
     "tissue": "tissue_id",
@@ -32,29 +32,29 @@ def draw_sample(
     caps: Mapping[str, Mapping[str, float]],
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw exactly n different cells from pools that each favour something else.
+    """Draw exactly n distinct cells from pools with different sampling schemes.
 
-    The pools are those of Cell2Text (arXiv 2509.24840): ``natural`` takes cells as they come; ``cell_type``,
-    ``disease`` and ``donor`` take as many cells of each value as of any other, as far as there are; so does
-    ``rare_tissue``, among the tissues of the lowest tenth by number of cells. A cell that one pool took is
-    left out of the next ones. What caps leave a pool short of is drawn from all cells that are left. A cell
-    type that has more than one cell keeps at least two if it keeps any.
+    The pools are those of Cell2Text (arXiv 2509.24840): ``natural`` draws uniformly; ``cell_type``, ``disease`` and
+    ``donor`` draw the same number of cells of each value, as far as there are enough; ``rare_tissue`` does the same
+    among the rarest tenth of the tissues. A cell drawn by one pool is not available to later pools. If caps leave a
+    pool short, the missing cells are drawn from all remaining cells. A cell type with more than one cell keeps at
+    least two if it keeps any.
 
     Parameters
     ----------
     cells
-        ``cell_type_id``, ``tissue_id``, ``disease_id`` and ``donor`` of each cell, best as categories (only
-        the columns of pools that have a share are read); missing where not known. The draw goes by
-        position: sort the cells by their ids to make it independent of the order in which they came.
+        ``cell_type_id``, ``tissue_id``, ``disease_id`` and ``donor`` of each cell, preferably as categories; missing if
+        unknown. Only the columns of pools with a share, and ``cell_type_id``, are read. The draw depends on positions:
+        sort the cells by id to make it independent of their original order.
     n
-        How many to draw; all of them where there are fewer.
+        Number of cells to draw; all cells if there are fewer.
     shares
-        What each pool takes of the n cells, relative to the others; a pool not named takes none.
+        Relative share of the n cells that each pool draws; a pool that is not named draws none.
     caps
-        For each pool, the largest share of it that a value may take, or ``"any"`` value not named. Caps of
+        For each pool, the maximum share of it per value, with ``"any"`` for values that are not named. Caps of
         ``natural`` and ``rare_tissue`` name tissues.
     rng
-        Source of chance.
+        Random generator.
 
     Returns
     -------
@@ -74,14 +74,14 @@ def draw_sample(
 
 
 def _draw_second_cells(cell_types: pd.Series, left: np.ndarray, rng: np.random.Generator) -> None:
-    """Give each cell type of which one cell was drawn a second if there is one, for one of the commonest type.
+    """Add a second cell to each cell type with one drawn cell, if there is one, in exchange for the commonest type.
 
-    A type with one cell can be learnt or judged, but not both.
+    A type with a single cell can be used for training or for evaluation, but not for both.
     """
     names, codes = _code_values(cell_types)
     drawn = np.bincount(codes[~left], minlength=len(names) + 1)
-    there = np.bincount(codes, minlength=len(names) + 1)
-    for value in np.flatnonzero((drawn == 1) & (there > 1)):
+    available = np.bincount(codes, minlength=len(names) + 1)
+    for value in np.flatnonzero((drawn == 1) & (available > 1)):
         if value == 0 or drawn.max() < 3:
             continue
         commonest = int(drawn.argmax())
@@ -91,7 +91,7 @@ def _draw_second_cells(cell_types: pd.Series, left: np.ndarray, rng: np.random.G
 
 
 def apportion(n: int, shares: Mapping[str, float]) -> dict[str, int]:
-    """Return whole numbers in proportion to shares that add up to n: rounded down, the largest remainders up.
+    """Split n into whole numbers in proportion to shares, by the largest remainder method.
 
     Examples
     --------
@@ -118,17 +118,17 @@ def _fill_pool(
     codes = of_all[rows]
     available = np.bincount(codes, minlength=len(names) + 1)
     share = [np.inf, *(caps.get(name, caps.get(ANY, np.inf)) for name in names)]
-    # 1e-9: a twentieth of a hundred is five, whatever the binary fraction
+    # 1e-9: 5% of 100 must be 5 despite rounding in binary
     most = np.minimum(available, np.floor(np.multiply(share, size) + 1e-9)).astype(np.int64)
     if pool == "natural":
         quotas = _natural_quotas(available, most, size, rng)
     else:
-        most[0] = 0  # what is not known is nothing to balance by
+        most[0] = 0  # unknown is not a value to balance by
         if pool == "rare_tissue":
             cells_of = np.bincount(of_all, minlength=len(names) + 1)[1:]
             most[1:][cells_of > np.quantile(cells_of, RARE)] = 0
         quotas = _balanced_quotas(most, size, rng)
-    # Cells of a value lie together in this order, so a value's quota is drawn from one stretch of it.
+    # In this order the cells of a value are contiguous, so each quota is drawn from one range.
     by_value = np.argsort(codes, kind="stable")
     starts = np.cumsum(available) - available
     drawn = [
@@ -139,16 +139,16 @@ def _fill_pool(
 
 
 def _code_values(values: pd.Series) -> tuple[list[str], np.ndarray]:
-    """Return the values in alphabetical order and the code of each cell: 0 for unknown, i + 1 for the i-th."""
+    """Return the values in alphabetical order, and the code of each cell: 0 if unknown, i + 1 for the i-th value."""
     values = values.astype("category").cat.remove_unused_categories()
     values = values.cat.reorder_categories(sorted(values.cat.categories))
     names = list(values.cat.categories)
-    # the smallest type: sixteen bits and fewer are sorted by counting
+    # the smallest type: numpy uses a radix sort for up to 16 bits
     return names, (values.cat.codes.to_numpy().astype(np.int32) + 1).astype(np.min_scalar_type(len(names) + 1))
 
 
 def _natural_quotas(available: np.ndarray, most: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return how many cells of each value a random draw takes that skips a value once it has reached its most."""
+    """Return the number of cells of each value in a random draw that skips values at their maximum."""
     quotas = np.zeros_like(available)
     while True:
         open_cells = np.where(quotas < most, available - quotas, 0)
@@ -160,9 +160,9 @@ def _natural_quotas(available: np.ndarray, most: np.ndarray, size: int, rng: np.
 
 
 def _balanced_quotas(most: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return equal numbers of cells of each value, or a value's most where that is less; ``size`` in all.
+    """Return equal numbers of cells per value, or the value's maximum if that is smaller; ``size`` in total.
 
-    Where the last cells do not go round, chance says which values have one more.
+    If the cells cannot be divided equally, random values get one more.
     """
     if most.sum() <= size:
         return most
@@ -174,16 +174,16 @@ def _balanced_quotas(most: np.ndarray, size: int, rng: np.random.Generator) -> n
 
 
 def measure_diversity(cells: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
-    """Return how diverse all cells are, and the drawn ones.
+    """Return the diversity of all cells and of the drawn cells.
 
-    Diversity is Shannon's entropy of the shares of the values, divided by the logarithm of the number of
-    values among all cells: 1 where each has as many cells as any other, 0 where there is one value only.
-    Both figures have the same divisor, so a value that the draw lost lowers the second.
+    Diversity is the Shannon entropy of the shares of the values, divided by the logarithm of the number of values
+    among all cells: 1 if all values have the same number of cells, 0 if there is only one value. Both scores have the
+    same divisor, so a value that was not drawn lowers the second.
 
     Parameters
     ----------
     cells
-        The columns of ``DIVERSITY``, missing where not known; such cells are not counted.
+        The columns of ``DIVERSITY``, missing if unknown; such cells are not counted.
     rows
         Positions of the drawn cells.
 
@@ -195,14 +195,14 @@ def measure_diversity(cells: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
     table = []
     for slot, column in DIVERSITY.items():
         names, codes = _code_values(cells[column])
-        before, after = (np.bincount(some, minlength=len(names) + 1)[1:] for some in (codes, codes[rows]))
-        told = {"values_before": len(names), "values_after": int((after > 0).sum())}
-        table.append({"slot": slot, **told, "diversity_before": entropy(before), "diversity_after": entropy(after)})
+        before, after = (np.bincount(part, minlength=len(names) + 1)[1:] for part in (codes, codes[rows]))
+        values = {"values_before": len(names), "values_after": int((after > 0).sum())}
+        table.append({"slot": slot, **values, "diversity_before": entropy(before), "diversity_after": entropy(after)})
     return pd.DataFrame(table)
 
 
 def entropy(cells: np.ndarray) -> float:
-    """Return the Shannon entropy of numbers of cells, divided by the logarithm of how many numbers there are.
+    """Return the Shannon entropy of cell numbers, divided by the logarithm of the number of groups.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""Studies as their authors left them: h5ad, AnnData's Zarr, 10x HDF5, 10x folders, and the one that scanpy carries.
+"""Studies in the formats of their authors: h5ad, AnnData Zarr, 10x HDF5, 10x folders, and one bundled with scanpy.
 
-A study is opened, not loaded: what is asked for of its table of cells is read, its matrices stay on disk.
+A study is opened, not loaded: only the requested columns of ``obs`` are read, matrices stay on disk.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ from cell2text.errors import InputError
 BUNDLED = "scanpy://pbmc68k_reduced"
 HUMAN = "NCBITaxon:9606"
 KINDS = f"an h5ad file, an AnnData Zarr folder, a 10x HDF5 file, a 10x folder or {BUNDLED}"
-_AGAIN = "Fetch or write the file again"
+_REWRITE = "Download or write the file again"
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Study:
     where
         The file, for messages.
     obs
-        The columns of its table of cells that were asked for and are there, indexed by barcode.
+        The requested columns of ``obs`` that exist, indexed by barcode.
     obs_columns
-        Names of all columns of that table.
+        Names of all columns of ``obs``.
     matrices
-        Each place that holds a matrix (``X``, ``raw.X``, ``layers["name"]``), with its table of genes.
+        Each matrix by its place (``X``, ``raw.X``, ``layers["name"]``), with its gene table.
     species
-        Ids of NCBI's taxonomy, where the file names them.
+        NCBI taxonomy ids, if the file names them.
     """
 
     where: str
@@ -54,28 +54,28 @@ class Study:
 
 @contextmanager
 def open_study(source: str, columns: Iterable[str] = ()) -> Iterator[Study]:
-    """Open a study; what kind it is is seen from what it holds.
+    """Open a study; its format is detected from its content.
 
     Parameters
     ----------
     source
         Path, or ``BUNDLED``.
     columns
-        Columns of ``obs`` to read, where they are there.
+        Columns of ``obs`` to read, if they exist.
 
     Raises
     ------
     InputError
-        If there is no such study, it is of no known kind, or it is damaged.
+        If the study does not exist, has an unsupported format, or is damaged.
     """
     path = Path(source)
     wanted = [*columns, "organism_ontology_term_id"]
     if source == BUNDLED:
         yield _from_memory(sc.datasets.pbmc68k_reduced(), source, wanted)
     elif "://" in source:
-        raise InputError(f"datasets sheet: source: {source}", "unknown kind of source", f"Give {KINDS}")
+        raise InputError(f"datasets sheet: source: {source}", "unsupported kind of source", f"Give {KINDS}")
     elif path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
-        with _damage_told(source, "Zarr folder"):
+        with _report_damage(source, "Zarr folder"):
             study = _from_anndata(zarr.open_group(path, mode="r"), source, wanted)
         yield study
     elif path.is_dir():
@@ -83,24 +83,24 @@ def open_study(source: str, columns: Iterable[str] = ()) -> Iterator[Study]:
     elif not path.is_file():
         raise InputError(source, "no such file", "Correct the column `source` of the datasets sheet")
     elif not h5py.is_hdf5(path):
-        raise InputError(source, "not a whole h5ad file, and no other kind that is known", f"Give {KINDS}")
+        raise InputError(source, "not a complete h5ad file, nor any other supported format", f"Give {KINDS}")
     else:
-        with _damage_told(source, "h5ad file"):
+        with _report_damage(source, "h5ad file"):
             file = h5py.File(path, "r")
         with file:
-            with _damage_told(source, "h5ad file"):
+            with _report_damage(source, "h5ad file"):
                 study = _from_hdf5(file, source, wanted)
             yield study
 
 
 @contextmanager
-def _damage_told(source: str, kind: str) -> Iterator[None]:
+def _report_damage(source: str, kind: str) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # a damaged file may fail anywhere in h5py, zarr or anndata
-        raise InputError(source, f"not a whole {kind} ({type(error).__name__})", _AGAIN) from error
+        raise InputError(source, f"not a complete {kind} ({type(error).__name__})", _REWRITE) from error
 
 
 def _from_hdf5(file: h5py.File, source: str, wanted: list[str]) -> Study:
@@ -113,19 +113,19 @@ def _from_hdf5(file: h5py.File, source: str, wanted: list[str]) -> Study:
     if len(genomes) == 1:
         return _from_10x_hdf5(file[genomes[0]], source)
     if genomes:
-        raise InputError(source, f"several genomes: {', '.join(genomes)}", "Give a file of human genes alone")
-    raise InputError(source, f"not a whole h5ad file: holds {', '.join(file) or 'nothing'}", f"Give {KINDS}")
+        raise InputError(source, f"several genomes: {', '.join(genomes)}", "Give a file with human genes only")
+    raise InputError(source, f"not a complete h5ad file: contains {', '.join(file) or 'nothing'}", f"Give {KINDS}")
 
 
 def _from_anndata(group: Any, source: str, wanted: list[str]) -> Study:
-    """Return the study in a group of HDF5 or Zarr that AnnData wrote."""
+    """Return the study in an HDF5 or Zarr group written by AnnData."""
     obs, names = read_table(group["obs"], wanted, f"{source}: obs")
     var, _ = read_table(group["var"], VAR_COLUMNS, f"{source}: var")
     matrices: dict[str, tuple[Matrix, pd.DataFrame]] = {}
     raw = _entries(group, "raw")
     if "X" in raw and not _is_null(raw["X"]):
         genes, _ = read_table(raw["var"], VAR_COLUMNS, f"{source}: raw.var")
-        matrices["raw.X"] = _stored(raw["X"], f"{source}: raw.X"), _fill_genes(genes, var)
+        matrices["raw.X"] = _stored(raw["X"], f"{source}: raw.X"), _add_columns(genes, var)
     for name, layer in _entries(group, "layers").items():
         place = f'layers["{name}"]'
         matrices[place] = _stored(layer, f"{source}: {place}"), var
@@ -134,7 +134,7 @@ def _from_anndata(group: Any, source: str, wanted: list[str]) -> Study:
     for place, (matrix, genes) in matrices.items():
         if matrix.shape != (len(obs), len(genes)):
             raise InputError(
-                f"{source}: {place}", f"{matrix.shape} values for {len(obs)} cells and {len(genes)} genes", _AGAIN
+                f"{source}: {place}", f"{matrix.shape} values for {len(obs)} cells and {len(genes)} genes", _REWRITE
             )
     uns = _entries(group, "uns")
     species = [_text(ad.io.read_elem(uns["organism_ontology_term_id"]))] if "organism_ontology_term_id" in uns else []
@@ -142,7 +142,7 @@ def _from_anndata(group: Any, source: str, wanted: list[str]) -> Study:
 
 
 def _entries(group: Any, name: str) -> dict[str, Any]:
-    """Return what a folder of the file holds; an empty one may be no folder at all."""
+    """Return the members of a group of the file; an empty group may be missing or stored as something else."""
     entry = group.get(name)
     return {key: entry[key] for key in entry} if hasattr(entry, "keys") else {}
 
@@ -152,8 +152,8 @@ def _species(obs: pd.DataFrame) -> list[str]:
     return [] if column is None else sorted(column.dropna().astype(str).unique())
 
 
-def _fill_genes(genes: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
-    """Return the genes of ``raw`` with the columns that only ``var`` has."""
+def _add_columns(genes: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns that only ``var`` has to the genes of ``raw``."""
     absent = [column for column in var if column not in genes]
     if not absent or var.index.has_duplicates:
         return genes
@@ -161,15 +161,15 @@ def _fill_genes(genes: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
 
 
 def _stored(element: Any, where: str) -> Matrix:
-    """Return a matrix that AnnData wrote."""
+    """Return a matrix written by AnnData."""
     if hasattr(element, "shape"):
         return DenseMatrix(element, where)
     kind = _text(element.attrs.get("encoding-type") or element.attrs.get("h5sparse_format", "absent"))
     shape = tuple(int(size) for size in element.attrs.get("shape", element.attrs.get("h5sparse_shape", ())))
-    form = {"csr": CellMatrix, "csc": GeneMatrix}.get(kind.removesuffix("_matrix"))
-    if form is None or len(shape) != 2:
-        raise InputError(where, f"neither dense nor sparse (encoding-type {kind})", _AGAIN)
-    return form(element["data"], element["indices"], element["indptr"], shape, where)
+    matrix_class = {"csr": CellMatrix, "csc": GeneMatrix}.get(kind.removesuffix("_matrix"))
+    if matrix_class is None or len(shape) != 2:
+        raise InputError(where, f"neither dense nor sparse (encoding-type {kind})", _REWRITE)
+    return matrix_class(element["data"], element["indices"], element["indptr"], shape, where)
 
 
 def _is_null(element: Any) -> bool:
@@ -177,25 +177,25 @@ def _is_null(element: Any) -> bool:
 
 
 def read_table(group: Any, columns: Iterable[str], where: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return some columns of a table that AnnData wrote, and the names of all.
+    """Return selected columns of a table written by AnnData, and the names of all columns.
 
     Parameters
     ----------
     group
         The table, in HDF5 or Zarr.
     columns
-        Those to read, where they are there.
+        Columns to read, if they exist.
     where
         The table, for messages.
 
     Raises
     ------
     InputError
-        If a column does not hold one value a row.
+        If row names are missing, or a column cannot be read or does not hold one value per row.
     """
     key = _text(group.attrs.get("_index", "_index"))
     if key not in group:
-        raise InputError(where, f"no names of its rows (no column {key})", _AGAIN)
+        raise InputError(where, f"no row names (no column {key})", _REWRITE)
     index = pd.Index(_column(group, key)).astype(str)
     table = {}
     for name in dict.fromkeys(columns):
@@ -204,17 +204,17 @@ def read_table(group: Any, columns: Iterable[str], where: str) -> tuple[pd.DataF
         fix = "Correct the column or drop it"
         try:
             table[name] = _column(group, name)
-        except Exception as error:  # anndata raises many kinds
+        except Exception as error:  # anndata raises many types
             raise InputError(f"{where}: {name}", f"cannot be read ({type(error).__name__})", fix) from error
         if np.ndim(table[name]) != 1 or len(table[name]) != len(index):
-            raise InputError(f"{where}: {name}", "does not hold one value a row", fix)
+            raise InputError(f"{where}: {name}", "does not hold one value per row", fix)
     return pd.DataFrame(table, index=index), [name for name in group if name not in (key, "__categories")]
 
 
 def _column(group: Any, name: str) -> Any:
-    """Return the values of a column, texts as str."""
+    """Return the values of a column, strings as str."""
     element = group[name]
-    if "categories" in element.attrs:  # as anndata 0.7 wrote them
+    if "categories" in element.attrs:  # the format of anndata 0.7
         values = pd.Categorical.from_codes(element[:], _decode(group[element.attrs["categories"]][:]))
     else:
         values = ad.io.read_elem(element)
@@ -224,7 +224,7 @@ def _column(group: Any, name: str) -> Any:
 
 
 def _decode(values: np.ndarray) -> np.ndarray:
-    """Return texts that are held as bytes as str; other values as they are."""
+    """Return strings stored as bytes as str; other values unchanged."""
     if values.dtype.kind == "S":
         return np.char.decode(values, "utf-8").astype(object)
     if values.dtype == object and len(values) and isinstance(values.flat[0], bytes):
@@ -243,19 +243,19 @@ def _from_memory(cells: ad.AnnData, source: str, wanted: list[str]) -> Study:
         stored = {"raw.X": (cells.raw.X, cells.raw.var)} | stored
     if cells.X is not None:
         stored["X"] = cells.X, cells.var
-    matrices = {place: (_held(matrix, f"{source}: {place}"), var) for place, (matrix, var) in stored.items()}
+    matrices = {place: (_in_memory(matrix, f"{source}: {place}"), var) for place, (matrix, var) in stored.items()}
     return Study(source, obs, list(cells.obs), matrices, _species(obs))
 
 
-def _held(matrix: Any, where: str) -> Matrix:
+def _in_memory(matrix: Any, where: str) -> Matrix:
     if isinstance(matrix, np.ndarray):
         return DenseMatrix(matrix, where)
-    form = GeneMatrix if sparse.issparse(matrix) and matrix.format == "csc" else CellMatrix
-    return form(matrix.data, matrix.indices, matrix.indptr, matrix.shape, where)
+    matrix_class = GeneMatrix if sparse.issparse(matrix) and matrix.format == "csc" else CellMatrix
+    return matrix_class(matrix.data, matrix.indices, matrix.indptr, matrix.shape, where)
 
 
 def _from_10x_hdf5(group: h5py.Group, source: str) -> Study:
-    """Return the study in a file of Cell Ranger's: genes by cells, compressed by cell."""
+    """Return the study in an HDF5 file from Cell Ranger: genes by cells, compressed by cell."""
     barcodes = _decode(group["barcodes"][:])
     features = group.get("features", group)
     names = {"gene_ids": "id", "gene_symbols": "name", "feature_types": "feature_type"}
@@ -264,13 +264,15 @@ def _from_10x_hdf5(group: h5py.Group, source: str) -> Study:
     genes = pd.DataFrame({column: _decode(features[name][:]) for column, name in names.items()})
     shape = len(barcodes), len(genes)
     if tuple(group["shape"][:]) != shape[::-1]:
-        raise InputError(source, f"{tuple(group['shape'][:])} values for {shape[1]} genes and {shape[0]} cells", _AGAIN)
+        raise InputError(
+            source, f"{tuple(group['shape'][:])} values for {shape[1]} genes and {shape[0]} cells", _REWRITE
+        )
     matrix = CellMatrix(group["data"], group["indices"], group["indptr"], shape, source)
     return Study(source, pd.DataFrame(index=barcodes), [], {"X": (matrix, genes.set_index("gene_symbols", drop=False))})
 
 
 def _from_10x_folder(folder: Path) -> Study:
-    """Return the study in a folder of Cell Ranger's, or of those who put a prefix before its file names."""
+    """Return the study in a folder from Cell Ranger, whose file names may have a prefix."""
     matrix = EntryList.open(_only_file(folder, "matrix.mtx"))
     barcodes = _read_lines(_only_file(folder, "barcodes.tsv"))[0]
     genes = _read_lines(_only_file(folder, "features.tsv", "genes.tsv"))
@@ -278,7 +280,9 @@ def _from_10x_folder(folder: Path) -> Study:
     if "gene_symbols" not in genes:
         genes["gene_symbols"] = genes["gene_ids"]
     if matrix.shape != (len(barcodes), len(genes)):
-        raise InputError(matrix.path, f"{matrix.shape} values for {len(barcodes)} cells and {len(genes)} genes", _AGAIN)
+        raise InputError(
+            matrix.path, f"{matrix.shape} values for {len(barcodes)} cells and {len(genes)} genes", _REWRITE
+        )
     var = genes.set_index("gene_symbols", drop=False)
     return Study(str(folder), pd.DataFrame(index=pd.Index(barcodes)), [], {"X": (matrix, var)})
 
@@ -286,8 +290,10 @@ def _from_10x_folder(folder: Path) -> Study:
 def _only_file(folder: Path, *endings: str) -> Path:
     found = sorted(path for ending in endings for name in (ending, f"{ending}.gz") for path in folder.glob(f"*{name}"))
     if len(found) != 1:
-        told = ", ".join(path.name for path in found) or "none"
-        raise InputError(folder, f"not one file {' or '.join(endings)}: {told}", "Keep one study in a 10x folder")
+        listed = ", ".join(path.name for path in found) or "none"
+        raise InputError(
+            folder, f"expected one file {' or '.join(endings)}, found {listed}", "Keep one study per 10x folder"
+        )
     return found[0]
 
 
@@ -295,4 +301,4 @@ def _read_lines(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(path, f"damaged ({error})", _AGAIN) from error
+        raise InputError(path, f"damaged ({error})", _REWRITE) from error

@@ -1,6 +1,6 @@
-"""The files between the stages: what each table, tensor file and text file holds.
+"""Contracts of the files between the stages: tables, tensors and text.
 
-A contract is checked when a file is written and when it is read, and a file appears whole or not at all.
+A contract is checked when a file is written and when it is read. Files are written atomically.
 """
 
 import numpy as np
@@ -10,11 +10,11 @@ from cell2text.contracts.table import TableContract
 from cell2text.contracts.tensor import TensorContract
 
 TEXT, TEXTS = pa.string(), pa.list_(pa.string())
-# The slots of a description that hold one ontology term each, in the order in which they are told.
+# The slots of a description that take one ontology term each, in the order of the text.
 TERM_SLOTS = ("cell_type", "tissue", "disease", "sex", "stage")
 SPLITS = ("train", "validation", "test")
 QC = TableContract(
-    "the QC figures of every cell",
+    "the QC metrics of every cell",
     {
         "cell_id": TEXT,
         "dataset_id": TEXT,
@@ -23,13 +23,13 @@ QC = TableContract(
         "n_genes": pa.int32(),
         "mitochondrial_percent": pa.float32(),
         "ribosomal_percent": pa.float32(),
-        "doublet_score": pa.float32(),  # missing where the cell was not scored
+        "doublet_score": pa.float32(),  # missing if the cell was not scored
         "kept": pa.bool_(),
         "reason": TEXT,
     },
     key="cell_id",
 )
-# One row for each cell to fetch; what is not known is "unknown".
+# One row per cell to fetch; unknown labels are "unknown".
 CENSUS_CELLS = TableContract(
     "the cells chosen from the Census",
     {
@@ -54,7 +54,7 @@ SAMPLED_CELLS = TableContract(
         "donor": TEXT,
         "assay_id": TEXT,
         **_LABELS,
-        "counts_hash": TEXT,  # equal where two cells have the same counts of the same genes
+        "counts_hash": TEXT,  # the same for cells with identical counts of the same genes
         "n_counts": pa.float64(),
     },
     key="cell_id",
@@ -62,8 +62,8 @@ SAMPLED_CELLS = TableContract(
 CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, key="cell_id")
 PATHWAY_SCORES = TableContract("AUCell scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
 TERMS = TableContract(
-    "the terms that a slot may hold",
-    # depth: is_a steps from a cell type to the root of the Cell Ontology; null for other slots
+    "the terms of each slot",
+    # depth: is_a steps from a cell type to the root of the Cell Ontology; null in other slots
     {"slot": TEXT, "id": TEXT, "name": TEXT, "definition": TEXT, "depth": pa.int32()},
 )
 _SLOTS = {**{f"{slot}_id": TEXT for slot in TERM_SLOTS}, "pathway_ids": TEXTS}
@@ -72,7 +72,7 @@ DESCRIPTIONS = TableContract(
     {"cell_id": TEXT, "split": TEXT, **_SLOTS, "definition": TEXT, "text": TEXT},
     key="cell_id",
 )
-# genes.tsv: token (from 0, in order of gene_id), Ensembl id or else symbol, symbol, non-zero median of
+# genes.tsv: token (from 0, in the order of gene_id), Ensembl id or else symbol, symbol, and median of the non-zero
 # counts per 10,000 over the training cells
 GENES = ("token", "gene_id", "symbol", "median")
 TOKENS = TableContract(
@@ -87,9 +87,9 @@ EMBEDDINGS = TensorContract(
         "lengths": (np.dtype("int32"), 1),
         "pooled": (np.dtype("float32"), 2),
     },
-    further={"cls": (np.dtype("float32"), 2)},
+    optional={"cls": (np.dtype("float32"), 2)},
 )
-# What a method says of a cell. Generations and baselines share it, so one evaluation scores them all.
+# Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all.
 PREDICTIONS = TableContract(
     "predicted descriptions",
     {
@@ -103,18 +103,18 @@ PREDICTIONS = TableContract(
     key="cell_id",
 )
 HISTORY = TableContract(
-    "the course of fine-tuning",
+    "the training history",
     {
-        "stage": TEXT,  # align, openings or finetune
+        "stage": TEXT,  # pretrain, align, openings or finetune
         "step": pa.int32(),
         "epoch": pa.int32(),
-        "loss": pa.float64(),  # nats a token of text, or a cell (align), on training cells
+        "loss": pa.float64(),  # training, nats per token of text, masked gene (pretrain) or cell (align)
         "align_loss": pa.float64(),
-        "validation_loss": pa.float64(),  # at the end of an epoch, else NaN
-        "validation_accuracy": pa.float64(),  # of the cell type, by teacher forcing; as validation_loss
+        "validation_loss": pa.float64(),  # at the end of an epoch, otherwise NaN
+        "validation_accuracy": pa.float64(),  # of the cell type, with teacher forcing; as validation_loss
         "learning_rate": pa.float64(),
-        "tokens": pa.int64(),  # of the step, prompts and soft tokens counted in
-        "seconds": pa.float64(),  # since alignment, or fine-tuning, began
+        "tokens": pa.int64(),  # of the step, including prompts and soft tokens
+        "seconds": pa.float64(),  # since the start of pretraining, alignment or fine-tuning
     },
 )
 METRICS = ("split", "method", "slot", "metric", "value", "low", "high", "n")

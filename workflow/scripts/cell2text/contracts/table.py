@@ -1,4 +1,4 @@
-"""What a Parquet table must hold, checked on write and on read."""
+"""Contract of a Parquet table, checked on write and on read."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class TableContract:
     Parameters
     ----------
     what
-        What the table holds, for messages.
+        Name of the table, for messages.
     columns
         Arrow type of each column, in order.
     key
-        Column whose values are unique; None where there is no such column.
+        Column with unique values, or None.
     rest
-        Type of any further columns; None where there may be none.
+        Type of any additional columns; None if there may be none.
     """
 
     what: str
@@ -37,12 +37,12 @@ class TableContract:
     rest: pa.DataType | None = None
 
     def write(self, table: pd.DataFrame, path: str | Path) -> None:
-        """Check a table and write it whole.
+        """Check a table and write it atomically.
 
         Raises
         ------
         ValueError
-            If a column is missing, surplus or of another type, or the key repeats.
+            If a column is missing, surplus or of the wrong type, or a key repeats.
         """
         self._check_names(list(table.columns), path)
         rest = [name for name in table.columns if name not in self.columns]
@@ -50,21 +50,21 @@ class TableContract:
         self.write_parts((table.iloc[start : start + ROWS_AT_ONCE] for start in starts), path, rest)
 
     def write_parts(self, parts: Iterable[pd.DataFrame | pa.Table], path: str | Path, rest: Iterable[str] = ()) -> None:
-        """Check a table that comes in parts and write it whole; only one part and a hash of each key are held.
+        """Check a table given in parts and write it atomically; only one part and a hash of each key are in memory.
 
         Parameters
         ----------
         parts
-            Rows of the table, of either library; each becomes a row group of the file.
+            Rows of the table, in pandas or Arrow; each part becomes a row group of the file.
         path
             Where to write.
         rest
-            Names of the further columns, where the contract allows any.
+            Names of additional columns, if the contract allows them.
 
         Raises
         ------
         ValueError
-            If a column is missing, surplus or of another type, or the key repeats.
+            If a column is missing, surplus or of the wrong type, or a key repeats.
         """
         rest = list(rest)
         self._check_names([*self.columns, *rest], path)
@@ -77,7 +77,7 @@ class TableContract:
                 rows = _as_arrow(part, schema)
                 writer.write_table(rows)
                 if self.key:
-                    # of ten million different keys two have the same 64 bits once in 400,000 tables
+                    # ten million distinct keys have a 64-bit collision in one of 400,000 tables
                     keys.append(hash_ids(rows[self.key].to_numpy()))
             hashes = np.concatenate(keys)
             keys.clear()
@@ -88,7 +88,7 @@ class TableContract:
     def read(
         self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
     ) -> pd.DataFrame:
-        """Read a table, or some of its columns, and check it.
+        """Read a table or some of its columns, and check the schema.
 
         Parameters
         ----------
@@ -97,43 +97,43 @@ class TableContract:
         columns
             The columns to read; all by default.
         categories
-            Columns of text to hold as categories, in sorted order, for tables of millions of rows.
+            Text columns to read as categories, in sorted order; saves memory in tables with millions of rows.
 
         Raises
         ------
         InputError
-            If the file is not the table that this contract describes.
+            If the file violates this contract.
         """
-        # beside categories, other text stays in Arrow, at a third of the memory of Python's strings
+        # text that is not categorical stays in Arrow, which takes a third of the memory of Python strings
         text = {pa.string(): pd.StringDtype("pyarrow")}.get if categories else None
         table = self.read_arrow(path, columns, categories).to_pandas(types_mapper=text)
         for name in categories or []:
-            # Arrow has them in the order of the rows
+            # Arrow orders them by first occurrence
             table[name] = table[name].cat.reorder_categories(table[name].cat.categories.sort_values())
         return table
 
     def read_arrow(
         self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
     ) -> pa.Table:
-        """Read a table as Arrow has it; see :meth:`read`."""
+        """Read a table as an Arrow table; see :meth:`read`."""
         self._check_file(path)
-        # read_table would take a path such as split=test/ for a column
+        # read_table would parse a path such as split=test/ as a partition column
         with pq.ParquetFile(path, read_dictionary=categories) as file:
             return file.read(columns=columns)
 
     def read_parts(self, path: str | Path, columns: list[str] | None = None) -> Iterator[pd.DataFrame]:
-        """Check a table and yield it, or some of its columns, in the parts in which it was written.
+        """Check a table and yield it, or some of its columns, in the parts that were written.
 
         Raises
         ------
         InputError
-            If the file is not the table that this contract describes.
+            If the file violates this contract.
         """
         for part in self.read_arrow_parts(path, columns):
             yield part.to_pandas()
 
     def read_arrow_parts(self, path: str | Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the parts as Arrow has them; see :meth:`read_parts`."""
+        """Yield the parts as Arrow tables; see :meth:`read_parts`."""
         self._check_file(path)
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
@@ -145,7 +145,7 @@ class TableContract:
             self._check_names(schema.names, path)
             for name, expected in self.columns.items():
                 if schema.field(name).type != expected:
-                    raise ValueError(f"{path}: column {name} holds {schema.field(name).type}, not {expected}")
+                    raise ValueError(f"{path}: column {name} has type {schema.field(name).type}, not {expected}")
         except ValueError as error:
             raise InputError(path, str(error), "Delete the file and run the workflow again") from error
 
@@ -153,18 +153,18 @@ class TableContract:
         missing = [name for name in self.columns if name not in names]
         surplus = [name for name in names if name not in self.columns]
         if missing or (surplus and self.rest is None):
-            raise ValueError(f"{path}: not {self.what}: missing {missing}, surplus {surplus}")
+            raise ValueError(f"{path}: not {self.what}: missing columns {missing}, surplus columns {surplus}")
 
 
 def hash_ids(ids: np.ndarray | pd.Series) -> np.ndarray:
-    """Return 64 bits of each id (uint64), the same on every machine."""
+    """Return a 64-bit hash of each id (uint64), the same on every machine."""
     return pd.util.hash_array(np.asarray(ids), categorize=False)
 
 
 def among(ids: np.ndarray | pd.Series, hashes: np.ndarray) -> np.ndarray:
-    """Return which ids have one of some hashes, sorted ones of ``hash_ids``: bool.
+    """Return whether the hash of each id is among sorted hashes from ``hash_ids``: bool.
 
-    Of ten million ids that are not among ten million others, one is taken for one of them once in 180,000 times.
+    For ten million ids and ten million hashes of other ids, the probability of any false positive is 1 in 180,000.
     """
     if not len(hashes):
         return np.zeros(len(ids), dtype=bool)
@@ -175,6 +175,6 @@ def among(ids: np.ndarray | pd.Series, hashes: np.ndarray) -> np.ndarray:
 def _as_arrow(rows: pd.DataFrame | pa.Table, schema: pa.Schema) -> pa.Table:
     if isinstance(rows, pa.Table):
         return rows.select(schema.names).cast(schema)
-    # as text only a part at a time: categories of millions of rows are small, their text is not
+    # converted to text one part at a time: categories of millions of rows are small, their text is not
     rows = rows.astype(dict.fromkeys(rows.select_dtypes("category"), object))
     return pa.Table.from_pandas(rows, schema=schema, preserve_index=False).replace_schema_metadata()

@@ -1,4 +1,4 @@
-"""What a safetensors file must hold, checked on write and on read."""
+"""Contract of a safetensors file, checked on write and on read."""
 
 import json
 from collections.abc import Iterable
@@ -14,45 +14,45 @@ from cell2text.files import whole_file
 
 @dataclass(frozen=True)
 class TensorContract:
-    """Tensors of a safetensors file; row i of each belongs to the i-th of the ``cell_ids`` in its header.
+    """Tensors of a safetensors file; row i of each belongs to the i-th of the ``cell_ids`` in the header.
 
     Parameters
     ----------
     what
-        What the file holds, for messages.
+        Name of the content, for messages.
     tensors
         Type and number of dimensions of each tensor.
-    further
-        Alike, of tensors that a file may hold or not.
+    optional
+        The same for tensors that may be absent.
     """
 
     what: str
     tensors: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
-    further: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
+    optional: dict[str, tuple[np.dtype, int]] = field(default_factory=dict)
 
     def write(self, tensors: dict[str, np.ndarray], cell_ids: list[str], path: str | Path) -> None:
-        """Check tensors and write them whole.
+        """Check tensors and write them atomically.
 
         Raises
         ------
         ValueError
-            If a tensor is missing, surplus, of another type or shape.
+            If a tensor is missing, surplus, or of the wrong type or shape.
         """
         from safetensors.numpy import save_file
 
         self._check(tensors, len(cell_ids), path)
-        # safetensors writes the memory as it lies: a matrix in Fortran order would come back scrambled
+        # safetensors writes raw memory: a matrix in Fortran order would be read back scrambled
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata={"cell_ids": json.dumps(cell_ids)})
 
     def read(self, path: str | Path, names: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-        """Return the named tensors (all of them by default) and the cell ids of their rows.
+        """Return the named tensors (by default all required ones) and the cell ids of their rows.
 
         Raises
         ------
         InputError
-            If the file is not what this contract describes.
+            If the file violates this contract.
         """
         from safetensors import safe_open
 
@@ -61,10 +61,10 @@ class TensorContract:
             wanted = list(self.tensors if names is None else names)
             missing = set(wanted) - set(file.keys())
             if missing:
-                raise InputError(path, f"not {self.what}: missing {sorted(missing)}", "Delete it and run again")
+                raise InputError(path, f"not {self.what}: missing {sorted(missing)}", "Delete the file and run again")
             tensors = {name: file.get_tensor(name) for name in wanted}
         try:
-            self._check(tensors, len(cell_ids), path, some=True)
+            self._check(tensors, len(cell_ids), path, partial=True)
         except ValueError as error:
             raise InputError(path, str(error), "Delete the file and run the workflow again") from error
         return tensors, cell_ids
@@ -90,9 +90,9 @@ class TensorContract:
             )
         return {name: np.concatenate([tensors[name] for tensors, _ in parts])[row] for name in names}
 
-    def _check(self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, some: bool = False) -> None:
-        known = self.tensors | self.further
-        if not set(tensors) <= set(known) or not (some or set(self.tensors) <= set(tensors)):
+    def _check(self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, partial: bool = False) -> None:
+        known = self.tensors | self.optional
+        if not set(tensors) <= set(known) or not (partial or set(self.tensors) <= set(tensors)):
             raise ValueError(f"{path}: not {self.what}: has {sorted(tensors)}, not {sorted(self.tensors)}")
         for name, tensor in tensors.items():
             dtype, dimensions = known[name]

@@ -1,1 +1,1 @@
-"""The cells to learn from and to be judged on, and the text that describes each."""
+"""The cells of the corpus, their split, and the reference text of each."""

@@ -1,4 +1,4 @@
-"""Cells that are in a corpus twice: with identical counts, or published by two studies."""
+"""Duplicate cells in a corpus: identical counts, or one cell published by two studies."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,27 +13,26 @@ from scipy.sparse.csgraph import connected_components
 
 from cell2text.cells.h5ad import read_blocks, read_genes
 
-# The bases that a droplet or a well was given, wherever they stand in a cell's name: 12 in Drop-seq, 14 or
-# 16 in 10x.
+# The barcode of a droplet or well, anywhere in a cell's name: 12 bases in Drop-seq, 14 or 16 in 10x.
 BARCODE = "(?P<barcode>[ACGT]{12,})"
-# Barcodes number a few millions, so among many cells two share barcode and total by chance: one such pair
-# does not prove that two donors are one.
-ENOUGH = 2
+# There are only a few million barcodes, so among many cells some pairs share barcode and total counts by chance:
+# one such pair does not prove that two donors are the same.
+MIN_SHARED = 2
 
 
 def hash_counts(path: str | Path, rows: np.ndarray) -> Iterator[pd.DataFrame]:
-    """Yield a hash of the genes and counts of each cell, equal where two cells have the same, and the total.
+    """Yield the total counts of each cell and a hash of its expression, the same for cells with identical counts.
 
-    The hash is two sums, modulo 2**64, over the cell's expressed genes, of a number mixed from the gene's
-    id and its count. So neither the order of the genes in a file nor genes without a count make a
-    difference, and no loop over cells is needed.
+    The hash consists of two sums modulo 2**64 over the cell's expressed genes; each term mixes the gene id with its
+    count. The order of genes in a file and genes without counts therefore do not matter, and no loop over cells is
+    needed.
 
     Parameters
     ----------
     path
-        Filtered counts; a block of them is held.
+        Filtered counts, read one block at a time.
     rows
-        Which cells of the file to hash, bool.
+        Which cells of the file to hash: bool.
 
     Yields
     ------
@@ -54,24 +53,24 @@ def hash_counts(path: str | Path, rows: np.ndarray) -> Iterator[pd.DataFrame]:
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Return 64-bit numbers of which each bit hangs on every bit of the given ones (splitmix64's last step)."""
+    """Mix 64-bit numbers so that every output bit depends on every input bit (last step of splitmix64)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
 
 
 def _sum_rows(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the sum of each row of a CSR matrix modulo 2**64; differences of running sums allow empty rows."""
+    """Return the sum of each row of a CSR matrix modulo 2**64; differences of cumulative sums handle empty rows."""
     running = np.zeros(len(values) + 1, dtype=np.uint64)
     np.cumsum(values, out=running[1:])
     return np.diff(running[ends])
 
 
 def find_pairs(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return pairs of cells that are likely one cell.
+    """Return pairs of likely duplicate cells.
 
-    Either their counts are identical, or they come from two studies, have the same nucleotide barcode and
-    the same total counts: then one cell was published twice, perhaps with other gene names.
+    Either their counts are identical, or they come from two studies and have the same nucleotide barcode and total
+    counts: one cell published twice, perhaps with different gene names.
 
     Parameters
     ----------
@@ -81,8 +80,8 @@ def find_pairs(cells: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``first`` and ``second``, positions of cells (a set of like cells is told as pairs with its first
-        one), and ``identical``: whether they are told for their counts, or for barcode and total.
+        ``first`` and ``second``, positions of cells (a set of duplicates gives pairs with its first cell), and
+        ``identical``: true for identical counts, false for the same barcode and total.
     """
     barcodes = pc.struct_field(pc.extract_regex(pa.array(cells["cell_id"], pa.large_string()), BARCODE), "barcode")
     codes = barcodes.dictionary_encode().indices.to_numpy(zero_copy_only=False)
@@ -94,11 +93,11 @@ def find_pairs(cells: pd.DataFrame) -> pd.DataFrame:
     hashed = pd.DataFrame({"hash": pd.factorize(cells["counts_hash"])[0]})
     hashed = hashed[hashed["hash"] >= 0]
     pairs = {True: _pair(hashed, ["hash"]), False: _pair(named, ["barcode", "total"])}
-    return pd.concat([some.assign(identical=identical) for identical, some in pairs.items()], ignore_index=True)
+    return pd.concat([found.assign(identical=identical) for identical, found in pairs.items()], ignore_index=True)
 
 
 def _pair(cells: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Return the position of each cell whose columns are as an earlier one's, beside the first such cell's."""
+    """Pair each cell that repeats the columns of an earlier cell with the first such cell, by position."""
     cells = cells[cells.duplicated(columns, keep=False)].reset_index(names="second")
     if cells.empty:
         return pd.DataFrame({"first": [], "second": []}, dtype=np.int64)
@@ -107,28 +106,28 @@ def _pair(cells: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def join_cells(cells: int, pairs: pd.DataFrame) -> np.ndarray:
-    """Return a number for each cell, the same for cells that pairs connect."""
+    """Return a number for each cell, the same for cells connected by pairs."""
     return _connect(cells, pairs["first"].to_numpy(), pairs["second"].to_numpy())
 
 
 def join_groups(groups: np.ndarray, pairs: pd.DataFrame) -> np.ndarray:
-    """Return a number for each group (donor, study), the same where groups have cells in common.
+    """Return a number for each group (donor or study), the same for groups that share cells.
 
-    Two groups have cells in common where two of their cells have identical counts, or where they share
-    barcode and total counts ``ENOUGH`` times.
+    Two groups share cells if two of their cells have identical counts, or if at least ``MIN_SHARED`` pairs of their
+    cells have the same barcode and total counts.
 
     Parameters
     ----------
     groups
         Code of each cell's group, from 0.
     pairs
-        As ``find_pairs`` gives them.
+        Output of ``find_pairs``.
     """
     links = pd.DataFrame({"a": groups[pairs["first"]], "b": groups[pairs["second"]]})
     links = pd.DataFrame({"low": links.min(axis=1), "high": links.max(axis=1)})
-    links["weight"] = np.where(pairs["identical"], ENOUGH, 1)
+    links["weight"] = np.where(pairs["identical"], MIN_SHARED, 1)
     links = links[links["low"] != links["high"]].groupby(["low", "high"], as_index=False)["weight"].sum()
-    links = links[links["weight"] >= ENOUGH]
+    links = links[links["weight"] >= MIN_SHARED]
     return _connect(int(groups.max(initial=-1)) + 1, links["low"].to_numpy(), links["high"].to_numpy())
 
 

@@ -1,4 +1,4 @@
-"""Gene sets: read from GMT files and named in words."""
+"""Gene sets: read from GMT files, with readable names."""
 
 import re
 from pathlib import Path
@@ -19,12 +19,12 @@ ABBREVIATIONS = frozenset(
 
 
 def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
-    """Return id -> gene symbols of a GMT file: a set a line, id, a name or link, then genes.
+    """Return id -> gene symbols of a GMT file: one set per line, with id, description or link, then genes.
 
     Raises
     ------
     InputError
-        If a line has no gene, an id repeats, or there is no line.
+        If a line has no gene, an id repeats, or the file has no set.
     """
     sets: dict[str, list[str]] = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
@@ -34,7 +34,7 @@ def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
         genes = sorted({gene for gene in rest[1:] if gene})
         if not genes:
             raise InputError(
-                f"{path} line {number}", "no gene in the set", "Write id, name and genes with tabs between"
+                f"{path} line {number}", "no gene in the set", "Write id, name and genes, with tabs between them"
             )
         if name in sets:
             raise InputError(f"{path} line {number}", f"the set {name} is there twice", "Keep one of the two")
@@ -45,16 +45,16 @@ def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
 
 
 def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
-    """Return the rows that gene sets have among the terms (``contracts.TERMS``), which lack ``depth``.
+    """Return the terms of gene sets: rows of ``contracts.TERMS``, without ``depth``.
 
-    A set without a line in the table is named after its id (``readable_name``) and has no description.
+    A set that is not in the table is named after its id (``readable_name``) and has no description.
 
     Parameters
     ----------
     ids
         Gene sets to name.
     path
-        TSV with ``id``, ``name`` and ``description``; None where there is none.
+        TSV with ``id``, ``name`` and ``description``, or None.
 
     Raises
     ------
@@ -67,12 +67,12 @@ def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
         table = pd.read_csv(path, sep="	", dtype=str, keep_default_na=False)
     if not set(columns) <= set(table):
         raise InputError(path, f"columns {', '.join(table)}", f"Give the columns {', '.join(columns)}")
-    told = table.drop_duplicates("id").set_index("id").reindex(ids)
+    rows = table.drop_duplicates("id").set_index("id").reindex(ids)
     readable = pd.Series({name: readable_name(name) for name in ids})
-    whole = pd.Series({name: " ".join(name.replace("_", " ").split()) for name in ids})
-    # APOPTOSIS of two collections stay apart by the name of the collection
-    names = told["name"].fillna(readable.where(~readable.duplicated(keep=False), whole))
-    descriptions = told["description"].fillna("")
+    with_collection = pd.Series({name: " ".join(name.replace("_", " ").split()) for name in ids})
+    # APOPTOSIS in two collections: keep the collection in the name to distinguish them
+    names = rows["name"].fillna(readable.where(~readable.duplicated(keep=False), with_collection))
+    descriptions = rows["description"].fillna("")
     where = path or "config: pathways: gene_sets"
     if names.duplicated().any():
         raise InputError(
@@ -82,15 +82,16 @@ def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
         broken = values[values.str.contains("; then ", regex=False)]
         if len(broken):
             raise InputError(
-                f"{where}: {column}", f"{broken.iloc[0]!r} holds '; then ', which parts gene sets", "Reword it"
+                f"{where}: {column}", f"{broken.iloc[0]!r} contains '; then ', which separates gene sets", "Reword it"
             )
     return pd.DataFrame({"slot": PATHWAY, "id": ids, "name": names.to_numpy(), "definition": descriptions.to_numpy()})
 
 
 def readable_name(gene_set: str) -> str:
-    """Return the name of a gene set in words, where its id is one of MSigDB's, in capitals and underscores.
+    """Return a readable name of a gene set from its id.
 
-    The collection's name is left out. Words with a digit and common abbreviations keep their capitals.
+    Underscores become spaces. MSigDB ids, which are in capitals, also lose the name of their collection and become
+    lower case, except for common abbreviations and words with a digit.
 
     Examples
     --------

@@ -1,34 +1,34 @@
-"""Which gene programmes a cell runs: AUCell scores, and the descriptions written with them."""
+"""The most active gene sets of each cell, from AUCell scores."""
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
 
-ROUNDING = 1e-9  # a standard deviation of scores up to this comes of rounding
+ROUNDING = 1e-9  # standard deviations of scores up to this are rounding errors
 
 
 def fit_sets(read: Callable[[], Iterable[pd.DataFrame]], per_cell: int, min_active_share: float) -> pd.DataFrame:
-    """Return mean, standard deviation and active share of the gene sets worth telling.
+    """Return mean, standard deviation and active share of the gene sets to keep.
 
-    A set is active in a cell if it is among the ``per_cell`` sets that ``choose_pathways`` would choose
-    from all of them. A threshold on the standardised score would not do: a programme that half of the
-    cells run never lies far above its mean.
+    A set is active in a cell if ``choose_pathways`` would choose it for that cell from all sets. A threshold on the
+    standardised score would miss sets that are active in half of the cells: their scores are never far above the
+    mean.
 
     Parameters
     ----------
     read
-        Yields the scores of the training cells, cells by gene sets, some cells at a time; called three times.
-        NaN where a cell's dataset does not measure a set.
+        Yields the scores of the training cells in parts, cells by gene sets, with NaN for sets that a cell's dataset
+        does not measure; called three times.
     per_cell
-        How many sets are told of a cell.
+        Number of sets in a cell's description.
     min_active_share
-        A set is kept if it is active in more than this share of the cells in which it is measured.
+        A set is kept if it is active in more than this share of the cells that have a score for it.
 
     Returns
     -------
     DataFrame
-        ``mean``, ``sd`` (of the population) and ``active_share`` of each kept set, in the order of the scores.
+        ``mean``, ``sd`` (population) and ``active_share`` of each kept set, in the order of the scores.
     """
     number = total = 0
     for scores in read():
@@ -50,21 +50,21 @@ def fit_sets(read: Callable[[], Iterable[pd.DataFrame]], per_cell: int, min_acti
 def choose_pathways(scores: pd.DataFrame, fitted: pd.DataFrame, per_cell: int) -> np.ndarray:
     """Return each cell's gene sets with the highest standardised scores, highest first.
 
-    Only sets with a score above nought are chosen; of equals, the first in ``fitted``.
+    Only sets with a score above zero are chosen; ties go to the first in ``fitted``.
 
     Parameters
     ----------
     scores
         Cells by gene sets.
     fitted
-        ``mean`` and ``sd`` of the sets to choose from, as ``fit_sets`` gives them.
+        ``mean`` and ``sd`` of the sets to choose from, as returned by ``fit_sets``.
     per_cell
-        How many to choose, at most.
+        Maximum number of sets per cell.
 
     Returns
     -------
     array
-        Rows of ``fitted``, int32 (cells, per_cell); -1 where there is no further set.
+        Rows of ``fitted``, int32 (cells, per_cell); -1 where fewer sets are chosen.
     """
     scores = scores[fitted.index]
     standard = ((scores - fitted["mean"]) / fitted["sd"]).where(scores > 0, -np.inf).to_numpy(dtype=float)

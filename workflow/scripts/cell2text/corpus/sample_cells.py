@@ -1,7 +1,7 @@
-"""The cells of the corpus, and their split into training, validation and test."""
+"""The cells of the corpus, sampled from all datasets together."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from cell2text.corpus.duplicates import hash_counts
 from cell2text.files import whole_file
 from cell2text.ontology import live_terms
 from cell2text.progress import Progress
+from cell2text.settings import SampleSettings
 
 log = logging.getLogger("cell2text.corpus")
 
@@ -27,45 +28,44 @@ DRAWN_BY = ["dataset_id", "donor", "cell_type_id", "tissue_id", "disease_id"]
 
 def sample_cells(
     cell_files: Iterable[str | Path],
-    cells: int,
-    shares: Mapping[str, float],
-    caps: Mapping[str, Mapping[str, float]],
+    settings: SampleSettings,
     seed: int,
     path: str | Path,
     diversity_file: str | Path,
 ) -> None:
-    """Draw the cells of the corpus, all datasets together, and write what is known of them.
+    """Draw the cells of the corpus from all datasets together and write their labels.
 
-    The draw depends on the ids of the cells and the seed, not on the order of cells or files.
+    The draw depends on the cell ids and the seed, not on the order of cells or files.
 
     Parameters
     ----------
     cell_files
-        Filtered counts of each dataset; a block of rows is held, and of each cell what the draw looks at.
-    cells
-        How many to draw; all of them where there are fewer.
-    shares, caps
-        As in ``sampling.draw_sample``, where tissues are told apart by organ.
+        Filtered counts of each dataset. One block of counts and a few labels of every cell are in memory.
+    settings
+        Number of cells (all cells if there are fewer), and shares and caps as in ``sampling.draw_sample``. Tissues
+        are grouped by organ.
     seed
         Seed of the draw.
     path
         Where to write the table (``contracts.SAMPLED_CELLS``), in the order of the files.
     diversity_file
-        Where to write how diverse the cells are before and after, TSV (``sampling.measure_diversity``).
+        Where to write the diversity before and after sampling, as TSV (``sampling.measure_diversity``).
     """
     cell_files = list(cell_files)
     known = _stack([read_labels(file)[DRAWN_BY] for file in cell_files])
     by_id = np.argsort(np.concatenate([hash_ids(ids) for file in cell_files for ids in id_parts(file)]))
     known = known.iloc[by_id].reset_index(drop=True)
     rng = np.random.default_rng(seed)
-    drawn = draw_sample(known.assign(tissue_id=_organs(known["tissue_id"])), cells, shares, caps, rng)
+    drawn = draw_sample(
+        known.assign(tissue_id=_organs(known["tissue_id"])), settings.cells, settings.shares, settings.caps, rng
+    )
     diversity = measure_diversity(known, drawn)
     for slot in diversity.itertuples():
         log.info(
-            "%s: %d of %d values, diversity %.3f (before: %.3f)",
+            "%s: %d of %d values sampled, diversity %.3f (before: %.3f)",
             slot.slot, slot.values_after, slot.values_before, slot.diversity_after, slot.diversity_before,
         )  # fmt: skip
-    log.info("%d cells of %d datasets", len(drawn), known["dataset_id"].iloc[drawn].nunique())
+    log.info("%d cells from %d datasets", len(drawn), known["dataset_id"].iloc[drawn].nunique())
     chosen = np.zeros(len(known), dtype=bool)
     chosen[by_id[drawn]] = True
     del known, by_id, drawn
@@ -75,7 +75,7 @@ def sample_cells(
 
 
 def _hash_cells(cell_files: Sequence[str | Path], chosen: np.ndarray) -> Iterator[pd.DataFrame]:
-    """Yield ``contracts.SAMPLED_CELLS`` of the chosen among all cells of the files."""
+    """Yield the rows of ``contracts.SAMPLED_CELLS`` for the chosen cells of the files."""
     progress = Progress(int(chosen.sum()), "cells")
     first = 0
     for file in cell_files:
@@ -91,9 +91,9 @@ def _hash_cells(cell_files: Sequence[str | Path], chosen: np.ndarray) -> Iterato
 
 
 def read_labels(path: str | Path) -> pd.DataFrame:
-    """Return what an h5ad says of its cells: columns of ``contracts.SAMPLED_CELLS``, each a category.
+    """Return the labels of an h5ad's cells: columns of ``contracts.SAMPLED_CELLS``, each categorical.
 
-    Donors are ``{dataset}|{donor}``, for a donor's name is unique only in its study. What is unknown is
+    Donors are ``{dataset}|{donor}``, because a donor's name is unique only within its study. Unknown labels are
     missing.
     """
     sources = {"dataset_id": "dataset_id", "donor": "donor_id", "assay_id": "assay_ontology_term_id"}
@@ -111,7 +111,7 @@ def read_labels(path: str | Path) -> pd.DataFrame:
 
 
 def _stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return tables one below the other; pandas alone would turn categories that differ into text."""
+    """Concatenate tables; pandas alone would turn categories that differ between them into text."""
     stacked = {}
     for column in tables[0]:
         parts = [table[column] for table in tables]
@@ -121,7 +121,7 @@ def _stack(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _organs(tissues: pd.Series) -> pd.Series:
-    """Return the organ of each tissue, as CELLxGENE groups them; a tissue of no such organ stays itself."""
+    """Return the organ of each tissue, as CELLxGENE groups them; a tissue without such an organ is unchanged."""
     organs = set(get_curated_ontology_term_list(CuratedOntologyTermList.TISSUE_GENERAL))
     above = {}
     for tissue in tissues.cat.categories:

@@ -1,4 +1,4 @@
-"""AUCell scores of gene sets in each cell of a dataset."""
+"""AUCell scores of the gene sets in each cell of a dataset."""
 
 import logging
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from cell2text.progress import Progress
 log = logging.getLogger("cell2text.pathways")
 
 CELLS_AT_ONCE = 1000
-TOP_SHARE = 0.05  # of a cell's ranked genes, AUCell's own default
+TOP_SHARE = 0.05  # of the ranked genes: the default of AUCell
 
 
 def score_pathways(
@@ -31,10 +31,10 @@ def score_pathways(
 ) -> None:
     """Score each gene set in each of a dataset's cells with AUCell (Aibar et al., Nature Methods 2017).
 
-    The score is the area under the recovery curve over a cell's top genes, as decoupler computes it. All
-    genes of the file are ranked by their counts (to normalise a cell would not change the order), so the score
-    of a cell does not depend on the cells beside it. Genes with equal counts, at the last of the top genes
-    too, stand in an order that decoupler draws once, with a fixed seed, for all cells.
+    The score is the area under the recovery curve over a cell's top genes, as computed by decoupler. All genes of
+    the file are ranked by their raw counts (normalising a cell would not change the order), so a cell's score does
+    not depend on other cells. Ties, also at the last of the top genes, are broken by an order of the genes that
+    decoupler draws once with a fixed seed and uses for all cells.
 
     Parameters
     ----------
@@ -43,11 +43,11 @@ def score_pathways(
     corpus_file
         The corpus; only its cells are scored.
     gene_sets_file
-        GMT with gene symbols.
+        GMT file with gene symbols.
     min_genes
-        A set with fewer genes measured is not scored: its column holds NaN.
+        A set with fewer measured genes is not scored: its column is NaN.
     path
-        Where to write the scores (``contracts.PATHWAY_SCORES``), in the order of the dataset, a block at a time.
+        Where to write the scores (``contracts.PATHWAY_SCORES``), in the order of the dataset, block by block.
 
     Raises
     ------
@@ -64,22 +64,22 @@ def score_pathways(
             f"no set has {min_genes} genes that {Path(cells_file).stem} measures ({symbols.iloc[0]}, ...)",
             "Give gene sets with the symbols of human genes",
         )
-    left_out = [name for name in sets if name not in usable]
-    if left_out:
-        log.info("Fewer than %d genes measured, not scored: %s", min_genes, ", ".join(left_out))
-    # decoupler shares out the few sets of one cell at a time; waking a second thread costs more than it does.
+    skipped = [name for name in sets if name not in usable]
+    if skipped:
+        log.info("Gene sets with fewer than %d measured genes are not scored: %s", min_genes, ", ".join(skipped))
+    # decoupler distributes the few sets of one cell over threads; waking a second thread costs more than it saves.
     numba.set_num_threads(1)
     net = pd.DataFrame([(name, gene) for name, genes in usable.items() for gene in genes], columns=["source", "target"])
     rows, training = find_cells(cells_file, corpus_file), find_cells(cells_file, corpus_file, "train")
     top_genes = count_top_genes(cells_file, training if training.any() else rows)
     progress = Progress(int(rows.sum()), "cells")
-    # A symbol that two genes share goes with the first of them.
-    own = ~symbols.duplicated().to_numpy()
-    var = pd.DataFrame(index=symbols[own].to_numpy())
+    # A symbol shared by several genes belongs to the first of them.
+    unique = ~symbols.duplicated().to_numpy()
+    var = pd.DataFrame(index=symbols[unique].to_numpy())
 
     def score() -> Iterator[pd.DataFrame]:
         for ids, counts in read_blocks(cells_file, rows, CELLS_AT_ONCE):
-            block = ad.AnnData(counts[:, own], obs=pd.DataFrame(index=ids), var=var)
+            block = ad.AnnData(counts[:, unique], obs=pd.DataFrame(index=ids), var=var)
             dc.mt.aucell(block, net, tmin=min_genes, empty=False, n_up=top_genes)
             scores = block.obsm["score_aucell"].reindex(columns=list(sets)).astype("float32")
             yield scores.reset_index(names="cell_id")
@@ -89,17 +89,17 @@ def score_pathways(
 
 
 def count_top_genes(path: str | Path, rows: np.ndarray) -> int:
-    """Return over how many top genes of a cell AUCell integrates: 5% of the genes, or fewer.
+    """Return the number of top genes over which AUCell integrates: at most 5% of the genes.
 
-    A cell with fewer genes than that would fill the rest of its ranks with genes it does not express, so
-    the number is at most what 95% of the cells express.
+    A cell that expresses fewer genes would fill the remaining ranks with genes it does not express, so the number
+    is capped at what 95% of the cells express.
 
     Parameters
     ----------
     path
         Filtered counts of the dataset.
     rows
-        Which of its cells to ask: those in training, or all where none is.
+        Cells to use: the training cells, or all cells if there are none.
     """
     expressed = [np.diff(counts.indptr) for _, counts in read_blocks(path, rows)]
     limit = np.quantile(np.concatenate(expressed), 0.05) if expressed else 0

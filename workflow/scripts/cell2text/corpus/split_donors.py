@@ -18,7 +18,7 @@ from cell2text.files import write_json
 
 log = logging.getLogger("cell2text.corpus")
 
-# Columns of few values: held as categories, for a corpus may have millions of cells.
+# Columns with few distinct values, kept as categories because a corpus may have millions of cells.
 CATEGORIES = ["dataset_id", "donor", "assay_id", *(f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", ""))]
 
 
@@ -32,33 +32,33 @@ def split_donors(
     held_out: Sequence[str] = (),
     diversity_file: str | Path | None = None,
 ) -> None:
-    """Put each cell in training, validation or test, and write down what the split guarantees.
+    """Assign each cell to training, validation or test, and write an audit of what the split guarantees.
 
     Parameters
     ----------
     cells_file
         The sampled cells.
     split
-        What stays together: ``"donors"``, ``"studies"``, or, by name only, single ``"cells"``; or a table of
-        the user's that says it all (``splits.read_split``).
+        What stays together: ``"donors"``, ``"studies"`` or ``"cells"`` (each cell by itself); or the path of a
+        table with the split of each cell or group (``splits.read_split``).
     shares
-        Share of the cells that each split should have, those of held-out types aside.
+        Share of the cells in each split, not counting held-out cell types.
     seed
         Seed of the draw.
     path, audit_file
-        Where to write the corpus (``contracts.CELLS``), in the order of the ids, and the audit (JSON).
+        Where to write the corpus (``contracts.CELLS``), sorted by cell id, and the audit (JSON).
     held_out
-        Cell types, by id, whose cells all go to the test.
+        Ids of cell types whose cells all go to the test split.
     diversity_file
-        How diverse the cells were before and after sampling; the audit repeats it.
+        Diversity before and after sampling, copied into the audit.
 
     Raises
     ------
     InputError
-        If a split would be empty, a cell type has too few cells, or one to hold out has none.
+        If a split would be empty, a cell type has too few cells, or a held-out cell type has none.
     """
     cells = SAMPLED_CELLS.read(cells_file, categories=CATEGORIES)
-    # so that the split depends on the cells alone, and not on the order in which they came
+    # so that the split does not depend on the order of the cells in the file
     cells = cells.iloc[pc.sort_indices(pa.array(cells["cell_id"])).to_numpy()].reset_index(drop=True)
     pairs = find_pairs(cells)
     held = _find_held_out(cells, held_out, pairs)
@@ -94,20 +94,20 @@ def _assign(
 
 
 def _find_held_out(cells: pd.DataFrame, held_out: Sequence[str], pairs: pd.DataFrame) -> np.ndarray:
-    """Return which cells are of a type to hold out, or are likely the same cell as one that is."""
+    """Return which cells are of a held-out type, or are likely duplicates of such a cell."""
     absent = sorted(set(held_out) - set(cells["cell_type_id"].unique()))
     if absent:
         raise InputError(
             "config: held_out_cell_types",
             f"no cell of {', '.join(absent)} in the corpus",
-            "Name Cell Ontology ids that the corpus has",
+            "Use ids of cell types in the corpus",
         )
-    one = join_cells(len(cells), pairs)
-    return np.isin(one, one[cells["cell_type_id"].isin(held_out)])
+    joined = join_cells(len(cells), pairs)
+    return np.isin(joined, joined[cells["cell_type_id"].isin(held_out)])
 
 
 def _pairs_among(pairs: pd.DataFrame, kept: np.ndarray) -> pd.DataFrame:
-    """Return the pairs of kept cells, by their position among these."""
+    """Return the pairs of kept cells, with positions among the kept cells."""
     position = np.cumsum(kept) - 1
     pairs = pairs[kept[pairs["first"]] & kept[pairs["second"]]]
     return pairs.assign(first=position[pairs["first"]], second=position[pairs["second"]])

@@ -1,4 +1,4 @@
-"""Which cells are learned from and which are judged by: whole donors, whole studies, or single cells."""
+"""Assignment of cells to training, validation and test, by whole donors, whole studies, or single cells."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,27 +14,27 @@ from cell2text.errors import InputError
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 GROUPS = {"donors": "donor", "studies": "dataset_id"}
 DRAWS = 64
-# Draws that miss the shares by so little more than the best one count as alike.
-ALIKE = 0.01
+# Draws whose distance to the shares exceeds the smallest by no more than this count as equally good.
+TOLERANCE = 0.01
 
 
 def assign_cells(
     cells: pd.DataFrame, pairs: pd.DataFrame, shares: Mapping[str, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the split of each cell: at random within each cell type, at least one cell of it in training.
+    """Return the split of each cell: random within each cell type, with at least one cell per type in training.
 
-    Cells that are likely one cell stay together, under the cell type of the first of them.
+    Likely duplicates stay together and count under the cell type of the first of them.
 
     Parameters
     ----------
     cells
         ``cell_type_id`` and ``cell_type`` of each cell.
     pairs
-        Pairs that are likely one cell, as ``duplicates.find_pairs`` gives them.
+        Pairs of likely duplicates, from ``duplicates.find_pairs``.
     shares
-        Share of the cells that each split should have.
+        Share of the cells in each split.
     rng
-        Source of chance.
+        Random generator.
 
     Returns
     -------
@@ -50,13 +50,13 @@ def assign_cells(
     single = np.flatnonzero(np.bincount(types) == 1)
     if len(single):
         alone = cells[np.isin(types, single)].sort_values("cell_type_id")
-        told = ", ".join(f"{cell.cell_type} ({cell.cell_type_id}): 1 cell" for cell in alone.itertuples())
+        names = ", ".join(f"{cell.cell_type} ({cell.cell_type_id}): 1 cell" for cell in alone.itertuples())
         raise InputError(
             "corpus: cell_type_id",
-            f"too few cells to have some to learn from and some to judge by: {told}",
+            f"cell types with too few cells for both training and evaluation: {names}",
             "Drop the label, or merge it with another in the label table",
         )
-    # A unit is what stays together: a cell, or cells that are likely one.
+    # A unit stays together: a single cell, or likely duplicates.
     unit = join_cells(len(cells), pairs)
     size, first = np.bincount(unit), np.unique(unit, return_index=True)[1]
     unit_type = types[first]
@@ -65,43 +65,43 @@ def assign_cells(
     before = np.empty(len(size))
     before[order] = np.cumsum(size[order]) - size[order]
     before -= (np.cumsum(total) - total)[unit_type]
-    # One random offset a cell type: each split gets its share on average however few the cells are.
+    # One random offset per cell type: on average each split gets its share, however few the cells.
     offset = rng.random(len(total))
     bounds = np.cumsum([shares[name] for name in SPLITS[:-1]])
     split = np.searchsorted(bounds, ((before + offset[unit_type]) / total[unit_type]), side="right")
     trained = np.bincount(types[split[unit] == TRAIN], minlength=types.max() + 1)
-    uncovered, its_first = np.unique(types, return_index=True)
-    split[unit[its_first[trained[uncovered] == 0]]] = TRAIN
+    every_type, first_of_type = np.unique(types, return_index=True)
+    split[unit[first_of_type[trained[every_type] == 0]]] = TRAIN
     return split[unit]
 
 
 def assign_groups(
     cells: pd.DataFrame, column: str, pairs: pd.DataFrame, shares: Mapping[str, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the split of each cell, whole donors (or studies) at a time.
+    """Return the split of each cell, keeping donors (or studies) whole.
 
-    Donors that have cells in common count as one. Many times over, donors are taken in random order, each
-    to validation or test, whichever is then filled less, as long as that brings the split nearer to its share
-    and every cell type keeps a donor in training. Of these draws the one that comes nearest to the shares
-    is kept; among those that come as near, the one that leaves most cell types to judge by. Training has
-    the rest, which is more than its share where few donors can leave it.
+    Donors that share cells count as one. Each of ``DRAWS`` random draws goes through the donors in random order and
+    moves a donor to validation or test, whichever is then filled less, as long as this brings that split closer to
+    its share and every cell type keeps a donor in training. The draw closest to the shares is kept; among equally
+    close ones, the draw with the most cell types to evaluate. Training gets the rest, which is more than its share
+    if few donors can leave it.
 
-    Where no draw leaves something to validate and something to test, donors raise an error; studies, whose
-    cell types often are their own, are drawn again without a hold on cell types, and the draw that leaves
-    the fewest untrained is kept.
+    If every draw leaves validation or test empty, a split by donors raises an error. Studies often have cell types of
+    their own, so they are drawn again without the condition on cell types, and the draw with the fewest untrained
+    types is kept.
 
     Parameters
     ----------
     cells
         ``cell_type_id`` and the group of each cell.
     column
-        The column that holds the group: ``donor`` or ``dataset_id``.
+        The column with the group: ``donor`` or ``dataset_id``.
     pairs
-        Pairs that are likely one cell, as ``duplicates.find_pairs`` gives them.
+        Pairs of likely duplicates, from ``duplicates.find_pairs``.
     shares
-        Share of the cells that each split should have.
+        Share of the cells in each split.
     rng
-        Source of chance.
+        Random generator.
 
     Returns
     -------
@@ -118,117 +118,122 @@ def assign_groups(
     unit = join_groups(codes, pairs)[codes]
     units = int(unit.max(initial=-1)) + 1
     if units < len(SPLITS):
-        told = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+        some = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
         what = {"donors": "donor", "studies": "study"}[what] if len(names) == 1 else what
-        joined = "" if units == len(names) else f", {units} where those with cells in common count as one"
+        joined = "" if units == len(names) else f", {units} after joining those that share cells"
         raise InputError(
             "config: split",
-            f"{len(names)} {what} in the corpus ({told}){joined}, three needed",
+            f"{len(names)} {what} in the corpus ({some}){joined}, but at least three are needed",
             "Set `split: cells`, or add studies",
         )
     sizes = np.bincount(unit, minlength=units)
     types = code_types(cells)
-    holds = sparse.coo_matrix((np.ones(len(cells), bool), (unit, types)), shape=(units, types.max() + 1)).tocsr()
+    group_types = sparse.coo_matrix((np.ones(len(cells), bool), (unit, types)), shape=(units, types.max() + 1)).tocsr()
     goals = np.array([shares[name] * len(cells) for name in SPLITS])
-    draws = [_draw_groups(sizes, holds, goals, rng, cover=True) for _ in range(DRAWS)]
-    if not any(_full(draw) for draw in draws):
+    draws = [_draw_groups(sizes, group_types, goals, rng, cover=True) for _ in range(DRAWS)]
+    if not any(_is_full(draw) for draw in draws):
         if what == "donors":
             kept = min(int((draw == TRAIN).sum()) for draw in draws)
             raise InputError(
                 "config: split",
-                f"{kept} of {units} donors must be in training so that it has every cell type, "
-                "so too few are left for validation and test",
+                f"{kept} of {units} donors must be in training to cover every cell type, "
+                "which leaves too few for validation and test",
                 "Set `split: cells`, add donors, or merge rare labels",
             )
-        draws = [_draw_groups(sizes, holds, goals, rng, cover=False) for _ in range(DRAWS)]
-    return _choose_draw(draws, sizes, holds, goals)[unit]
+        draws = [_draw_groups(sizes, group_types, goals, rng, cover=False) for _ in range(DRAWS)]
+    return _choose_draw(draws, sizes, group_types, goals)[unit]
 
 
 def _draw_groups(
-    sizes: np.ndarray, holds: sparse.csr_matrix, goals: np.ndarray, rng: np.random.Generator, cover: bool
+    sizes: np.ndarray, group_types: sparse.csr_matrix, goals: np.ndarray, rng: np.random.Generator, cover: bool
 ) -> np.ndarray:
-    """Return a split of groups: all in training but those that bring validation or test nearer to their goal.
+    """Return a split of groups: all in training except those that bring validation or test closer to their goal.
 
     Parameters
     ----------
     sizes
         Cells of each group.
-    holds
-        Which group has which cell types, groups by cell types.
+    group_types
+        Whether each group has each cell type, groups by cell types.
     goals
-        Cells wanted in each split.
+        Target number of cells in each split.
     rng
-        Source of chance.
+        Random generator.
     cover
-        Whether each cell type must keep a group in training.
+        Whether every cell type must keep a group in training.
     """
     split = np.full(len(sizes), TRAIN)
     filled = np.zeros(len(goals))
-    holders = np.bincount(holds.indices, minlength=holds.shape[1])
+    groups_left = np.bincount(group_types.indices, minlength=group_types.shape[1])
     for group in rng.permutation(len(sizes)):
-        its_types = holds.indices[holds.indptr[group] : holds.indptr[group + 1]]
-        if cover and (holders[its_types] < 2).any():
+        own_types = group_types.indices[group_types.indptr[group] : group_types.indptr[group + 1]]
+        if cover and (groups_left[own_types] < 2).any():
             continue
         empty, nearer = filled == 0, sizes[group] < 2 * (goals - filled)
         open_to = empty if empty[TEST] or empty[VALIDATION] else nearer
         open_to[TRAIN] = False
         if open_to.any():
-            # the split that is then filled least, so that they fill in proportion
+            # the split that would be filled least, so that both fill in proportion
             goes = int(np.argmin(np.where(open_to, (filled + sizes[group]) / goals, np.inf)))
             split[group] = goes
             filled[goes] += sizes[group]
-            holders[its_types] -= 1
+            groups_left[own_types] -= 1
     return split
 
 
-def _miss(reached: np.ndarray, goals: np.ndarray) -> float:
-    """Return by what part of their goals splits miss them: the root of the mean square, weighted by the goals.
+def _distance(reached: np.ndarray, goals: np.ndarray) -> float:
+    """Return the relative distance of split sizes from their goals: root mean square, weighted by the goals.
 
-    Of splits that cannot reach their goals, those come nearest that are filled in proportion to them.
+    Among draws that cannot reach the goals, it is smallest for those that fill the splits in proportion.
     """
     return float(np.sqrt(np.average(((reached - goals) / goals) ** 2, weights=goals)))
 
 
-def _full(split: np.ndarray) -> bool:
+def _is_full(split: np.ndarray) -> bool:
+    """Return whether no split is empty."""
     return len(np.unique(split)) == len(SPLITS)
 
 
 def _choose_draw(
-    draws: Sequence[np.ndarray], sizes: np.ndarray, holds: sparse.csr_matrix, goals: np.ndarray
+    draws: Sequence[np.ndarray], sizes: np.ndarray, group_types: sparse.csr_matrix, goals: np.ndarray
 ) -> np.ndarray:
-    """Return the draw that leaves the fewest cell types untrained, is nearest to the goals, and judges most types."""
+    """Return the best draw.
+
+    The fewest untrained cell types come first, then the distance to the goals up to ``TOLERANCE``, then the most cell
+    types in validation and test.
+    """
     rows = []
     for draw in draws:
-        types_of = [np.asarray(holds[draw == split].sum(axis=0)).ravel() > 0 for split in range(len(SPLITS))]
+        types_of = [np.asarray(group_types[draw == split].sum(axis=0)).ravel() > 0 for split in range(len(SPLITS))]
         rows.append(
             {
-                "empty": not _full(draw),
+                "empty": not _is_full(draw),
                 "untrained": int((~types_of[TRAIN]).sum()),
-                "away": _miss(np.bincount(draw, weights=sizes, minlength=len(SPLITS)), goals),
-                "judged": sum(int(held.sum()) for split, held in enumerate(types_of) if split != TRAIN),
+                "distance": _distance(np.bincount(draw, weights=sizes, minlength=len(SPLITS)), goals),
+                "evaluated": sum(int(present.sum()) for split, present in enumerate(types_of) if split != TRAIN),
             }
         )
     table = pd.DataFrame(rows)
     table = table[table["empty"] == table["empty"].min()]
     table = table[table["untrained"] == table["untrained"].min()]
-    table = table[table["away"] <= table["away"].min() + ALIKE]
-    return draws[table.sort_values(["judged", "away"], ascending=[False, True], kind="stable").index[0]]
+    table = table[table["distance"] <= table["distance"].min() + TOLERANCE]
+    return draws[table.sort_values(["evaluated", "distance"], ascending=[False, True], kind="stable").index[0]]
 
 
 def read_split(path: str | Path, cells: pd.DataFrame) -> np.ndarray:
-    """Return the split of each cell as a table of the user's says.
+    """Return the split of each cell according to a table from the user.
 
     Parameters
     ----------
     path
         TSV with the column ``split`` and one of ``cell_id``, ``donor`` (``dataset|donor``), ``dataset_id``.
     cells
-        These columns of the corpus. Lines of other cells or donors do no harm.
+        The same columns of the corpus. Rows of the table for other cells or donors are ignored.
 
     Raises
     ------
     InputError
-        If a column is missing, a line repeats, a split has another name, or a cell has none.
+        If a column is missing, an id repeats, a split has an unknown name, or a cell has no split.
     """
     table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
     column = next((name for name in ("cell_id", "donor", "dataset_id") if name in table), None)
@@ -240,19 +245,19 @@ def read_split(path: str | Path, cells: pd.DataFrame) -> np.ndarray:
     if len(wrong):
         raise InputError(
             f"{path} line {wrong.index[0] + 2}: split",
-            f"no split is called {wrong['split'].iloc[0]!r}",
-            f"Write {', '.join(SPLITS)}",
+            f"unknown split {wrong['split'].iloc[0]!r}",
+            f"Use one of {', '.join(SPLITS)}",
         )
     twice = table[column][table[column].duplicated()]
     if len(twice):
-        raise InputError(f"{path}: {column}", f"{twice.iloc[0]} is there twice", "Keep one line of it")
+        raise InputError(f"{path}: {column}", f"{twice.iloc[0]} appears twice", "Keep one of the lines")
     row = pd.Index(table[column]).get_indexer(pd.Index(cells[column].astype(object)))
     if (row < 0).any():
         absent = cells[column][row < 0].iloc[0]
-        raise InputError(f"{path}: {column}", f"no line for {absent}, which is in the corpus", "Add its line")
+        raise InputError(f"{path}: {column}", f"no line for {absent}, which is in the corpus", "Add a line for it")
     return table["split"].map({name: code for code, name in enumerate(SPLITS)}).to_numpy()[row]
 
 
 def code_types(cells: pd.DataFrame) -> np.ndarray:
-    """Return a code of each cell's type, from 0, in the order of the ids."""
+    """Return an integer code of each cell's type, from 0, in the order of the ids."""
     return pd.factorize(cells["cell_type_id"], sort=True)[0]

@@ -19,7 +19,7 @@ from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.pathways")
 
-DESCRIBED_AT_ONCE = 1 << 16
+DESCRIBED_AT_ONCE = 1 << 16  # cells
 
 
 def write_descriptions(
@@ -32,10 +32,10 @@ def write_descriptions(
     terms_file: str | Path,
     kept_file: str | Path,
 ) -> None:
-    """Write each cell's slots and its description, the terms they draw on, and the gene sets kept.
+    """Write the slots and the description of each cell, the terms they use, and the kept gene sets.
 
-    The scores are read a part at a time. Of a cell only the numbers of its terms and gene sets are held, and
-    cells with the same slots share one text.
+    The scores are read in parts. Only the codes of each cell's terms and gene sets are in memory, and cells with the
+    same slots share one text.
 
     Parameters
     ----------
@@ -44,18 +44,18 @@ def write_descriptions(
     score_files
         AUCell scores of each dataset.
     pathways_file
-        TSV that gives each gene set ``id``, ``name`` and ``description``; None where there is none.
+        TSV with ``id``, ``name`` and ``description`` of each gene set, or None.
     min_active_share
-        Sets active in no more than this share of the training cells are not told.
+        Sets must be active in more than this share of the training cells to be used.
     per_cell
-        Gene sets told of a cell, at most.
+        Maximum number of gene sets per cell.
     descriptions_file, terms_file, kept_file
-        The three files to write (``contracts.DESCRIPTIONS``, ``contracts.TERMS``, JSON).
+        Output files (``contracts.DESCRIPTIONS``, ``contracts.TERMS``, JSON).
 
     Raises
     ------
     InputError
-        If names of gene sets cannot be told apart in a text, or no set is kept.
+        If names of gene sets are ambiguous in a text, or no set is kept.
     """
     columns = [f"{slot}_id" for slot in TERM_SLOTS]
     corpus = CELLS.read(corpus_file, ["cell_id", "split", *columns], categories=["split", *columns])
@@ -75,35 +75,35 @@ def write_descriptions(
         raise InputError(
             "config: pathways: min_active_share",
             f"no gene set is active in more than {min_active_share:.3%} of the training cells",
-            "Lower it, or give other gene sets",
+            "Lower it, or use other gene sets",
         )
     log.info("%d gene sets kept", len(kept))
-    told = np.full((len(cells), per_cell), -2, dtype=np.int32)
+    chosen = np.full((len(cells), per_cell), -2, dtype=np.int32)
     for rows, scores in read_scores():
-        told[rows] = choose_pathways(scores, kept, per_cell)
-    if (told == -2).any():
-        raise ValueError(f"{cells[(told == -2).any(axis=1)][0]} has no scores")
+        chosen[rows] = choose_pathways(scores, kept, per_cell)
+    if (chosen == -2).any():
+        raise ValueError(f"{cells[(chosen == -2).any(axis=1)][0]} has no scores")
     table = pd.concat(
         [*(slot_terms(slot) for slot in TERM_SLOTS), name_pathways(list(kept.index), pathways_file)], ignore_index=True
     )
-    DESCRIPTIONS.write_parts(_describe(corpus, told, list(kept.index), Terms(table)), descriptions_file)
+    DESCRIPTIONS.write_parts(_describe(corpus, chosen, list(kept.index), Terms(table)), descriptions_file)
     TERMS.write(table, terms_file)
     write_json(kept.rename_axis("id").reset_index().to_dict("records"), kept_file)
 
 
-def _describe(corpus: pd.DataFrame, told: np.ndarray, sets: list[str], terms: Terms) -> Iterator[pa.Table]:
-    """Yield the rows of the descriptions, each distinct set of slots rendered once a part."""
+def _describe(corpus: pd.DataFrame, chosen: np.ndarray, sets: list[str], terms: Terms) -> Iterator[pa.Table]:
+    """Yield the rows of the descriptions in parts, rendering each distinct combination of slots once per part."""
     slots = [corpus[f"{slot}_id"] for slot in TERM_SLOTS]
-    numbers = np.column_stack([*(column.cat.codes for column in slots), told])
-    # what is not known has the number -1, the last
-    ids = [[*column.cat.categories, None] for column in slots] + [[*sets, None]] * told.shape[1]
+    codes = np.column_stack([*(column.cat.codes for column in slots), chosen])
+    # unknown slots have code -1, which indexes the None at the end
+    ids = [[*column.cat.categories, None] for column in slots] + [[*sets, None]] * chosen.shape[1]
     progress = Progress(len(corpus), "cells")
     for start in range(0, len(corpus), DESCRIBED_AT_ONCE):
         part = slice(start, start + DESCRIBED_AT_ONCE)
-        distinct, which = np.unique(numbers[part], axis=0, return_inverse=True)
+        distinct, which = np.unique(codes[part], axis=0, return_inverse=True)
         described = []
         for row in distinct:
-            known = [names[number] for names, number in zip(ids, row, strict=True)]
+            known = [names[code] for names, code in zip(ids, row, strict=True)]
             pathways = tuple(name for name in known[len(slots) :] if name)
             described.append(
                 with_definition(Slots(**dict(zip(TERM_SLOTS, known, strict=False)), pathways=pathways), terms)

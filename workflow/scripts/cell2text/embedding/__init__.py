@@ -1,1 +1,1 @@
-"""From counts to vectors: genes ranked in each cell, and one vector for each gene and cell."""
+"""From counts to vectors: ranked genes of each cell, and one vector per gene and cell."""

@@ -1,4 +1,4 @@
-"""Gene vectors of the cells of a dataset, written shard by shard."""
+"""Gene vectors of a dataset's cells, written in shards."""
 
 import logging
 from collections.abc import Iterator
@@ -17,26 +17,26 @@ log = logging.getLogger("cell2text.embedding")
 
 
 def embed_genes(encoder: str, tokens: str, embeddings: str, shard: int, shards: int, top_k: int) -> None:
-    """Embed one shard of a dataset's cells: the ``shard``-th of ``shards`` runs of cells, in file order.
+    """Embed one shard of a dataset's cells: part ``shard`` of ``shards`` equal parts, in file order.
 
     Parameters
     ----------
     encoder
-        Directory that ``fit_encoder`` wrote.
+        Directory written by ``fit_encoder``.
     tokens
-        File of ``contracts.TOKENS``; a part of it is held at a time.
+        File of ``contracts.TOKENS``, read in parts.
     embeddings
         Where to write ``contracts.EMBEDDINGS``.
     shard, shards
-        Which run of cells, from 0, of how many.
+        Index of the shard, from 0, and number of shards.
     top_k
-        Gene vectors to keep of a cell; none where they are made on the fly.
+        Gene vectors to store per cell; 0 if they are computed on the fly.
     """
     loaded = load_encoder(encoder)
     cells = pq.read_metadata(tokens).num_rows
     first, last = (cells * edge // shards for edge in (shard, shard + 1))
     stored = (last - first) * bytes_per_cell(loaded.dimensions, top_k)
-    log.info("%d of %d cells, %.1f MB on disk", last - first, cells, stored / 1e6)
+    log.info("embedding %d of %d cells, %.1f MB on disk", last - first, cells, stored / 1e6)
     progress = Progress(last - first, "cells")
     ids, parts = [], []
     for part in read_rows(tokens, first, last):
@@ -48,7 +48,7 @@ def embed_genes(encoder: str, tokens: str, embeddings: str, shard: int, shards: 
 
 
 def read_rows(tokens: str | Path, first: int, last: int) -> Iterator[RankedCells]:
-    """Yield a run of the cells of a file of ranked genes, a part at a time; an empty part where there is none."""
+    """Yield cells ``first`` to ``last`` of a file of ranked genes in parts; one empty part if there are none."""
     start = 0
     for table in TOKENS.read_arrow_parts(tokens):
         rows = slice(max(first - start, 0), max(last - start, 0))

@@ -1,4 +1,4 @@
-"""The token and the typical expression of each gene: measured in training cells, or an encoder's own."""
+"""Token and median expression of each gene, from the training cells or from a fetched encoder."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +15,18 @@ from cell2text.errors import InputError
 from cell2text.files import whole_file
 from cell2text.progress import Progress
 
-log = logging.getLogger("cell2text.rank_tokens")
+log = logging.getLogger("cell2text.embedding")
 
-FEWEST_KNOWN = 0.1  # of a dataset's genes, that an encoder must know
-Values = tuple[np.ndarray, np.ndarray]  # genes by position, and a positive float32 of each
+MIN_KNOWN_SHARE = 0.1  # of a dataset's genes that an encoder must know
+Values = tuple[np.ndarray, np.ndarray]  # positions of genes, and a positive float32 for each
 
 
 def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
-    """Write each gene's token and its non-zero median of counts per 10,000 over the training cells.
+    """Write each gene's token and the median of its non-zero counts per 10,000 over the training cells.
 
-    Genes of all datasets are counted in by id; one without a count in training is left out. Tokens count
-    from 0 in the order of ids. The medians are exact for any number of cells; the files are read four times
-    for it and never held (see ``median_of_each``).
+    Genes of all datasets are pooled by id; genes without counts in training are excluded. Tokens start at 0, in the
+    order of ids. The medians are exact for any number of cells: the files are streamed four times (see
+    ``median_of_each``).
 
     Parameters
     ----------
@@ -51,27 +51,27 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
 
     median = median_of_each(read, len(genes))
     seen = genes.assign(median=median)[median > 0].reset_index(names="gene_id")
-    log.info("%d of %d genes are seen in training", len(seen), len(genes))
+    log.info("%d of %d genes are expressed in training cells", len(seen), len(genes))
     with whole_file(path) as unfinished:
         seen.assign(token=np.arange(len(seen)))[list(GENES)].to_csv(unfinished, sep="\t", index=False)
 
 
 def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
-    """Write the tokens and medians that an encoder's dictionary gives the genes of some files.
+    """Write the tokens and medians of the datasets' genes from an encoder's dictionary.
 
     Parameters
     ----------
     dictionary
-        The encoder's gene table (``contracts.GENES``), with a row for each name of a gene.
+        The encoder's gene table (``contracts.GENES``), with one row per id or symbol of a gene.
     cell_files
         Filtered counts of each dataset.
     path
-        Where to write the rows of the genes that any of them measures, under the names that it uses.
+        Where to write the rows of genes measured in any file, under the names used there.
 
     Raises
     ------
     InputError
-        If the encoder knows less than a tenth of a dataset's genes.
+        If the encoder knows less than 10% of a dataset's genes.
     """
     known = read_gene_tokens(dictionary)
     cell_files = list(cell_files)
@@ -79,11 +79,11 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
         genes = read_genes(file).index
         share = genes.isin(known.index).mean()
         log.info("%s: the encoder knows %.1f%% of %d genes", Path(file).stem, 100 * share, len(genes))
-        if share < FEWEST_KNOWN:
+        if share < MIN_KNOWN_SHARE:
             raise InputError(
                 f"{file}: var",
-                f"the encoder knows {share:.1%} of the genes ({genes[0]}, ...)",
-                "Give Ensembl ids, or a gene table under `genes` in the config",
+                f"the encoder knows only {share:.1%} of the genes ({genes[0]}, ...)",
+                "Use Ensembl ids, or set a gene table under `genes` in the config",
             )
     measured = name_genes(cell_files)
     with whole_file(path) as unfinished:
@@ -92,7 +92,7 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
 
 
 def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
-    """Return the ``symbol`` of each gene that any file measures, as the first of them has it, by gene id."""
+    """Return the ``symbol`` of each gene measured in any file, from the first such file, by gene id."""
     genes = pd.DataFrame({"symbol": pd.Series(dtype=str)})
     by_ensembl_id = set()
     for file in cell_files:
@@ -100,26 +100,25 @@ def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
         by_ensembl_id.add(table.index.str.startswith("ENSG").any())
         genes = pd.concat([genes, table[~table.index.isin(genes.index)]])
     if len(by_ensembl_id) > 1:
-        log.warning("Some datasets name genes by Ensembl id, others by symbol: these are not matched")
+        log.warning("Some datasets use Ensembl ids and others gene symbols: their genes are not matched")
     return genes.sort_index()
 
 
 def median_of_each(read: Callable[[], Iterable[Values]], genes: int) -> np.ndarray:
-    """Return the exact median of each gene's values (float64); 0 for a gene without any.
+    """Return the exact median of each gene's values (float64); 0 for genes without values.
 
-    Radix selection, whose memory depends on the number of genes alone (3 kB each). The bits of positive floats
-    sort as the floats do, so each reading settles one byte more of a gene's two middle values, the highest
-    byte first: among the values that begin with the bytes settled before, it counts how many go on with which
-    byte.
+    This is radix selection; its memory depends only on the number of genes (3 kB each). The bits of positive floats
+    sort like the floats, so each pass determines one more byte of a gene's two middle values, from the highest byte:
+    it counts the next byte of all values that start with the bytes already known.
 
     Parameters
     ----------
     read
-        Yields all values, some at a time; called four times. Zeros are passed over.
+        Yields all values in parts; called four times. Zeros are ignored.
     genes
-        How many genes there are.
+        Number of genes.
     """
-    middle = np.zeros((2, genes), dtype=np.uint32)  # of an odd number of values both are the same
+    middle = np.zeros((2, genes), dtype=np.uint32)  # the same for an odd number of values
     for shift in (24, 16, 8, 0):
         found = np.zeros((2, genes, 256), dtype=np.int32)
         for gene, value in read():

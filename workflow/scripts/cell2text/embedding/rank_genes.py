@@ -1,7 +1,7 @@
 """Cells as ranked genes, after Geneformer (Theodoris et al., Nature 2023).
 
-A gene's count per 10,000 is divided by the gene's typical expression, so that genes that set a cell apart
-stand before those that every cell has.
+A gene's counts per 10,000 are divided by its median expression, so that genes characteristic of a cell rank above
+housekeeping genes.
 """
 
 import logging
@@ -18,10 +18,10 @@ from scipy import sparse
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import TOKENS
 
-log = logging.getLogger("cell2text.rank_tokens")
+log = logging.getLogger("cell2text.embedding")
 
 SCALE = 1e4
-CELLS_A_RUN = 256  # that one thread ranks at a time: milliseconds
+CELLS_PER_CHUNK = 256  # the work unit of a thread: milliseconds
 
 
 def read_gene_tokens(path: str | Path) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def read_gene_tokens(path: str | Path) -> pd.DataFrame:
 
 
 def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
-    """Return each stored count as counts per 10,000 of its cell (float64), in stored order."""
+    """Return the stored counts as counts per 10,000 of their cell (float64), in stored order."""
     total = np.asarray(counts.sum(axis=1, dtype=float)).ravel()
     return counts.data / np.repeat(total, np.diff(counts.indptr)) * SCALE
 
@@ -38,7 +38,7 @@ def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
 def rank_genes(
     corpus_file: str | Path, cells_file: str | Path, genes_file: str | Path, path: str | Path, threads: int = 1
 ) -> None:
-    """Write the ranked genes of each of a dataset's cells, in the order of the dataset, a block at a time.
+    """Write the ranked genes of a dataset's cells, in the order of the dataset, block by block.
 
     Parameters
     ----------
@@ -47,12 +47,12 @@ def rank_genes(
     cells_file
         Filtered counts of the dataset.
     genes_file
-        What ``measure_genes`` wrote.
+        Output of ``measure_genes``.
     path
-        Where to write the table (``contracts.TOKENS``). ``expression`` is log1p of counts per 10,000, the
-        cell's total being that over all genes of the file.
+        Where to write the table (``contracts.TOKENS``). ``expression`` is log1p of counts per 10,000, relative to
+        the total over all genes of the file.
     threads
-        How many to rank with; they change nothing in the result.
+        Number of threads; they do not change the result.
     """
     genes = read_gene_tokens(genes_file)
     token = genes["token"].reindex(read_genes(cells_file).index).fillna(-1).to_numpy(dtype=np.int32)
@@ -73,16 +73,16 @@ def rank_genes(
 
 
 def join_genes(counts: sparse.csr_matrix, token: np.ndarray) -> sparse.csr_matrix:
-    """Return counts in which the first of the genes of one token has the sum of all of them, and the others none.
+    """Sum the counts of genes with the same token into the first of these genes; the others get none.
 
-    Old and new ids, or several symbols, may stand for one gene of an encoder's dictionary.
+    Old and new ids, or several symbols, may refer to the same gene in an encoder's dictionary.
 
     Parameters
     ----------
     counts
         Cells by genes of the file.
     token
-        Token of each gene of the file; -1 for one that has none.
+        Token of each gene of the file, or -1.
     """
     _, first, own = np.unique(token, return_index=True, return_inverse=True)
     gene = np.where(token >= 0, first[own], np.arange(len(token))).astype(counts.indices.dtype)
@@ -96,34 +96,33 @@ def join_genes(counts: sparse.csr_matrix, token: np.ndarray) -> sparse.csr_matri
 def rank_counts(
     counts: sparse.csr_matrix, token: np.ndarray, median: np.ndarray, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the genes of each cell, the highest count per 10,000 over the gene's median first.
+    """Rank the genes of each cell by counts per 10,000 divided by the gene's median, highest first.
 
     This is the order of Geneformer's tokenizer: count / total * 10,000 / median in float64, in this order of
-    operations. Of two genes with equal quotients, whose order that tokenizer leaves to chance, the one with the lower
-    token stands first.
+    operations. Ties, whose order that tokenizer leaves to chance, go to the lower token.
 
     Parameters
     ----------
     counts
-        Raw counts (whole numbers), cells by genes of the file.
+        Raw counts (integers), cells by genes of the file.
     token
-        Token of each gene of the file; -1 for one that has none.
+        Token of each gene of the file, or -1.
     median
-        Non-zero median of each token.
+        Median of the non-zero values of each token.
     threads
-        How many to rank with; they change nothing in the result.
+        Number of threads; they do not change the result.
 
     Returns
     -------
     tuple of three arrays
         Tokens (int32) and log1p of counts per 10,000 (float32), cell after cell, and where each cell ends.
     """
-    typical = np.where(token >= 0, median[token], np.inf)  # without a token the quotient is nought
+    typical = np.where(token >= 0, median[token], np.inf)  # without a token the quotient is zero
     known, total = np.empty(counts.shape[0], dtype=np.int64), np.empty(counts.shape[0])
     matrix = (counts.data, counts.indices, counts.indptr)
-    runs = [range(first, min(first + CELLS_A_RUN, len(known))) for first in range(0, len(known), CELLS_A_RUN)]
+    chunks = [range(first, min(first + CELLS_PER_CHUNK, len(known))) for first in range(0, len(known), CELLS_PER_CHUNK)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda cells: _measure_cells(cells.start, cells.stop, *matrix, token, known, total), runs))
+        list(pool.map(lambda cells: _measure_cells(cells.start, cells.stop, *matrix, token, known, total), chunks))
         ends = np.concatenate([[0], np.cumsum(known)])
         tokens, scaled = np.empty(ends[-1], dtype=np.int32), np.empty(ends[-1], dtype=np.float32)
 
@@ -132,14 +131,14 @@ def rank_counts(
             part = scaled[ends[cells.start] : ends[cells.stop]]
             np.log1p(part, out=part)
 
-        list(pool.map(rank, runs))
+        list(pool.map(rank, chunks))
     return tokens, scaled, ends[1:]
 
 
-# The sum of whole numbers is the same in any order, so several may be added at a time.
+# Sums of integers are exact in any order, so reassociation is safe.
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc"})
 def _measure_cells(first, last, data, genes, starts, token, known, total) -> None:
-    """Fill in how many ranked genes each cell expresses, and its total count."""
+    """Fill in the number of ranked genes and the total counts of each cell."""
     for cell in range(first, last):
         number, summed = 0, 0.0
         for i in range(starts[cell], starts[cell + 1]):
@@ -150,7 +149,7 @@ def _measure_cells(first, last, data, genes, starts, token, known, total) -> Non
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _rank_cells(first, last, data, genes, starts, total, token, typical, ends, tokens, scaled) -> None:
-    """Fill ``tokens`` and ``scaled`` of each cell, from its end in ``ends`` to the next."""
+    """Fill ``tokens`` and ``scaled`` of each cell, between its two entries in ``ends``."""
     for cell in range(first, last):
         count, gene = data[starts[cell] : starts[cell + 1]], genes[starts[cell] : starts[cell + 1]]
         share, quotient, whole = np.empty(len(count), dtype=np.float32), np.empty(len(count)), total[cell]
@@ -161,54 +160,54 @@ def _rank_cells(first, last, data, genes, starts, total, token, typical, ends, t
         keys = _sort_descending(quotient)
         out_tokens, out_scaled = tokens[ends[cell] : ends[cell + 1]], scaled[ends[cell] : ends[cell + 1]]
         last_quotient, last_token = np.inf, np.int32(-1)
-        for rank in range(len(out_tokens)):  # the noughts come last and are left out
+        for rank in range(len(out_tokens)):  # zeros sort last and are not reached
             i = keys[rank] & _POSITION
-            its_token, its_quotient = token[gene[i]], quotient[i]
-            out_tokens[rank], out_scaled[rank] = its_token, share[i]
-            # what the keys do not tell apart is seldom in the wrong order
-            if (last_quotient < its_quotient) | ((last_quotient == its_quotient) & (last_token > its_token)):
+            this_token, this_quotient = token[gene[i]], quotient[i]
+            out_tokens[rank], out_scaled[rank] = this_token, share[i]
+            # quotients with the same key are rarely in the wrong order
+            if (last_quotient < this_quotient) | ((last_quotient == this_quotient) & (last_token > this_token)):
                 _insert(rank, keys, quotient, out_tokens, out_scaled)
             else:
-                last_quotient, last_token = its_quotient, its_token
+                last_quotient, last_token = this_quotient, this_token
 
 
-# A sort key holds how far the bits of a quotient lie below the bits of the highest, in two digits, and in the 20
-# bits behind that the quotient's position.
-_PLACE, _POSITION = np.uint64(20), np.uint64((1 << 20) - 1)
+# A sort key consists of two digits, which encode how far the bits of a quotient are below those of the highest, and
+# of 20 lower bits with the position of the quotient.
+_SHIFT, _POSITION = np.uint64(20), np.uint64((1 << 20) - 1)
 
 
 @numba.njit(inline="always")
 def _sort_descending(values) -> np.ndarray:
-    """Return a key for each value (none negative), highest first: radix sort by the 14 to 22 bits that tell most."""
+    """Return the sorted keys of non-negative values, highest first: radix sort by the 14 to 22 most useful bits."""
     bits = values.view(np.uint64)
     top = np.uint64(0)
     for i in range(len(bits)):
         top = max(top, bits[i])
     low = top
     for i in range(len(bits)):
-        low = min(low, bits[i] if bits[i] else top)  # noughts lie so far below that they would take all the room
-    width = np.uint64(7)  # of a digit: as many places as there are values, but not more than a near cache holds
+        low = min(low, bits[i] if bits[i] else top)  # zeros would use up the range of the key
+    width = np.uint64(7)  # bits of a digit: about one bucket per value, but no more buckets than fit in a near cache
     while width < 11 and len(bits) >> width:
         width += np.uint64(1)
     digit = np.uint64((1 << width) - 1)
-    nought = np.uint64((1 << 2 * width) - 1)
+    zero_key = np.uint64((1 << 2 * width) - 1)
     lost = np.uint64(0)
-    while (top - low) >> lost >= nought:
+    while (top - low) >> lost >= zero_key:
         lost += np.uint64(1)
-    second = _PLACE + width
+    second = _SHIFT + width
     keys, others = np.empty(len(bits), dtype=np.uint64), np.empty(len(bits), dtype=np.uint64)
     places = np.zeros((2, 1 << width), dtype=np.int32)
     for i in range(len(bits)):
-        key = min((top - bits[i]) >> lost, nought) << _PLACE | np.uint64(i)
+        key = min((top - bits[i]) >> lost, zero_key) << _SHIFT | np.uint64(i)
         keys[i] = key
-        places[0, key >> _PLACE & digit] += 1
+        places[0, key >> _SHIFT & digit] += 1
         places[1, key >> second] += 1
     for half in range(2):
         place = 0
         for i in range(1 << width):
             place, places[half, i] = place + places[half, i], place
     for i in range(len(keys)):
-        here = keys[i] >> _PLACE & digit
+        here = keys[i] >> _SHIFT & digit
         others[places[0, here]] = keys[i]
         places[0, here] += 1
     for i in range(len(keys)):
@@ -220,7 +219,7 @@ def _sort_descending(values) -> np.ndarray:
 
 @numba.njit
 def _insert(rank, keys, quotient, tokens, scaled) -> None:
-    """Move a gene up to its place among those that are in order: by quotient, equal ones by token."""
+    """Move a gene up to its place among the sorted genes: by quotient, ties by token."""
     key, token, share = keys[rank], tokens[rank], scaled[rank]
     mine = quotient[key & _POSITION]
     while rank:

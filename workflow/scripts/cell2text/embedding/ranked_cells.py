@@ -1,4 +1,4 @@
-"""Cells as lists of ranked genes, in flat arrays: read a part at a time, without a loop over cells."""
+"""Cells as lists of ranked genes in flat arrays, read in parts and without a loop over cells."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from cell2text.contracts.table import among, hash_ids
 
 @dataclass(frozen=True)
 class RankedCells:
-    """Some cells, the ranked genes of one after those of another.
+    """Some cells, with their ranked genes concatenated.
 
     Parameters
     ----------
     cell_ids
         str (cells,).
     tokens, expression
-        Ranked genes of all cells, int32, and log1p of their counts per 10,000, float32; (genes of all cells,).
+        Ranked genes of all cells, int32, and log1p of their counts per 10,000, float32; (total genes,).
     offsets
-        Where each cell starts in them and the last one ends, int64 (cells + 1,).
+        Start of each cell in these arrays and end of the last one, int64 (cells + 1,).
     """
 
     cell_ids: np.ndarray
@@ -33,7 +33,7 @@ class RankedCells:
 
     @classmethod
     def of(cls, table: pa.Table) -> "RankedCells":
-        """Return the rows of a table of ``contracts.TOKENS``."""
+        """Return the cells of a table of ``contracts.TOKENS``."""
         ids = table["cell_id"].to_numpy()
         tokens, expression = (table[name].combine_chunks() for name in ("tokens", "expression"))
         offsets = np.asarray(tokens.offsets, dtype=np.int64)
@@ -44,11 +44,11 @@ class RankedCells:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Ranked genes of each cell, int64 (cells,)."""
+        """Number of ranked genes of each cell, int64 (cells,)."""
         return np.diff(self.offsets)
 
     def take(self, rows: np.ndarray) -> "RankedCells":
-        """Return the cells of some rows, int64, in their order."""
+        """Return the cells of the given rows (int64), in that order."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
         place = np.repeat(self.offsets[rows] - offsets[:-1], np.diff(offsets)) + np.arange(offsets[-1])
         return RankedCells(self.cell_ids[rows], self.tokens[place], self.expression[place], offsets)
@@ -59,7 +59,7 @@ class RankedCells:
 
 
 def join_cells(parts: Sequence[RankedCells]) -> RankedCells:
-    """Return cells one part after another; there must be one."""
+    """Concatenate cells; there must be at least one part."""
     lengths = np.concatenate([part.lengths for part in parts])
     flat = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cell_ids", "tokens", "expression")]
     return RankedCells(*flat, np.concatenate([[0], np.cumsum(lengths)]))
@@ -67,18 +67,18 @@ def join_cells(parts: Sequence[RankedCells]) -> RankedCells:
 
 @dataclass(frozen=True)
 class RankedSplit:
-    """The cells of one split, read from files a part at a time, as often as they are asked for.
+    """The cells of one split, read from files in parts; each iteration reads the files again.
 
     Parameters
     ----------
     files
-        Of ``contracts.TOKENS``.
+        Files of ``contracts.TOKENS``.
     corpus
         File of ``contracts.CELLS``.
     split
-        Which cells to yield.
+        Split of the cells.
     genes
-        Tokens count from 0 to one less than this.
+        Size of the vocabulary: tokens are below this number.
     """
 
     files: list[str | Path]
@@ -99,7 +99,7 @@ class RankedSplit:
         return len(self._corpus())
 
     def cell_types(self) -> dict[str, str]:
-        """Return the Cell Ontology id of each cell that has one, by cell id."""
+        """Return cell id -> Cell Ontology id of the labelled cells."""
         known = self._corpus(["cell_type_id"]).to_pandas().dropna()
         return dict(zip(known["cell_id"], known["cell_type_id"], strict=True))
 
@@ -109,14 +109,14 @@ class RankedSplit:
 
 
 def pad(values: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first ``width`` values of each list, zeros behind shorter ones, and how many each has.
+    """Truncate lists to ``width`` values, pad shorter ones with zeros, and return their lengths.
 
     Parameters
     ----------
     values, offsets
-        All lists one after another, and where each starts, as in :class:`RankedCells`.
+        Concatenated lists and their offsets, as in :class:`RankedCells`.
     width
-        Values to keep a list.
+        Number of values per list.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def pad(values: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray
         int32 (lists,), at most ``width``.
     """
     lengths = np.minimum(np.diff(offsets), width).astype(np.int32)
-    there = np.arange(width) < lengths[:, None]
-    padded = np.zeros(there.shape, dtype=values.dtype)
-    padded[there] = values[(offsets[:-1, None] + np.arange(width))[there]]
+    mask = np.arange(width) < lengths[:, None]
+    padded = np.zeros(mask.shape, dtype=values.dtype)
+    padded[mask] = values[(offsets[:-1, None] + np.arange(width))[mask]]
     return padded, lengths

@@ -1,4 +1,4 @@
-"""What a projector reads of a cell: held in memory, read from the files as it is needed, or made on the fly."""
+"""The vectors that a projector reads: in memory, read from files on demand, or computed on the fly."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from cell2text.errors import InputError
 
 
 class Vectors(Protocol):
-    """Vectors of some cells, by row."""
+    """Vectors of cells, by row."""
 
     def __len__(self) -> int:
         """Return the number of cells."""
 
     def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return float32 vectors of the cells of ``rows`` (int64), and int64 lengths (cells,)."""
+        """Return float32 vectors of the cells in ``rows`` (int64) and their lengths, int64 (cells,)."""
 
 
 @dataclass(frozen=True)
-class HeldVectors:
-    """Vectors in memory: the pooled ones, a kilobyte a cell."""
+class InMemoryVectors:
+    """Pooled vectors in memory, about a kilobyte per cell."""
 
     vectors: Tensor
     lengths: Tensor
@@ -42,14 +42,14 @@ class HeldVectors:
 
 
 class StoredVectors:
-    """Gene vectors that stay in their files, for those of an atlas fit into no memory.
+    """Gene vectors read from files on demand, because those of an atlas do not fit into memory.
 
     Parameters
     ----------
     files
-        Of ``contracts.EMBEDDINGS``.
+        Files of ``contracts.EMBEDDINGS``.
     cell_ids
-        Of the cells, in the order of their rows; each must be in one of the files.
+        Ids of the cells, in the order of their rows; each must be in one of the files.
     """
 
     def __init__(self, files: Sequence[str], cell_ids: Sequence[str]):
@@ -66,21 +66,21 @@ class StoredVectors:
 
     def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         slices = [self.open[self.file[row]].get_slice("gene_vectors") for row in rows]
-        stored = [some[int(self.row[row])] for some, row in zip(slices, rows, strict=True)]
+        stored = [tensor[int(self.row[row])] for tensor, row in zip(slices, rows, strict=True)]
         return torch.stack(stored).float(), self.lengths[rows]
 
 
-class FreshVectors:
-    """Gene vectors that the encoder makes each time they are asked for; rounded as those that are stored.
+class ComputedVectors:
+    """Gene vectors that the encoder computes on each access, with the same rounding as stored ones.
 
     Parameters
     ----------
     encoder
-        Makes them.
+        Computes the vectors.
     cells
         Ranked genes of the cells, in the order of their rows.
     top_k
-        Gene vectors of a cell.
+        Gene vectors per cell.
     """
 
     def __init__(self, encoder: Encoder, cells: RankedCells, top_k: int):
@@ -101,10 +101,10 @@ class Embeddings:
     Parameters
     ----------
     files
-        Of ``contracts.EMBEDDINGS``.
+        Files of ``contracts.EMBEDDINGS``.
     encoder, tokens, top_k
-        Directory of the encoder, files of ``contracts.TOKENS`` and number of gene vectors, where the files hold no
-        gene vectors but those are to be made on the fly.
+        Directory of the encoder, files of ``contracts.TOKENS`` and gene vectors per cell, if gene vectors are not
+        stored but computed on the fly.
     """
 
     files: Sequence[str]
@@ -113,11 +113,11 @@ class Embeddings:
     top_k: int = 0
 
     def dimensions(self) -> int:
-        """Return the length of a vector."""
+        """Return the number of dimensions of a vector."""
         return EMBEDDINGS.read(self.files[0], ["pooled"])[0]["pooled"].shape[1]
 
     def vectors(self, cell_ids: Sequence[str], reads: str) -> Vectors:
-        """Return the vectors of some cells.
+        """Return the vectors of the given cells.
 
         Parameters
         ----------
@@ -133,14 +133,14 @@ class Embeddings:
         """
         if reads == "pooled":
             tensors = EMBEDDINGS.read_cells(self.files, cell_ids, ["pooled", "lengths"])
-            return HeldVectors(torch.from_numpy(tensors["pooled"]), torch.from_numpy(tensors["lengths"]).long())
+            return InMemoryVectors(torch.from_numpy(tensors["pooled"]), torch.from_numpy(tensors["lengths"]).long())
         if self.encoder is None:
             return StoredVectors(self.files, cell_ids)
-        return FreshVectors(load_encoder(self.encoder), read_ranked(self.tokens, cell_ids), self.top_k)
+        return ComputedVectors(load_encoder(self.encoder), read_ranked(self.tokens, cell_ids), self.top_k)
 
 
 def read_ranked(files: Iterable[str | Path], cell_ids: Sequence[str]) -> RankedCells:
-    """Return the ranked genes of some cells, in their order.
+    """Return the ranked genes of the given cells, in that order.
 
     Raises
     ------
@@ -152,6 +152,6 @@ def read_ranked(files: Iterable[str | Path], cell_ids: Sequence[str]) -> RankedC
     found = join_cells([part.take(np.flatnonzero(wanted.get_indexer(part.cell_ids) >= 0)) for part in parts])
     row = pd.Index(found.cell_ids).get_indexer(wanted)
     if (row < 0).any():
-        told = f"{(row < 0).sum()} cells are missing, such as {wanted[row < 0][0]}"
-        raise InputError(", ".join(map(str, files)), told, "Delete the files and run the workflow again")
+        problem = f"{(row < 0).sum()} cells are missing, such as {wanted[row < 0][0]}"
+        raise InputError(", ".join(map(str, files)), problem, "Delete the files and run the workflow again")
     return found.take(row)

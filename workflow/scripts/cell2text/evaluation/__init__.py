@@ -1,1 +1,1 @@
-"""Descriptions of every method scored on the same cells, with intervals."""
+"""Evaluation: every method scored on the same cells, with 95% confidence intervals."""

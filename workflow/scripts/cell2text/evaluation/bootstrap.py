@@ -1,4 +1,4 @@
-"""Figures with 95% intervals, by resampling donors."""
+"""95% confidence intervals of metrics, by resampling donors."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ import scipy.sparse
 
 
 class Bootstrap:
-    """Resampled cells of one split, the same for every figure, so that methods are compared on equal draws.
+    """Resamples of the cells of one split, shared by all metrics, so that methods are compared on the same draws.
 
-    Cells of a donor are alike, so whole donors are drawn; cells are drawn only where there is a single donor.
-    A figure is a function of sums over cells, so a replicate is a sum weighted by how often each donor was
-    drawn: one matrix product gives all of them.
+    Cells of one donor are correlated, so whole donors are drawn; only with a single donor are cells drawn.
+    A metric is a function of sums over cells. In a replicate, each donor's sums are weighted by how often the
+    donor was drawn, so one matrix product gives all replicates.
 
     Parameters
     ----------
@@ -21,14 +21,14 @@ class Bootstrap:
     replicates
         Number of resamples.
     seed
-        Of the draws.
+        Seed of the draws.
 
     Attributes
     ----------
     unit
-        ``"donor"`` or ``"cell"``: what is drawn.
+        What is resampled: ``"donor"`` or ``"cell"``.
     units
-        How many there are.
+        Number of donors or cells to draw from.
     """
 
     def __init__(self, donors: pd.Series, replicates: int, seed: int):
@@ -47,20 +47,20 @@ class Bootstrap:
     def estimate(
         self,
         statistics: np.ndarray | scipy.sparse.csr_array,
-        figure: Callable[[np.ndarray], np.ndarray],
+        metric: Callable[[np.ndarray], np.ndarray],
     ) -> tuple[float, float, float]:
-        """Return a figure and the 2.5th and 97.5th percentiles of its resamples.
+        """Return a metric and the 2.5th and 97.5th percentiles of its replicates.
 
         Parameters
         ----------
         statistics
-            What the figure sums over cells, shape (cells, sums).
-        figure
-            From sums, shape (replicates, sums), to the figure of each replicate; NaN where it is undefined.
+            Per-cell terms of the sums that the metric is computed from, shape (cells, sums).
+        metric
+            Maps sums of shape (replicates, sums) to one value per replicate; NaN where it is undefined.
         """
         statistics = scipy.sparse.csr_array(statistics, dtype=np.float64)
-        value = figure(statistics.sum(axis=0)[None])[0]
-        replicates = figure(self._drawn @ (self._members @ statistics).astype(np.float32))
+        value = metric(statistics.sum(axis=0)[None])[0]
+        replicates = metric(self._drawn @ (self._members @ statistics).astype(np.float32))
         if np.isnan(replicates).all():
             return float(value), float("nan"), float("nan")
         low, high = np.nanpercentile(replicates, [2.5, 97.5])

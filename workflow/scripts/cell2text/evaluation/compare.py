@@ -1,4 +1,4 @@
-"""The figure that sets the methods side by side."""
+"""Plot that compares the methods."""
 
 import matplotlib
 import pandas as pd
@@ -16,27 +16,34 @@ _PANELS = {
     ("cell_type", "similarity"): "Cell type\nontology similarity",
     ("pathways", "jaccard"): "Gene programmes\nJaccard index",
 }
-# Blue and grey differ in lightness as well as hue, so they stay apart for every kind of colour vision.
+# Blue and grey also differ in lightness, so they are distinct for every kind of colour vision.
 _OURS, _OTHERS, _INK, _FAINT = "#0072B2", "#666666", "#222222", "#E3E3E3"
 
 
 def compare(metrics: str, plot: str) -> None:
-    """Plot the main figures of every method on the test cells, with their intervals, as SVG.
+    """Plot the main metrics of every method on the test cells, with 95% confidence intervals, as SVG.
 
-    Methods stand in order of cell type accuracy; figures that a run lacks are left out.
+    Methods are sorted by cell type accuracy; metrics that a run lacks are skipped.
+
+    Parameters
+    ----------
+    metrics
+        Table of ``contracts.METRICS``, TSV.
+    plot
+        The SVG file to write.
 
     Raises
     ------
     InputError
-        If the table holds none of the figures for the test cells.
+        If the table has none of the main metrics for the test cells.
     """
     table = pd.read_csv(metrics, sep="\t", usecols=list(METRICS))
     table = table[table["split"] == "test"].set_index(["slot", "metric", "method"]).sort_index()
     panels = [panel for panel in _PANELS if panel in table.index.droplevel("method")]
     if not panels:
-        raise InputError(metrics, "no main figure of the test cells", "Give the test split some labelled cells")
+        raise InputError(metrics, "no score for the test cells", "Put labelled cells into the test split")
     methods = table.loc[panels[0]].sort_values("value", kind="stable").index.to_list()
-    # A fixed salt and no date make equal tables give equal files.
+    # A fixed salt and no date: the same table gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "cell2text", "font.family": "DejaVu Sans", "font.size": 9}):
         figure = Figure(figsize=(2.2 + 2.1 * len(panels), 1.15 + 0.36 * len(methods)), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
@@ -47,13 +54,13 @@ def compare(metrics: str, plot: str) -> None:
         for label, method in zip(axes[0].get_yticklabels(), methods, strict=True):
             label.set(color=_colour(method), weight=_weight(method))
         cells = int(table.loc[panels[0]]["n"].max())
-        figure.supxlabel(f"{cells:,} test cells; bars are 95% bootstrap intervals", fontsize=8, color=_OTHERS)
+        figure.supxlabel(f"{cells:,} test cells; bars: 95% bootstrap confidence intervals", fontsize=8, color=_OTHERS)
         with whole_file(plot) as unfinished:
-            figure.savefig(unfinished, format="svg", metadata={"Date": None, "Title": "Methods side by side"})
+            figure.savefig(unfinished, format="svg", metadata={"Date": None, "Title": "Methods compared"})
 
 
 def _plot_panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
-    """Draw a dot, its interval and its value for each method, from below in the order of the rows."""
+    """Draw value and interval of each method; the first row is at the bottom."""
     heights, colours = range(len(rows)), [_colour(method) for method in rows.index]
     axis.hlines(heights, rows["low"], rows["high"], colors=colours, linewidth=2, alpha=0.55)
     axis.scatter(rows["value"], heights, s=36, c=colours, zorder=3)

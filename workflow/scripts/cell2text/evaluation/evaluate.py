@@ -1,4 +1,4 @@
-"""All methods scored on the validation and test cells, with what is needed to trace the scores."""
+"""Scores of all methods on the validation and test cells, with the provenance of the scores."""
 
 import logging
 import platform
@@ -26,7 +26,7 @@ _TABLES = {
     "confusion": ("true_id", "true_name", "predicted_id", "predicted_name", "n"),
     "calibration": ("bin_low", "bin_high", "confidence", "accuracy", "n"),
 }
-_MAIN = (
+_MAIN_METRICS = (
     ("cell_type", "accuracy"),
     ("cell_type", "macro_f1"),
     ("cell_type", "similarity"),
@@ -59,22 +59,22 @@ def evaluate(
     descriptions, terms, corpus
         Files of ``contracts.DESCRIPTIONS``, ``contracts.TERMS`` and ``contracts.CELLS``.
     generations
-        JSONL files of the fine-tuned model, whose keys are the columns of ``contracts.PREDICTIONS``.
+        JSONL files of the fine-tuned model; their keys are the columns of ``contracts.PREDICTIONS``.
     baselines
-        Files of ``contracts.PREDICTIONS``; a method is named by its file.
+        Files of ``contracts.PREDICTIONS``; the file name is the method's name.
     model, language_model
-        Directories of the fine-tuned and of the fetched model, for the record.
+        Directories of the fine-tuned and of the fetched model, for the provenance.
     outputs
-        Where to write ``metrics``, ``per_class``, ``confusion``, ``calibration`` and ``provenance``.
+        Paths of the files to write: ``metrics``, ``per_class``, ``confusion``, ``calibration`` and ``provenance``.
     seed, replicates
-        Of the bootstrap.
+        Seed and number of replicates of the bootstrap.
     config_hash
-        Hash of the run's configuration, for the record.
+        Hash of the run's configuration, for the provenance.
 
     Raises
     ------
     InputError
-        If a method does not describe exactly the cells of the two splits.
+        If the cells that a method describes are not exactly those of the two splits.
     """
     truth = DESCRIPTIONS.read(descriptions)
     truth = truth[truth["split"].isin(EVALUATED)].sort_values("cell_id", ignore_index=True)
@@ -117,15 +117,15 @@ def evaluate(
         },
         outputs["provenance"],
     )
-    _log_main_figures(metrics)
+    _log_main_metrics(metrics)
 
 
 def _read_methods(generations: list[str], baselines: list[str]) -> list[tuple[str, pd.DataFrame, Path]]:
-    """Return name, predictions and file of each method, the fine-tuned model first."""
-    told = pd.DataFrame(chain.from_iterable(read_jsonl(path) for path in generations))
+    """Return name, predictions and path of each method, the fine-tuned model first."""
+    generated = pd.DataFrame(chain.from_iterable(read_jsonl(path) for path in generations))
     where = Path(generations[0]).parent.parent
     read = [(Path(path).stem, PREDICTIONS.read(path), Path(path)) for path in baselines]
-    return [(FINE_TUNED, told.reindex(columns=list(PREDICTIONS.columns)), where), *read]
+    return [(FINE_TUNED, generated.reindex(columns=list(PREDICTIONS.columns)), where), *read]
 
 
 def _align(predicted: pd.DataFrame, truth: pd.DataFrame, where: Path) -> pd.DataFrame:
@@ -134,20 +134,19 @@ def _align(predicted: pd.DataFrame, truth: pd.DataFrame, where: Path) -> pd.Data
     Raises
     ------
     InputError
-        If a cell is missing, surplus or there twice.
+        If a cell is missing, unexpected or described twice.
     """
-    wanted, given = (pd.MultiIndex.from_frame(table[["cell_id", "split"]]) for table in (truth, predicted))
+    expected, given = (pd.MultiIndex.from_frame(table[["cell_id", "split"]]) for table in (truth, predicted))
     faults = {
-        "missing": wanted.difference(given),
-        "surplus": given.difference(wanted),
-        "told twice": given[given.duplicated()],
+        "missing": expected.difference(given),
+        "unexpected": given.difference(expected),
+        "described twice": given[given.duplicated()],
     }
     found = [f"{len(cells)} {fault}, such as {cells[0][0]}" for fault, cells in faults.items() if len(cells)]
     if found:
-        told = "; ".join(found)
         raise InputError(
             where,
-            f"not the {len(wanted)} cells of the validation and test splits: {told}",
+            f"does not match the {len(expected)} cells of the validation and test splits: {'; '.join(found)}",
             "Delete it and run the workflow again",
         )
     return predicted.set_index("cell_id").loc[truth["cell_id"]].reset_index()
@@ -157,14 +156,14 @@ def _clean(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{f"{slot}_id": known(table[f"{slot}_id"]) for slot in TERM_SLOTS})
 
 
-def _slot_tables(slot: str, truth: pd.DataFrame, predicted: pd.DataFrame, terms: Terms) -> dict[str, pd.DataFrame]:
-    true, said = truth[f"{slot}_id"], predicted[f"{slot}_id"]
-    confidence = predicted[f"{slot}_confidence"].to_numpy(float)
-    sure = (true.notna() & said.notna()).to_numpy() & ~np.isnan(confidence)
+def _slot_tables(slot: str, truth: pd.DataFrame, predictions: pd.DataFrame, terms: Terms) -> dict[str, pd.DataFrame]:
+    true, predicted = truth[f"{slot}_id"], predictions[f"{slot}_id"]
+    confidence = predictions[f"{slot}_confidence"].to_numpy(float)
+    counted = (true.notna() & predicted.notna()).to_numpy() & ~np.isnan(confidence)
     return {
-        "per_class": per_class(slot, true, said, terms),
-        "confusion": confusion(slot, true, said, terms),
-        "calibration": calibration(confidence, (true == said).to_numpy(), sure),
+        "per_class": per_class(slot, true, predicted, terms),
+        "confusion": confusion(slot, true, predicted, terms),
+        "calibration": calibration(confidence, (true == predicted).to_numpy(), counted),
     }
 
 
@@ -174,7 +173,7 @@ def _join(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file under a folder, by its path in it."""
+    """Return the SHA-256 of every file in a folder and its subfolders, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
@@ -184,10 +183,10 @@ def _write_tsv(table: pd.DataFrame, path: str) -> None:
         table.to_csv(unfinished, sep="\t", index=False, float_format="%.6f")
 
 
-def _log_main_figures(metrics: pd.DataFrame) -> None:
+def _log_main_metrics(metrics: pd.DataFrame) -> None:
     test = metrics[metrics["split"] == "test"]
     table = test.pivot_table(index="method", columns=["slot", "metric"], values="value")
-    table = table[[figure for figure in _MAIN if figure in table.columns]]
+    table = table[[column for column in _MAIN_METRICS if column in table.columns]]
     table.columns = [f"{slot} {metric}" for slot, metric in table.columns]
     table = table.loc[test["method"].unique()].rename_axis(None)
-    log.info("test cells\n%s", table.to_string(float_format="{:.3f}".format, na_rep="-"))
+    log.info("scores on the test cells\n%s", table.to_string(float_format="{:.3f}".format, na_rep="-"))

@@ -1,6 +1,6 @@
-"""Methods that are compared: the fine-tuned model and its baselines, by the names that files and tables use.
+"""Registry of the compared methods: the fine-tuned model and its baselines, by their names in files and tables.
 
-A baseline is one module in ``evaluation/baselines/``, one rule ``baseline_{name}`` and one line here.
+To add a baseline, add a module to ``evaluation/baselines/``, a rule ``baseline_{name}`` and a line here.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ FINE_TUNED = "cell2text"
 
 @dataclass(frozen=True)
 class Method:
-    """How the report and the plots call a method.
+    """How report, model card and plot present a method.
 
     Parameters
     ----------
     title
         A few words.
     summary
-        What it does, one line.
+        What the method does, in one line.
     """
 
     title: str
@@ -25,23 +25,25 @@ class Method:
 
 
 METHODS = {
-    FINE_TUNED: Method("Cell2Text", "the fine-tuned model reads a cell and writes its description"),
-    "majority": Method("Most frequent label", "each slot's most frequent term among the training cells"),
+    FINE_TUNED: Method("Cell2Text", "the fine-tuned language model describes the cell from its gene vectors"),
+    "majority": Method("Most frequent label", "predicts each slot's most frequent training label for every cell"),
     "pca_logistic": Method(
-        "PCA + logistic regression", "a linear classifier on the principal components of the log counts"
+        "PCA + logistic regression", "logistic regression on principal components of log-normalised counts"
     ),
-    "knn": Method("Nearest neighbours' vote", "vote of the training cells with the nearest embeddings"),
-    "nearest_text": Method("Nearest cell's text", "the description of the nearest training cell, copied"),
+    "knn": Method("k nearest neighbours", "vote of the training cells with the nearest embeddings"),
+    "nearest_text": Method(
+        "Nearest cell's text", "copies the description of the training cell with the nearest embedding"
+    ),
     "aligned": Method(
-        "Projector's nearest label", "the label whose name the projector places the cell nearest to, no language model"
+        "Projector alone", "picks the label nearest to the cell's soft tokens, without running the language model"
     ),
     "shuffled": Method(
-        "Shuffled embeddings", "the fine-tuned model, each cell given another cell's embedding: must fall to chance"
+        "Shuffled embeddings", "control: the fine-tuned model reads another cell's embedding; should score at chance"
     ),
 }
 BASELINES = [name for name in METHODS if name != FINE_TUNED]
 
 
 def title_of(method: str) -> str:
-    """Return a method's title; its name where it has none."""
+    """Return a method's title, or its name if the registry does not list it."""
     return METHODS[method].title if method in METHODS else method

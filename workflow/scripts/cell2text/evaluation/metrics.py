@@ -1,4 +1,4 @@
-"""The rows of metrics.tsv: every figure of one method on the cells of one split."""
+"""The rows of metrics.tsv: every metric of one method on the cells of one split."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,18 +12,18 @@ from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.similarity import TermGraph, ontology_edges
 from cell2text.ontology import ONTOLOGIES, UNKNOWN
 
-# Sex and stage are no taxonomies: their ontologies say nothing of how wrong a wrong one is.
+# The terms for sex and stage form no taxonomy, so graph distance does not measure how wrong a prediction is.
 SIMILARITY_SLOTS = ("cell_type", "tissue", "disease")
 
 
 def known(ids: pd.Series) -> pd.Series:
-    """Return the ids of a slot with None for each that says nothing, so that "unknown" is never right."""
+    """Return the ids of a slot with None for missing and uninformative ones, so that "unknown" is never correct."""
     ids = ids.astype(object)
     return ids.mask(ids.isna() | ids.astype(str).str.lower().isin(UNKNOWN), None)
 
 
 def term_similarities(tables: list[pd.DataFrame]) -> dict[str, dict[str, pd.DataFrame]]:
-    """Return slot -> metric -> similarity of every two terms that the tables hold, rows predicted."""
+    """Return the pairwise similarity of all terms in the tables, by slot and metric; rows are predicted terms."""
     similarities = {}
     for slot in SIMILARITY_SLOTS:
         terms = sorted(set().union(*(table[f"{slot}_id"].dropna() for table in tables)))
@@ -41,33 +41,33 @@ def score_method(
     similarities: dict[str, dict[str, pd.DataFrame]],
     bootstrap: Bootstrap,
 ) -> list[dict[str, Any]]:
-    """Return slot, metric, value, low, high and n of every figure of a method.
+    """Return slot, metric, value, low, high and n for every metric of a method.
 
     Parameters
     ----------
     truth, predicted
-        Rows of ``contracts.DESCRIPTIONS`` and ``contracts.PREDICTIONS``, the same cells in the same order;
-        ids as :func:`known` leaves them.
+        Rows of ``contracts.DESCRIPTIONS`` and ``contracts.PREDICTIONS`` for the same cells in the same order;
+        ids as :func:`known` returns them.
     similarities
         From :func:`term_similarities`.
     bootstrap
-        Over the same cells.
+        Resamples of the same cells.
     """
     rows = []
-    for slot, metric, sums, figure, n in _all_statistics(truth, predicted, similarities):
+    for slot, metric, sums, function, n in _all_statistics(truth, predicted, similarities):
         if n:
-            value, low, high = bootstrap.estimate(sums, figure)
+            value, low, high = bootstrap.estimate(sums, function)
             rows.append({"slot": slot, "metric": metric, "value": value, "low": low, "high": high, "n": n})
     return rows
 
 
-Figure = tuple[str, str, Any, Callable[[np.ndarray], np.ndarray], int]
+# slot, metric, per-cell statistics, function of their sums, number of cells
+Metric = tuple[str, str, Any, Callable[[np.ndarray], np.ndarray], int]
 
 
 def _all_statistics(
     truth: pd.DataFrame, predicted: pd.DataFrame, similarities: dict[str, dict[str, pd.DataFrame]]
-) -> Iterator[Figure]:
-    """Yield slot, metric, sums over cells, the function of the sums, and the number of cells."""
+) -> Iterator[Metric]:
     for slot in TERM_SLOTS:
         yield from _slot_statistics(slot, truth[f"{slot}_id"], predicted, similarities.get(slot, {}))
     yield from _pathway_statistics(truth["pathway_ids"], predicted["pathway_ids"])
@@ -75,40 +75,40 @@ def _all_statistics(
 
 
 def _slot_statistics(
-    slot: str, truth: pd.Series, predicted: pd.DataFrame, similarities: dict[str, pd.DataFrame]
-) -> Iterator[Figure]:
+    slot: str, truth: pd.Series, table: pd.DataFrame, similarities: dict[str, pd.DataFrame]
+) -> Iterator[Metric]:
     if truth.isna().all():
         return
-    said, confidence = predicted[f"{slot}_id"], predicted[f"{slot}_confidence"].to_numpy(float)
-    told = truth.notna().to_numpy()
-    right = told & (truth == said).to_numpy()
+    predicted, confidence = table[f"{slot}_id"], table[f"{slot}_confidence"].to_numpy(float)
+    labelled = truth.notna().to_numpy()
+    correct = labelled & (truth == predicted).to_numpy()
     classes = pd.Index(np.unique(truth.dropna().astype(str)))
-    n = int(told.sum())
-    yield slot, "accuracy", statistics.mean_statistics(right, told), statistics.ratio, n
-    yield slot, "macro_f1", statistics.class_statistics(truth, said, classes), statistics.macro_f1, n
-    yield slot, "abstention", statistics.mean_statistics(said.isna(), told), statistics.ratio, n
-    for metric, table in similarities.items():
-        near = statistics.look_up(table, said, truth)
-        yield slot, metric, statistics.mean_statistics(near, told), statistics.ratio, n
+    n = int(labelled.sum())
+    yield slot, "accuracy", statistics.mean_statistics(correct, labelled), statistics.ratio, n
+    yield slot, "macro_f1", statistics.class_statistics(truth, predicted, classes), statistics.macro_f1, n
+    yield slot, "abstention", statistics.mean_statistics(predicted.isna(), labelled), statistics.ratio, n
+    for metric, pairwise in similarities.items():
+        similarity = statistics.look_up(pairwise, predicted, truth)
+        yield slot, metric, statistics.mean_statistics(similarity, labelled), statistics.ratio, n
     if similarities:
-        near = statistics.look_up(similarities["similarity"], said, truth)
-        wrong = told & ~right
-        errors = statistics.mean_statistics(near, wrong)
+        similarity = statistics.look_up(similarities["similarity"], predicted, truth)
+        wrong = labelled & ~correct
+        errors = statistics.mean_statistics(similarity, wrong)
         yield slot, "similarity_among_errors", errors, statistics.ratio, int(wrong.sum())
-    sure = told & said.notna().to_numpy() & ~np.isnan(confidence)
-    bins = statistics.calibration_statistics(confidence, right, sure)
-    yield slot, "calibration_error", bins, statistics.calibration_error, int(sure.sum())
+    counted = labelled & predicted.notna().to_numpy() & ~np.isnan(confidence)
+    bins = statistics.calibration_statistics(confidence, correct, counted)
+    yield slot, "calibration_error", bins, statistics.calibration_error, int(counted.sum())
 
 
-def _pathway_statistics(truth: pd.Series, said: pd.Series) -> Iterator[Figure]:
+def _pathway_statistics(truth: pd.Series, predicted: pd.Series) -> Iterator[Metric]:
     if not truth.explode().notna().any():
         return
-    equal, jaccard = statistics.set_statistics(truth, said)
+    equal, jaccard = statistics.set_statistics(truth, predicted)
     yield "pathways", "subset_accuracy", statistics.mean_statistics(equal), statistics.ratio, len(truth)
     yield "pathways", "jaccard", statistics.mean_statistics(jaccard), statistics.ratio, len(truth)
 
 
-def _text_statistics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Figure]:
+def _text_statistics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Metric]:
     n = len(reference)
     parsed = (predicted["status"] == "parsed").to_numpy()
     yield "text", "parsed", statistics.mean_statistics(parsed), statistics.ratio, n

@@ -1,4 +1,4 @@
-"""How near two ontology terms are, by diffusion over the graph of the ontology's terms."""
+"""Similarity of two ontology terms, by diffusion over the graph of the ontology."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,12 +9,12 @@ from scipy.sparse.linalg import splu
 
 from cell2text.ontology import live_terms
 
-RESTART = 0.9  # a: the share of the walk that goes on at each step
-FLOOR = 1e-4  # what counts as no nearness at all, in the paper and here
+DAMPING = 0.9  # a in the formulas: probability that the random walk continues at each step
+FLOOR = 1e-4  # kernel values well below this count as unrelated, as in the paper
 
 
 def ontology_edges(ontology: str) -> list[tuple[str, str]]:
-    """Return (child, parent) of the live terms of an ontology: is_a, and part_of where UBERON has it."""
+    """Return (child, parent) pairs of an ontology's live terms: is_a and, in UBERON, part_of."""
     terms = live_terms(ontology)
     return [
         (child, parent)
@@ -25,18 +25,18 @@ def ontology_edges(ontology: str) -> list[tuple[str, str]]:
 
 
 class TermGraph:
-    """The undirected graph of an ontology's terms, and how near they are in it.
+    """Undirected graph of an ontology's terms, and the similarity of terms in it.
 
-    With A the adjacency, D the degrees and a = 0.9, the kernel is
-    K = (1 - a) (I - a D^-1/2 A D^-1/2)^-1. It is factorised once, sparse, and solved for single columns, so
-    no dense inverse is ever held.
+    With the adjacency matrix A, the degrees D and a = 0.9, the kernel is
+    K = (1 - a) (I - a D^-1/2 A D^-1/2)^-1. The sparse system is factorised once and solved for single columns,
+    so the dense inverse is never in memory.
 
     Parameters
     ----------
     edges
-        Pairs of term ids; direction and repeats do not matter. A term in no edge has similarity 1 to itself
-        and 0 to every other term. So has an id that the ontology does not know, such as PATO:0000461
-        (normal) among the diseases.
+        Pairs of term ids; direction and repeats do not matter. A term without edges has similarity 1 to itself
+        and 0 to every other term. The same applies to ids outside the ontology, such as PATO:0000461 (normal)
+        among the diseases.
     """
 
     def __init__(self, edges: Iterable[tuple[str, str]]):
@@ -48,56 +48,56 @@ class TermGraph:
         adjacency = ((adjacency + adjacency.T) > 0).astype(float)
         self.degree = adjacency.sum(axis=1)
         scale = scipy.sparse.diags_array(self.degree**-0.5)
-        system = scipy.sparse.eye_array(size) - RESTART * (scale @ adjacency @ scale)
+        system = scipy.sparse.eye_array(size) - DAMPING * (scale @ adjacency @ scale)
         # Minimum degree ordering keeps the factors of these near-trees twelve times smaller than the default.
         self._solve = splu(
             system.tocsc(), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
         ).solve
 
     def kernel(self, columns: np.ndarray) -> np.ndarray:
-        """Return the columns of K at the given positions of :attr:`nodes`, shape (nodes, columns)."""
+        """Return the columns of K at the given positions in :attr:`nodes`, shape (nodes, columns)."""
         chosen = np.zeros((len(self.nodes), len(columns)))
-        chosen[columns, np.arange(len(columns))] = 1 - RESTART
+        chosen[columns, np.arange(len(columns))] = 1 - DAMPING
         return np.maximum(self._solve(chosen), 0)
 
     def similarity(self, terms: list[str]) -> pd.DataFrame:
-        """Return the similarity of every two of the given terms: 0 to 1, symmetric, 1 on the diagonal.
+        """Return the pairwise similarity of the given terms: 0 to 1, symmetric, 1 on the diagonal.
 
-        k = K_st / sqrt(K_ss K_tt) is a cosine, since K is positive definite; the similarity is
+        K is positive definite, so k = K_st / sqrt(K_ss K_tt) is a cosine. The similarity is
         log1p(k / 1e-4) / log1p(1e4).
         """
-        return self._table(terms, self._nearness)
+        return self._table(terms, self._scaled_cosine)
 
     def paper_similarity(self, terms: list[str]) -> pd.DataFrame:
-        """Return the measure of the Cell2Text paper (arXiv 2509.24840), rows predicted, columns true.
+        """Return the similarity of the Cell2Text paper (arXiv 2509.24840); rows are predicted, columns true terms.
 
-        The personalised PageRank of the true term t with the walk restarting at the predicted term s,
-        damping 0.9, is PPR_st = K_st sqrt(d_t / d_s), and its nearness ln(1 + PPR_st / 1e-4 + 1e-12). That
-        is brought to 0..1 by the smallest and the largest value over all pairs of a given term, as s, and any
-        term of the graph, as t, s itself included; then the diagonal is set to 1. So the figure depends a
-        little on which terms are given, and it is not symmetric: it is here only to compare with the paper.
+        The personalised PageRank of the true term t, for a walk with damping 0.9 that restarts at the predicted
+        term s, is PPR_st = K_st sqrt(d_t / d_s). Its logarithm ln(1 + PPR_st / 1e-4 + 1e-12) is min-max scaled
+        to 0..1 over all pairs of a given term s and any term t of the graph, including t = s. Finally the
+        diagonal is set to 1. The result is not symmetric and depends slightly on which terms are given; use it
+        only for comparison with the paper.
         """
-        return self._table(terms, self._paper_nearness)
+        return self._table(terms, self._scaled_pagerank)
 
-    def _nearness(self, nodes: np.ndarray) -> np.ndarray:
+    def _scaled_cosine(self, nodes: np.ndarray) -> np.ndarray:
         kernel = self.kernel(nodes)[nodes]
-        length = np.sqrt(kernel.diagonal())
-        cosine = (kernel + kernel.T) / 2 / np.outer(length, length)
+        norms = np.sqrt(kernel.diagonal())
+        cosine = (kernel + kernel.T) / 2 / np.outer(norms, norms)
         return np.log1p(cosine / FLOOR) / np.log1p(1 / FLOOR)
 
-    def _paper_nearness(self, nodes: np.ndarray) -> np.ndarray:
+    def _scaled_pagerank(self, nodes: np.ndarray) -> np.ndarray:
         ranks = self.kernel(nodes) * np.sqrt(self.degree[:, None] / self.degree[nodes])
-        nearness = np.log(1 + ranks.T / FLOOR + 1e-12)
-        low, high = nearness.min(), nearness.max()
-        return (nearness[:, nodes] - low) / (high - low)
+        logs = np.log(1 + ranks.T / FLOOR + 1e-12)
+        low, high = logs.min(), logs.max()
+        return (logs[:, nodes] - low) / (high - low)
 
-    def _table(self, terms: list[str], nearness: Callable[[np.ndarray], np.ndarray]) -> pd.DataFrame:
-        """Return the nearness of the terms that are nodes; any other term is near itself alone."""
+    def _table(self, terms: list[str], similarity: Callable[[np.ndarray], np.ndarray]) -> pd.DataFrame:
+        """Return a similarity as a table of terms; a term outside the graph is similar only to itself."""
         nodes = self.nodes.get_indexer(terms)
         inside = np.flatnonzero(nodes >= 0)
         table = np.eye(len(terms))
         if len(inside):
-            table[np.ix_(inside, inside)] = nearness(nodes[inside])
+            table[np.ix_(inside, inside)] = similarity(nodes[inside])
         np.fill_diagonal(table, 1)
         index = pd.Index(terms, dtype=object)
         return pd.DataFrame(table, index=index, columns=index)

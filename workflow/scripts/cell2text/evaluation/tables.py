@@ -1,4 +1,4 @@
-"""The tables beside the figures: scores by class, confusions, and confidence against accuracy."""
+"""Tables next to the metrics: scores per class, confusions, and accuracy by confidence."""
 
 import numpy as np
 import pandas as pd
@@ -10,28 +10,28 @@ ABSTAINED = "not determined"
 
 
 def per_class(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -> pd.DataFrame:
-    """Return id, name, n, precision, recall and F1 of each class that the truth holds.
+    """Return id, name, n, precision, recall and F1 of each class among the true labels.
 
-    The precision of a class that is never predicted is empty.
+    Precision is empty for a class that is never predicted.
     """
     classes = pd.Index(np.unique(truth.dropna().astype(str)))
     sums = class_statistics(truth, predicted, classes).sum(axis=0)
-    hits, true, said = np.split(sums, 3)
-    precision = np.divide(hits, said, where=said > 0, out=np.full(len(classes), np.nan))
+    hits, true_cells, predicted_cells = np.split(sums, 3)
+    precision = np.divide(hits, predicted_cells, where=predicted_cells > 0, out=np.full(len(classes), np.nan))
     return pd.DataFrame(
         {
             "id": classes,
             "name": _names(slot, classes, terms),
-            "n": true.astype(int),
+            "n": true_cells.astype(int),
             "precision": precision,
-            "recall": hits / true,
-            "f1": 2 * hits / (true + said),
+            "recall": hits / true_cells,
+            "f1": 2 * hits / (true_cells + predicted_cells),
         }
     )
 
 
 def confusion(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -> pd.DataFrame:
-    """Return how often each term is called each other term; an abstention has no id."""
+    """Return the number of cells for each pair of true and predicted term; an abstention has an empty id."""
     pairs = pd.DataFrame({"true_id": truth, "predicted_id": predicted.fillna("")})[truth.notna()]
     table = pairs.groupby(["true_id", "predicted_id"], sort=True).size().reset_index(name="n")
     table["true_name"] = _names(slot, table["true_id"], terms)
@@ -39,16 +39,17 @@ def confusion(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -
     return table[["true_id", "true_name", "predicted_id", "predicted_name", "n"]]
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray, counted: np.ndarray) -> pd.DataFrame:
-    """Return mean confidence, accuracy and n of each bin of confidence that holds a cell."""
-    told, hits, cells = np.split(calibration_statistics(confidence, right, counted).sum(axis=0), 3)
+def calibration(confidence: np.ndarray, correct: np.ndarray, counted: np.ndarray) -> pd.DataFrame:
+    """Return mean confidence, accuracy and n of each non-empty bin of confidence."""
+    sums = calibration_statistics(confidence, correct, counted).sum(axis=0)
+    total_confidence, hits, cells = np.split(sums, 3)
     edges = np.arange(BINS + 1) / BINS
     filled = cells > 0
     return pd.DataFrame(
         {
             "bin_low": edges[:-1][filled],
             "bin_high": edges[1:][filled],
-            "confidence": told[filled] / cells[filled],
+            "confidence": total_confidence[filled] / cells[filled],
             "accuracy": hits[filled] / cells[filled],
             "n": cells[filled].astype(int),
         }

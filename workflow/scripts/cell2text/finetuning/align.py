@@ -1,20 +1,19 @@
 """Alignment: the projector alone learns to place each cell at the words for it."""
 
-import math
 import time
 
 import torch
 from torch import Tensor
 
 from cell2text.finetuning.data import Cells
-from cell2text.finetuning.optimiser import warm_up_then_decay
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
+from cell2text.training import history_row, warm_up_then_decay
 
-ALIGN_CELLS = 256  # cells a step of alignment
+ALIGN_CELLS = 256  # cells per step
 ALIGN_RATE = 1e-3
-INPUT_NOISE = 0.3  # of the spread of the training cells' vectors, while aligning
+INPUT_NOISE = 0.3  # standard deviation, as a multiple of the spread of the training cells' vectors
 
 
 def align(
@@ -25,7 +24,7 @@ def align(
     seed: int,
     device: torch.device,
 ) -> list[dict]:
-    """Train the projector alone, to place each cell at the words for it.
+    """Train the projector alone.
 
     Returns
     -------
@@ -34,7 +33,7 @@ def align(
     """
     projector = model.projector
     adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01)
-    schedule = warm_up_then_decay(steps)
+    schedule = warm_up_then_decay(adam, steps)
     history, start = [], time.monotonic()
     progress = Progress(steps, "alignment steps")
     for step in range(steps):
@@ -49,8 +48,9 @@ def align(
         progress.advance(1)
         if step % 10 == 0 or step == steps - 1:
             value = float(loss.detach())
-            history.append(history_row("align", step, 0, value, value, adam.param_groups[0]["lr"], 0, start))
-    adam.zero_grad()  # else the first step of fine-tuning would take the last gradient for its own
+            rate = adam.param_groups[0]["lr"]
+            history.append(history_row("align", step, 0, value, rate, start, align_loss=value))
+    adam.zero_grad()  # or the first step of fine-tuning would add the last gradient to its own
     return history
 
 
@@ -58,21 +58,3 @@ def add_noise(vectors: Tensor, lengths: Tensor, projector: torch.nn.Module, rand
     """Return the vectors with normal noise, drawn on the CPU so that every device gets the same."""
     noise = torch.randn(vectors.shape, generator=random).to(vectors.device)
     return vectors + INPUT_NOISE * projector.spread * noise
-
-
-def history_row(
-    stage: str, step: int, epoch: int, loss: float, align_loss: float, rate: float, tokens: int, start: float
-) -> dict:
-    """Return a row of ``contracts.HISTORY``; ``start`` is when the stage began, by the monotonic clock."""
-    return {
-        "stage": stage,
-        "step": step,
-        "epoch": epoch,
-        "loss": loss,
-        "align_loss": align_loss,
-        "validation_loss": math.nan,
-        "validation_accuracy": math.nan,
-        "learning_rate": rate,
-        "tokens": tokens,
-        "seconds": time.monotonic() - start,
-    }

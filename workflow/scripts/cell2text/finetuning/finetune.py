@@ -1,10 +1,10 @@
-"""Fine-tuning: the projector aligned to the words for a cell, then projector and adapter trained on the texts.
+"""Fine-tuning: the projector aligned to the words for a cell, then projector and language model trained on the texts.
 
-The first epochs read the opening of each text alone, the sentence that names the cell type: there, a pass over the
-cells costs a quarter, and to tell cells apart takes many passes, while the words that follow a name take few.
+The first epochs read only the opening of each text, the sentence that names the cell type: a pass over the openings
+costs a quarter, and telling cells apart takes many passes, while the words that follow a name take few.
 
-Every random choice is drawn from the seed and the number of the step, so a run that was killed goes on from
-its last checkpoint through the same batches to the same weights.
+Every random choice is drawn from the seed and the number of the step, so a run that was killed resumes from its last
+checkpoint through the same batches to the same weights.
 """
 
 import logging
@@ -20,27 +20,20 @@ from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
 from cell2text.files import read_json
 from cell2text.finetuning.align import align
-from cell2text.finetuning.data import find_classes, find_depths, read_cells
+from cell2text.finetuning.data import Cells, find_classes, find_depths, read_cells
 from cell2text.finetuning.loop import Finetuning, State
+from cell2text.model import fast
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.bundle import build, save
-from cell2text.model.cell2text import INSTRUCTION
+from cell2text.model.cell2text import INSTRUCTION, Cell2Text
 from cell2text.processes import Team, run_in_processes
 from cell2text.provenance import hash_config, hash_file
+from cell2text.settings import FinetuneSettings, ProjectorSettings
 
-log = logging.getLogger("cell2text.training")
+log = logging.getLogger("cell2text.finetuning")
 
 CELLS_TO_SCALE_BY = 4096  # whose vectors give the projector its centre and spread
-# What `model.build` calls the keys of the config's `finetune` section that say what of the language model learns.
-TUNING_KEYS = {
-    "mode": "mode",
-    "r": "lora_rank",
-    "lora_alpha": "lora_alpha",
-    "targets": "lora_targets",
-    "lora_dropout": "lora_dropout",
-    "use_dora": "dora",
-    "use_rslora": "rslora",
-}
+CELLS_TO_CHECK = 4  # on whose texts the fast path is compared with the plain one
 
 
 def finetune(
@@ -49,8 +42,8 @@ def finetune(
     terms: str,
     embeddings: Embeddings,
     directory: str,
-    projector: dict,
-    settings: dict,
+    projector: ProjectorSettings,
+    settings: FinetuneSettings,
     seed: int,
     library: str,
     processes: int = 1,
@@ -66,11 +59,11 @@ def finetune(
     embeddings
         Of the cells.
     directory
-        Where the model goes. Checkpoints lie beside it, in ``{directory}.checkpoints``, until it is there.
+        Where the model goes. Checkpoints lie next to it, in ``{directory}.checkpoints``, until it is finished.
     projector, settings
         The config's ``projector`` and ``finetune`` sections.
     seed
-        Of weights, batches and noise.
+        Seed of weights, batches and noise.
     library
         Version of the code, part of the checkpoint's fingerprint.
     processes
@@ -92,26 +85,29 @@ def _finetune(
     terms: str,
     embeddings: Embeddings,
     directory: str,
-    projector: dict,
-    settings: dict,
+    projector: ProjectorSettings,
+    settings: FinetuneSettings,
     seed: int,
     library: str,
 ) -> None:
-    torch.manual_seed(seed)
     device = pick_device()
     texts = DESCRIPTIONS.read(descriptions)
     training_rows = texts[texts["split"] == "train"]
-    tuning = {name: settings[key] for name, key in TUNING_KEYS.items() if key in settings}
-    model = build(language_model, projector, embeddings.dimensions(), tuning, device)
+
+    def build_model() -> Cell2Text:
+        torch.manual_seed(seed)
+        return build(language_model, projector, embeddings.dimensions(), settings, device)
+
+    model = build_model()
     classes = find_classes(training_rows)
     train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
-    some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
-    vectors, lengths = train.vectors[np.sort(some)]
-    if model.projector.reads == "gene_vectors":
-        vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
-    model.projector.fit_inputs(vectors.to(device))
+    _fit_inputs(model, train, seed)
+    if settings.fast and not _is_fast(model, train):
+        trained = model.projector
+        model = build_model()
+        model.projector = trained
     table = TERMS.read(terms)
-    if settings["align_to"] == "labels":
+    if settings.align_to == "labels":
         targets = LabelTargets.of_labels(classes, table, model)
     else:
         numbers = pd.factorize(training_rows["text"])[0]
@@ -122,8 +118,8 @@ def _finetune(
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
         {
-            "projector": projector,
-            "settings": settings,
+            "model": model.about,
+            "fast": model.fast,
             "seed": seed,
             "library": library,
             "language_model": source,
@@ -133,23 +129,43 @@ def _finetune(
         }
     )
     checkpoints = Path(f"{directory}.checkpoints")
-    depths = find_depths(training_rows["cell_type_id"], table) if settings["curriculum"] else None
+    depths = find_depths(training_rows["cell_type_id"], table) if settings.curriculum else None
     work = Finetuning(model, targets, train, validation, settings, seed, checkpoints, fingerprint, team, depths)
     log.info(
-        "%d training and %d validation cells, %d cell types, %.1f million weights to train, on %s",
+        "%d training and %d validation cells, %d cell types, %.1f million trainable weights, on %s, %s path",
         len(train.texts),
         len(validation.texts),
         len(classes["cell_type"]),
         sum(value.numel() for value in work.optimiser.parameters.values()) / 1e6,
         device,
+        "fast" if model.fast else "plain",
     )
-    if not work.take_up_checkpoint():
-        work.state.history = align(model, targets, train, settings["align_steps"], seed, device)
+    if not work.resume():
+        work.state.history = align(model, targets, train, settings.align_steps, seed, device)
         work.optimiser.take_weights()
     state = work.run()
     if team.leads:
         _save(work, state, Path(directory), source, classes, seed)
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _fit_inputs(model: Cell2Text, train: Cells, seed: int) -> None:
+    """Give the projector the centre and spread of the vectors of some training cells."""
+    some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
+    vectors, lengths = train.vectors[np.sort(some)]
+    if model.projector.reads == "gene_vectors":
+        vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
+    model.projector.fit_inputs(vectors.to(model.device))
+
+
+def _is_fast(model: Cell2Text, train: Cells) -> bool:
+    """Speed the model up; return whether it still computes the same loss, on the longest texts among others."""
+    rows = np.argsort(-train.text_lengths, kind="stable")[: CELLS_TO_CHECK // 2]
+    rows = np.unique(np.concatenate([rows, np.arange(min(len(train.texts), CELLS_TO_CHECK // 2))]))
+    vectors, lengths, text, text_mask, _ = train.batch(rows, model.device)
+    with torch.no_grad():
+        soft, present = model.projector(vectors, lengths)
+    return fast.check(model, soft, present, text, text_mask)
 
 
 def _save(
@@ -159,7 +175,7 @@ def _save(
     HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
     about = {
         "language_model": source,
-        "finetune": work.settings,
+        "fast": work.model.fast,
         "labels": classes,
         "training_cells": len(work.train.texts),
         "trainable_parameters": sum(value.numel() for value in work.optimiser.parameters.values()),

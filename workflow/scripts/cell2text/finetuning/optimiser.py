@@ -1,7 +1,5 @@
 """AdamW that keeps float32 masters of bfloat16 weights, and a state that safetensors can hold."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -160,21 +158,3 @@ def share_out(sizes: dict[str, int], shares: int) -> dict[str, int]:
         share_of[name] = filled.index(min(filled))
         filled[share_of[name]] += sizes[name]
     return share_of
-
-
-def warm_up_then_decay(total: int, warm_up_share: float = 0.05) -> Callable[[int], float]:
-    """Return the schedule of learning rates: a straight rise over the first share of steps, then a straight fall.
-
-    Parameters
-    ----------
-    total
-        Steps of the whole training.
-    warm_up_share
-        Share of them in which the rate rises.
-    """
-    rise = max(1, round(total * warm_up_share))
-
-    def scale(step: int) -> float:
-        return (step + 1) / rise if step < rise else max(0.0, (total - step) / max(1, total - rise))
-
-    return scale

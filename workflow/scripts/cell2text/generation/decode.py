@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch of cells, with the probability of each token that was chosen."""
+"""Greedy decoding of a batch of cells, with the probability of each chosen token."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Written:
     ids
         Token ids without the end token.
     log_probabilities
-        Natural logarithm of the probability of each of them, given all before.
+        Natural logarithm of the probability of each of them, given all tokens before.
     ended
         Whether the model ended the text itself, before the limit.
     """
@@ -29,38 +29,45 @@ class Written:
 
 @torch.inference_mode()
 def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_tokens: int) -> list[Written]:
-    """Return the most likely next token again and again, until every cell's text has ended.
+    """Append the most likely next token again and again, until every cell's text has ended.
 
     Parameters
     ----------
     model
         In evaluation mode.
     vectors, lengths
-        What its projector reads, (cells, ...) and (cells,).
+        Input of its projector, (cells, ...) and (cells,).
     max_new_tokens
-        Longest text, in tokens; longer ones are cut and marked as not ended.
+        Maximum length of a text, in tokens; longer ones are cut and marked as not ended.
 
     Returns
     -------
     list of Written
-        One a cell. A cell's text does not depend on the others of its batch but for rounding.
+        One per cell. The text of a cell does not depend on the other cells of its batch, up to rounding.
     """
     embeddings, mask = model.read_cells(vectors, lengths)
     end = model.tokenizer.eos_token_id
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     ended = torch.zeros(len(vectors), dtype=torch.bool, device=mask.device)
-    ids, chances, cache = [], [], None
+    ids, chances = [], []
+    # The prompt up to its last token passes through the layers alone: no logits are computed for it.
+    cache = model.base_model.get_decoder()(
+        inputs_embeds=embeddings[:, :-1],
+        attention_mask=mask[:, :-1].long(),
+        use_cache=True,
+        **_positions(model, positions[:, :-1]),
+    ).past_key_values
+    embeddings, positions = embeddings[:, -1:], positions[:, -1:]
     for _ in range(max_new_tokens):
-        output = model.decoder(
+        output = model.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask.long(),
-            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **_positions(model, positions),
         )
         cache = output.past_key_values
-        # As a matrix: with a third dimension the head's weights would be copied for each cell of the prompt.
-        logits = model.head(output.last_hidden_state[:, -1]).float()
+        logits = output.logits[:, -1].float()
         chance, token = (logits.max(1).values - logits.logsumexp(1)), logits.argmax(1)
         ids.append(token.masked_fill(ended, end))
         chances.append(chance)
@@ -68,10 +75,15 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
         if bool(ended.all()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        positions = positions + 1
         embeddings = model.embed_tokens(ids[-1])[:, None]
     tokens, chances = torch.stack(ids, 1).tolist(), torch.stack(chances, 1).tolist()
     return [_cut(row, chance, end) for row, chance in zip(tokens, chances, strict=True)]
+
+
+def _positions(model: Cell2Text, positions: Tensor) -> dict[str, Tensor]:
+    """Return the argument that says where tokens stand behind the padding; some models find it out by themselves."""
+    return {"position_ids": positions} if model.accepts("position_ids") else {}
 
 
 def _cut(ids: list[int], chances: list[float], end: int) -> Written:

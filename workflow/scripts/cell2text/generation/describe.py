@@ -13,36 +13,37 @@ from cell2text.generation.decode import Written, write_texts
 from cell2text.grammar import Terms, parse
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
+from cell2text.settings import GenerateSettings
 
 
-def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: dict) -> Iterator[dict]:
-    """Yield what the model says of each cell: text, parse status, an id and a confidence a slot.
+def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: GenerateSettings) -> Iterator[dict]:
+    """Yield the text of each cell, its parse status, and an id and a confidence for each slot.
 
     Parameters
     ----------
     model
         In evaluation mode.
     vectors
-        What its projector reads.
+        Input of its projector, by row.
     terms
         The names that a text may use.
     settings
         The config's ``generate`` section.
     """
     progress = Progress(len(vectors), "cells")
-    for start in range(0, len(vectors), settings["batch_cells"]):
-        rows = np.arange(start, min(start + settings["batch_cells"], len(vectors)))
+    for start in range(0, len(vectors), settings.batch_cells):
+        rows = np.arange(start, min(start + settings.batch_cells, len(vectors)))
         batch = [part.to(model.device) for part in vectors[rows]]
-        for written in write_texts(model, *batch, settings["max_new_tokens"]):
+        for written in write_texts(model, *batch, settings.max_new_tokens):
             yield read_text(written, terms, model.tokenizer)
         progress.advance(len(batch[0]))
 
 
 def read_text(written: Written, terms: Terms, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return the text of one cell, its slots, and how sure the model was of each.
+    """Return the text of one cell, its slots and their confidences.
 
-    The confidence of a slot is the probability that the model gave to the tokens of its name, given all that
-    stands before: its own, not yet calibrated.
+    The confidence of a slot is the model's probability of the tokens of its name, given all tokens before: not
+    calibrated yet.
     """
     text, ends = decode(written.ids, tokenizer)
     parsed = parse(text, terms)
@@ -64,12 +65,12 @@ def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.
     again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if again["input_ids"] == ids:
         return text, np.array([end for _, end in again["offset_mapping"]], dtype=np.int64)
-    # The model cut a word into other tokens than the tokenizer does: decode ever longer beginnings.
+    # The model split a word differently from the tokenizer: decode longer and longer prefixes.
     return text, np.array([len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))], dtype=np.int64)
 
 
 def cells_in(embeddings: Sequence[str], corpus: str, split: str) -> pd.DataFrame:
-    """Return the cells of a split that the given shards of embeddings hold, in corpus order."""
+    """Return the cells of a split in the given shards of embeddings, in corpus order."""
     cells = CELLS.read(corpus, ["cell_id", "split"])
-    here = {cell for path in embeddings for cell in EMBEDDINGS.read(path, [])[1]}
-    return cells[(cells["split"] == split) & cells["cell_id"].isin(here)]
+    present = {cell for path in embeddings for cell in EMBEDDINGS.read(path, [])[1]}
+    return cells[(cells["split"] == split) & cells["cell_id"].isin(present)]

@@ -10,6 +10,7 @@ from cell2text.files import write_jsonl
 from cell2text.generation.describe import cells_in, describe_cells
 from cell2text.grammar import Terms
 from cell2text.model.bundle import load
+from cell2text.settings import GenerateSettings
 
 log = logging.getLogger("cell2text.generation")
 
@@ -22,7 +23,7 @@ def generate_descriptions(
     embeddings: Embeddings,
     generations: str,
     split: str,
-    settings: dict,
+    settings: GenerateSettings,
 ) -> None:
     """Describe the cells of a split that lie in the given shards of embeddings.
 
@@ -35,17 +36,17 @@ def generate_descriptions(
     embeddings
         Of the cells.
     generations
-        Where the JSONL goes; one object a cell, with the fields of ``contracts.PREDICTIONS``.
+        Where the JSONL goes; one object per cell, with the fields of ``contracts.PREDICTIONS``.
     split
-        Of the cells to describe.
+        Which cells to describe.
     settings
         The config's ``generate`` section.
     """
     loaded = load(model, language_model).ready_to_write()
     cells = cells_in(embeddings.files, corpus, split)
     vectors = embeddings.vectors(cells["cell_id"].to_list(), loaded.projector.reads)
-    said = describe_cells(loaded, vectors, Terms(TERMS.read(terms)), settings)
-    rows = [{"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], said, strict=True)]
+    described = describe_cells(loaded, vectors, Terms(TERMS.read(terms)), settings)
+    rows = [{"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], described, strict=True)]
     counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index().to_dict()
     log.info("%d cells of %s: %s", len(rows), split, counts)
     write_jsonl(rows, generations)

@@ -1,6 +1,8 @@
-"""A model built, saved and loaded: projector, and adapter or weights of the language model."""
+"""A model built, saved and loaded: the projector, and the adapter or the weights of the language model."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -11,81 +13,74 @@ from cell2text.device import pick_device
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.model.cell2text import Cell2Text
-from cell2text.model.fast.attention import NAME
-from cell2text.model.fast.layers import fuse_gates, fuse_norms, fuse_rotations
-from cell2text.model.language_model import MODES, TUNING, add_adapter, load_language_model
+from cell2text.model.language_model import add_adapter, load_language_model
 from cell2text.model.projectors import build_projector
+from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 
 def build(
-    language_model: str | Path, projector: dict, dimensions: int, tuning: dict, device: torch.device
+    language_model: str | Path,
+    projector: ProjectorSettings,
+    dimensions: int,
+    settings: FinetuneSettings,
+    device: torch.device,
 ) -> Cell2Text:
-    """Return a new model: the projector untrained, the language model as it was, an adapter without effect yet.
+    """Return a new model: an untrained projector, and the language model with an adapter that has no effect yet.
 
     Parameters
     ----------
     language_model
         A Hugging Face directory.
-    projector
-        The config's ``projector`` section.
+    projector, settings
+        The config's ``projector`` and ``finetune`` sections.
     dimensions
-        Of the encoder's vectors.
-    tuning
-        ``mode``, one of ``MODES``. For an adapter also ``r`` and ``lora_alpha``, ``targets`` ("all-linear" or a list
-        of ends of layers' names), and further options of PEFT's LoraConfig: ``lora_dropout``, ``use_dora`` (arXiv
-        2402.09353), ``use_rslora`` (arXiv 2312.03732). ``TUNING`` holds what may be left out.
+        Length of the encoder's vectors.
     device
-        Where to put it.
+        Where to put the model.
 
     Raises
     ------
     InputError
         If the mode is unknown or cannot run here, or the targets are no layers of the language model.
     """
-    tuning = TUNING | tuning
-    mode = tuning["mode"]
-    if mode not in MODES:
-        raise InputError("config: finetune.mode", f"{mode} is none of {', '.join(MODES)}", "Set one of them")
-    model, tokenizer = load_language_model(language_model, device, NAME, mode == "qlora")
+    model, tokenizer = load_language_model(language_model, device, settings.mode)
     embeddings = model.get_input_embeddings().weight
-    fuse_norms(model)
-    fuse_gates(model)
-    fuse_rotations(model)
-    tuned = model.requires_grad_(True) if mode == "full" else add_adapter(model, tuning)
+    tuned = model.requires_grad_(True) if settings.mode == "full" else add_adapter(model, settings)
     new = build_projector(projector, dimensions, model.config.hidden_size).to(device)
     new.start_at(embeddings.detach())
-    return Cell2Text(tuned, tokenizer, new, {"projector": projector, "dimensions": dimensions, "tuning": tuning})
+    about = {"projector": asdict(projector), "dimensions": dimensions, "finetune": asdict(settings)}
+    return Cell2Text(tuned, tokenizer, new, about)
 
 
-def save(model: Cell2Text, directory: str | Path, about: dict) -> None:
-    """Write what was trained and ``cell2text.json``, all that is needed beside the original language model.
+def save(model: Cell2Text, directory: str | Path, about: dict[str, Any]) -> None:
+    """Write what was trained and ``cell2text.json``: all that is needed next to the original language model.
 
     That is the projector, and the adapter in ``adapter/`` or the whole language model in ``language_model/``.
 
     Parameters
     ----------
     model
-        A model as :func:`build` makes it.
+        A model as :func:`build` returns it.
     directory
         An existing directory.
     about
-        Further facts for ``cell2text.json``, such as the language model's source and the training settings.
+        Further facts for ``cell2text.json``, such as the language model's source.
     """
     directory = Path(directory)
-    if model.mode == "full":
+    if model.about["finetune"]["mode"] == "full":
         model.language_model.save_pretrained(directory / "language_model")
     else:
         _save_adapter(model.language_model, directory / "adapter")
     projector = {name: value.contiguous().cpu() for name, value in model.projector.state_dict().items()}
     save_file(projector, directory / "projector.safetensors")
-    write_json({**model.settings, **about}, directory / "cell2text.json")
+    write_json({**model.about, **about}, directory / "cell2text.json")
 
 
 def _save_adapter(adapted: PeftModel, directory: Path) -> None:
     adapted.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
     config = read_json(directory / "adapter_config.json")
-    # PEFT notes where the base model lay on this machine, which says nothing elsewhere, and the targets as a set.
+    # PEFT records the base model's path on this machine, which means nothing elsewhere, and the targets as a set.
     config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
     write_json(config, directory / "adapter_config.json")
 
@@ -98,9 +93,9 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     directory
         Where it was written.
     language_model
-        Directory of the original language model; of a model trained in full, only its tokenizer is read.
+        Directory of the original language model; of a model trained in full, only the tokenizer is read.
     device
-        Where to put it; a GPU if there is one.
+        Where to put the model; a GPU if there is one.
 
     Raises
     ------
@@ -110,10 +105,11 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     directory = Path(directory)
     device = device or pick_device()
     about = read_json(directory / "cell2text.json")
-    mode = about.get("tuning", TUNING)["mode"]
-    weights = directory / "language_model" if mode == "full" else None
-    model, tokenizer = load_language_model(language_model, device, "sdpa", mode == "qlora", weights)
-    projector = build_projector(about["projector"], about["dimensions"], model.config.hidden_size)
+    mode = about["finetune"]["mode"]
+    model, tokenizer = load_language_model(
+        language_model, device, mode, directory / "language_model" if mode == "full" else None
+    )
+    projector = build_projector(ProjectorSettings(**about["projector"]), about["dimensions"], model.config.hidden_size)
     try:
         projector.load_state_dict(load_file(directory / "projector.safetensors"), strict=True)
     except RuntimeError as error:

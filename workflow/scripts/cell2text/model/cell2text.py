@@ -1,19 +1,20 @@
 """The model: soft tokens of a cell between the two halves of a chat prompt, and a language model that answers."""
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cell2text.errors import InputError
-from cell2text.model.fast.attention import Row
-from cell2text.model.fast.loss import TextLoss
-from cell2text.model.language_model import TUNING
+from cell2text.model import fast
 
 INSTRUCTION = "Describe the cell."
-_CELL = "\N{BLACK SQUARE}"  # stands where the soft tokens go while the prompt is still text
+_CELL = "\N{BLACK SQUARE}"  # marks the place of the soft tokens while the prompt is still text
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Prompt:
             text = f"{INSTRUCTION} {_CELL}\n"
         else:
             if "system" in tokenizer.chat_template:
-                # some templates put in a long system message of their own when there is none
+                # some templates add a long system message of their own when there is none
                 messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": _CELL}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         halves = [tokenizer(half, add_special_tokens=False)["input_ids"] for half in text.split(_CELL)]
@@ -55,9 +56,13 @@ class Cell2Text(nn.Module):
         Its tokenizer.
     projector
         One of ``projectors.PROJECTORS``.
-    settings
-        What :func:`save` needs to write beside the weights: the config's ``projector`` section, the encoder's
-        dimensions, and what :func:`build` takes as ``tuning``.
+    about
+        What ``bundle.save`` writes next to the weights, as JSON.
+
+    Attributes
+    ----------
+    fast
+        Whether training takes the fast path (``fast.speed_up``) or plain transformers and PEFT.
     """
 
     def __init__(
@@ -65,45 +70,51 @@ class Cell2Text(nn.Module):
         language_model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         projector: nn.Module,
-        settings: dict,
+        about: dict[str, Any],
     ):
         super().__init__()
         self.language_model, self.tokenizer, self.projector = language_model, tokenizer, projector
-        self.settings = settings
+        self.about, self.fast = about, False
         self.prompt = Prompt.of(tokenizer)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.projector.scale.device
 
     @property
-    def mode(self) -> str:
-        """What of the language model learns, one of ``MODES``."""
-        return self.settings.get("tuning", TUNING)["mode"]
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The language model without its head."""
+    def base_model(self) -> PreTrainedModel:
+        """The language model without PEFT's wrapper; its layers carry the adapter."""
         model = self.language_model
-        return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
-
-    @property
-    def head(self) -> nn.Linear:
-        """From hidden states to logits."""
-        return self.language_model.get_output_embeddings()
+        return model.get_base_model() if isinstance(model, PeftModel) else model
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Return the language model's own embeddings of token ids."""
         return self.language_model.get_input_embeddings()(ids)
 
+    def prompt_embeddings(self, soft: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prompt of each cell as embeddings, (cells, prompt, width), and its mask, bool (cells, prompt).
+
+        Parameters
+        ----------
+        soft, present
+            Soft tokens of each cell and which of them are present, as the projector returns them.
+        """
+        before, after = (
+            self.embed_tokens(half.to(soft.device)).expand(len(soft), -1, -1)
+            for half in (self.prompt.before, self.prompt.after)
+        )
+        prompt = torch.cat([before, soft.to(before.dtype), after], dim=1)
+        mask = torch.cat([present.new_ones(before.shape[:2]), present, present.new_ones(after.shape[:2])], dim=1)
+        return prompt, mask
+
     def read_cells(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prompt of each cell as embeddings, padded on the left.
+        """Return the prompt of each cell, padded on the left, to generate from.
 
         Parameters
         ----------
         vectors, lengths
-            What the projector reads; see its ``forward``.
+            Input of the projector; see its ``forward``.
 
         Returns
         -------
@@ -112,79 +123,106 @@ class Cell2Text(nn.Module):
         mask
             bool (cells, prompt); false on the padding.
         """
-        soft, there = self.projector(vectors, lengths)
-        cells = len(soft)
-        before, after = (
-            self.embed_tokens(half.to(soft.device)).expand(cells, -1, -1)
-            for half in (self.prompt.before, self.prompt.after)
-        )
-        prompt = torch.cat([before, soft.to(before.dtype), after], dim=1)
-        mask = torch.cat([there.new_ones(before.shape[:2]), there, there.new_ones(after.shape[:2])], dim=1)
+        prompt, mask = self.prompt_embeddings(*self.projector(vectors, lengths))
         if bool(mask.all()):
             return prompt, mask
-        # Padding moves from behind the soft tokens to the left; a stable sort keeps the order of the rest.
+        # A stable sort moves the padding from behind the soft tokens to the left and keeps the order of the rest.
         order = mask.to(torch.int8).argsort(dim=1, stable=True)
-        return prompt.gather(1, order[..., None].expand_as(prompt)), mask.gather(1, order)
+        return _reorder(prompt, order), mask.gather(1, order)
 
-    def text_loss(self, soft: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed negative log likelihood of the texts, and of how many tokens it is the sum.
+    def text_loss(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed negative log likelihood of the texts in nats, and their number of tokens.
 
-        Only the text is scored, never the prompt, and logits are computed nowhere else. What stands before the
-        soft tokens is the same for all cells and read once.
+        Only the text is scored, never the prompt.
 
         Parameters
         ----------
-        soft, there
-            As the projector gives them.
+        soft, present
+            As the projector returns them.
         text, text_mask
-            Token ids of the description and the end token, int64 (cells, text), padded on the right; which
-            are there, bool.
+            Token ids of the description and the end token, int64 (cells, text), padded on the right; which of
+            them are no padding, bool.
         """
-        return self.loss_of(self.states_before(soft, there, text, text_mask), text[text_mask]), text_mask.sum()
+        if self.fast:
+            return fast.text_loss(self, soft, present, text, text_mask), text_mask.sum()
+        logits = self._text_logits(soft, present, text, text_mask)
+        return functional.cross_entropy(logits, text[text_mask], reduction="sum"), text_mask.sum()
 
-    def states_before(self, soft: Tensor, there: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Return the hidden state before each token of the texts, (tokens, width); parameters as of `text_loss`."""
-        before, after = (self.embed_tokens(half.to(soft.device)) for half in (self.prompt.before, self.prompt.after))
-        of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), self.embed_tokens(text)], dim=1)
-        mask = torch.cat([there, there.new_ones(len(soft), len(after)), text_mask], dim=1)
-        row = Row.of(len(before), mask, before.dtype)
-        hidden = self.decoder(
-            inputs_embeds=row.join(before, of_cells),
-            position_ids=row.positions(),
-            use_cache=False,
-            row=row,
-        ).last_hidden_state
-        # The hidden state before a token predicts it.
-        of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
-        return hidden[0, row.prompt - 1 :].index_select(0, of_text.nonzero().squeeze(1))
+    @torch.no_grad()
+    def judge_text(
+        self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of :meth:`text_loss`, and which of the judged tokens greedy decoding would choose.
 
-    def loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed negative log likelihood of tokens, (tokens,), given the states before them."""
-        weight, bias = self.head.weight, self.head.bias
-        if not torch.is_grad_enabled():  # an autograd function is not told so, and would compute their gradients
-            weight, bias = weight.detach(), bias if bias is None else bias.detach()
-        return TextLoss.apply(states, weight, bias, targets)
+        Parameters
+        ----------
+        soft, present, text, text_mask
+            As in :meth:`text_loss`.
+        judged
+            Tokens to judge, given the ones before them, bool (cells, text).
+
+        Returns
+        -------
+        loss
+            Scalar.
+        chosen
+            bool (cells, text); true also where no token is judged.
+        """
+        if self.fast:
+            loss, best = fast.judge_text(self, soft, present, text, text_mask, judged)
+        else:
+            logits = self._text_logits(soft, present, text, text_mask)
+            loss = functional.cross_entropy(logits, text[text_mask], reduction="sum")
+            best = logits.argmax(-1)[judged[text_mask]]
+        chosen = torch.ones_like(text_mask)
+        chosen[judged] = best == text[judged]
+        return loss, chosen
+
+    def _text_logits(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Return the logits at each token of the texts, float32 (tokens, vocabulary), by transformers alone."""
+        prompt, prompt_mask = self.prompt_embeddings(soft, present)
+        embeddings = torch.cat([prompt, self.embed_tokens(text)], dim=1)
+        mask = torch.cat([prompt_mask, text_mask], dim=1)
+        of_text = torch.cat([torch.zeros_like(prompt_mask), text_mask], dim=1)
+        # With all padding on the right, every model counts positions correctly by itself.
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        embeddings, mask, of_text = _reorder(embeddings, order), mask.gather(1, order), of_text.gather(1, order)
+        logits = self.language_model(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False).logits
+        return logits[:, :-1][of_text[:, 1:]].float()
+
+    def accepts(self, argument: str) -> bool:
+        """Return whether the language model's ``forward`` takes an argument of this name."""
+        return argument in signature(self.base_model.forward).parameters
 
     def checkpoint_activations(self) -> None:
-        """Hold the activations of one layer, not of all: the backward pass computes each anew (arXiv 1604.06174).
+        """Keep the activations of one layer at a time; the backward pass recomputes the others (arXiv 1604.06174).
 
         Raises
         ------
         InputError
             If transformers cannot do so with this language model.
         """
-        if not self.decoder.supports_gradient_checkpointing:
-            told = f"{type(self.decoder).__name__} cannot compute its layers anew"
-            raise InputError("config: finetune.checkpoint_activations", told, "Set it to false")
-        self.decoder.activation_checkpointing_enable({"use_reentrant": False})
+        model = self.base_model
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                "config: finetune.checkpoint_activations",
+                f"{type(model).__name__} cannot recompute its activations",
+                "Set it to false",
+            )
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
     def ready_to_write(self) -> "Cell2Text":
-        """Fold the adapter into the language model's weights and take the attention that decodes fastest."""
-        if self.mode == "lora":  # the sum with weights of 4 bits would be rounded to 4 bits again
+        """Merge the adapter into the language model's weights and choose the attention that decodes fastest."""
+        if self.about["finetune"]["mode"] == "lora":  # merged into 4-bit weights, the sum would be rounded again
             self.language_model = self.language_model.merge_and_unload()
-        self.language_model.set_attn_implementation("sdpa")
+        if self.fast:
+            self.language_model.set_attn_implementation("sdpa")
         return self.eval()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that fine-tuning changes, by name, in a fixed order."""
         return {name: value for name, value in sorted(self.named_parameters()) if value.requires_grad}
+
+
+def _reorder(embeddings: Tensor, order: Tensor) -> Tensor:
+    return embeddings.gather(1, order[..., None].expand_as(embeddings))

@@ -1,12 +1,15 @@
-"""The language model itself: loaded from a Hugging Face directory, and given an adapter."""
+"""The language model itself: loaded from a Hugging Face directory, and prepared for what of it is to learn."""
 
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -17,19 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from cell2text.device import pick_precision
 from cell2text.errors import InputError
-from cell2text.model.fast.layers import FusedLora, join_siblings
+from cell2text.settings import FinetuneSettings
 
-# What of the language model learns: an adapter, everything, or an adapter beside weights of 4 bits.
+# What of the language model learns: an adapter, all weights, or an adapter next to 4-bit weights.
 MODES = ("lora", "full", "qlora")
-TUNING = {"mode": "lora", "targets": "all-linear", "lora_dropout": 0.0, "use_dora": False, "use_rslora": False}
 
 
 def load_language_model(
-    directory: str | Path,
-    device: torch.device,
-    attention: str,
-    four_bits: bool = False,
-    weights: str | Path | None = None,
+    directory: str | Path, device: torch.device, mode: str, weights: str | Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model with frozen weights, and its tokenizer.
 
@@ -38,41 +36,49 @@ def load_language_model(
     directory
         A Hugging Face directory.
     device
-        Where to put it.
-    attention
-        ``"sdpa"`` to write texts, ``shared_prompt.NAME`` to learn from them.
-    four_bits
-        Whether the weights of its layers are rounded to 4 bits, as QLoRA does (arXiv 2305.14314).
+        Where to put the model.
+    mode
+        One of ``MODES``; ``qlora`` rounds the weights of its layers to 4 bits (arXiv 2305.14314).
     weights
-        Directory of the weights, where they are not in ``directory`` but were fine-tuned themselves.
+        Directory of fine-tuned weights, where they replace those in ``directory``.
 
     Raises
     ------
     InputError
-        If the model scales or caps its logits or its attention's scores, which is not done here; if fine-tuned
-        weights are missing or surplus; if 4 bits are asked for and there is no GPU or no bitsandbytes.
+        If the mode is unknown or cannot run here; if the model is of a kind that cannot be used; if fine-tuned
+        weights are missing or surplus.
     """
+    if mode not in MODES:
+        raise InputError("config: finetune.mode", f"{mode} is none of {', '.join(MODES)}", "Set one of them")
+    _check_kind(directory)
     model, found = AutoModelForCausalLM.from_pretrained(
         weights or directory,
         dtype=pick_precision(device),
-        attn_implementation=attention,
         local_files_only=True,
-        quantization_config=_round_to_four_bits(device) if four_bits else None,
+        trust_remote_code=False,
+        quantization_config=_four_bits(device) if mode == "qlora" else None,
         output_loading_info=True,
     )
     if weights and (found["missing_keys"] or found["unexpected_keys"]):
         missing, surplus = (sorted(found[key])[:3] for key in ("missing_keys", "unexpected_keys"))
         raise InputError(weights, f"weights missing {missing}, surplus {surplus}", "Fine-tune again")
-    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise InputError(directory, f"{name} is set, and the loss would be wrong", "Choose another model")
-    if four_bits:  # embeddings, norms and head in float32, here and not in build, so that texts are written as learnt
+    if mode == "qlora":  # embeddings, norms and head in float32, here too, so that generation equals training
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.requires_grad_(False)
     return model.to(device), AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def _round_to_four_bits(device: torch.device) -> BitsAndBytesConfig:
+def _check_kind(directory: str | Path) -> None:
+    """Refuse a model that is not causal, or that has no keys and values to generate from."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise InputError(directory, f"{config.model_type} is no causal language model", "Choose another model")
+    if "past_key_values" not in signature(kind.forward).parameters:
+        raise InputError(directory, f"{kind.__name__} has no keys and values to cache", "Choose a transformer model")
+
+
+def _four_bits(device: torch.device) -> BitsAndBytesConfig:
     if device.type != "cuda":
         raise InputError("config: finetune.mode", "qlora needs a GPU", "Set `mode: lora`")
     if find_spec("bitsandbytes") is None:
@@ -89,16 +95,26 @@ def _round_to_four_bits(device: torch.device) -> BitsAndBytesConfig:
     )
 
 
-def add_adapter(model: PreTrainedModel, tuning: dict) -> PeftModel:
-    """Return the model wrapped by PEFT, with a new adapter as ``tuning`` says; see ``bundle.build``."""
-    further = {name: value for name, value in tuning.items() if name not in ("mode", "targets")}
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=_check_targets(model, tuning["targets"]), **further)
-    if tuning["mode"] == "lora" and not (tuning["lora_dropout"] or tuning["use_dora"]):
-        config._register_custom_module({nn.Linear: FusedLora})
-    # The optimiser keeps float32 masters; adapters in float32 would make each layer cast back and forth.
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    join_siblings(adapted)
-    return adapted
+def add_adapter(model: PreTrainedModel, settings: FinetuneSettings) -> PeftModel:
+    """Return the model wrapped by PEFT, with a new LoRA adapter that has no effect yet.
+
+    DoRA: arXiv 2402.09353; rsLoRA: arXiv 2312.03732.
+
+    Raises
+    ------
+    InputError
+        If the targets are no layers of the language model.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=_check_targets(model, settings.lora_targets),
+        lora_dropout=settings.lora_dropout,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+    )
+    return get_peft_model(model, config)
 
 
 def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
@@ -115,7 +131,7 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> str | li
         known = sorted({layer.rpartition(".")[2] for layer in layers})
         raise InputError(
             "config: finetune.lora_targets",
-            f"no layers that can take an adapter are named {', '.join(wrong) or 'there'}",
+            f"no layer that can take an adapter is named {', '.join(wrong) or '(empty list)'}",
             f"This language model has {', '.join(known)}",
         )
     return targets

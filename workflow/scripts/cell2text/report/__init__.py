@@ -1,1 +1,1 @@
-"""The run's page: one HTML file that shows what ran and what came of it, and opens offline."""
+"""The run's report, one HTML page that opens offline, and the model card."""

@@ -1,4 +1,4 @@
-"""The map of the test cells: where each lies, and what is shown of it."""
+"""Map of the test cells: the layout, and the data shown for each cell."""
 
 import colorsys
 
@@ -13,41 +13,41 @@ from cell2text.report.results import Results
 MOST_CELLS = 20_000
 MOST_COMPONENTS = 30
 FEW_CELLS = 10
-GRID = 4095  # positions are whole numbers, 0 to GRID in the longer direction
-# Told apart on white and on black; further classes take hues by the golden angle.
+GRID = 4095  # coordinates are integers, 0 to GRID along the longer side
+# Distinct on white and on black; further classes get hues by the golden angle.
 COLOURS = (
     "#3f78c1", "#e08a2e", "#3fa06a", "#c9504b", "#8e6bbf", "#2ba3ad",
     "#d472a8", "#a58a2c", "#8a5f45", "#6674d9", "#7fa83a", "#b0579a",
 )  # fmt: skip
 
 
-def draw_cells(cells: int, seed: int, most: int = MOST_CELLS) -> np.ndarray:
-    """Return the rows of the cells to show, ascending: all of them, or ``most`` drawn at random."""
+def sample_cells(cells: int, seed: int, most: int = MOST_CELLS) -> np.ndarray:
+    """Return the sorted row numbers of the cells to show: all cells, or a random sample of ``most``."""
     if cells <= most:
         return np.arange(cells)
     return np.sort(np.random.default_rng(seed).choice(cells, size=most, replace=False))
 
 
 def lay_out(pooled: np.ndarray, seed: int) -> np.ndarray:
-    """Return a place on the plane for each cell by t-SNE on its first principal components.
+    """Return two-dimensional coordinates of each cell, by t-SNE on the first principal components.
 
-    A handful of cells has no neighbourhoods to keep and lies by its first two dimensions.
+    With fewer than ``FEW_CELLS`` cells, the first two dimensions of the embedding are used instead.
 
     Parameters
     ----------
     pooled
-        Embeddings, (cells, dimensions).
+        Pooled embeddings, float (cells, dimensions).
     seed
-        Of the layout.
+        Seed of the layout.
 
     Returns
     -------
     numpy.ndarray
-        Whole numbers from 0, int64 (cells, 2); ``GRID`` is the longer side.
+        Integers from 0, int64 (cells, 2); the longer side has length ``GRID``.
 
     Notes
     -----
-    One thread: t-SNE sums its forces in the order in which threads end, so two threads give two maps.
+    t-SNE runs in one thread. With several, the order of floating-point sums, and so the map, differs between runs.
     """
     cells, dimensions = pooled.shape
     if cells < FEW_CELLS:
@@ -63,12 +63,12 @@ def lay_out(pooled: np.ndarray, seed: int) -> np.ndarray:
 
 
 def map_data(results: Results, seed: int) -> dict:
-    """Return what the page's script draws.
+    """Return the data that the page's script draws.
 
-    ``classes`` lists the cell types, the most frequent first; ``truth`` and ``told`` are numbers of classes,
-    -1 where there is none; texts that several cells share are listed once.
+    ``classes`` lists the cell types, the most frequent first. ``truth`` and ``predicted`` are indices into it, -1 for
+    none. ``text`` is an index into ``texts``, where each distinct text is stored once.
     """
-    rows = draw_cells(len(results.cells), seed)
+    rows = sample_cells(len(results.cells), seed)
     cells = results.cells.iloc[rows]
     places = lay_out(results.pooled[rows], seed)
     frequency = cells["true_cell_type_id"].value_counts().sort_index()
@@ -85,7 +85,7 @@ def map_data(results: Results, seed: int) -> dict:
         "cell": cells["cell_id"].tolist(),
         "donor": cells["donor"].fillna("").tolist(),
         "truth": [number.get(term, -1) for term in cells["true_cell_type_id"]],
-        "told": [number.get(term, -1) for term in cells["cell_type_id"]],
+        "predicted": [number.get(term, -1) for term in cells["cell_type_id"]],
         "confidence": [None if np.isnan(value) else round(value, 4) for value in confidence],
         "text": text_numbers.tolist(),
         "texts": list(texts),

@@ -1,4 +1,4 @@
-"""The geometry of the page's own charts; the template draws them in the page's colours."""
+"""Geometry of the charts in the report; the template draws and colours them."""
 
 import math
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, MaxNLocator
+from scipy.stats import binomtest
 
 from cell2text.report.results import METHOD, Results
 
 MOST_POINTS = 600
-Z = 1.96  # of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Axis:
     Parameters
     ----------
     low, high
-        Ends of the axis in the data's unit.
+        Ends of the axis in data units.
     start, end
-        The same on the drawing.
+        Ends of the axis in drawing units.
     logarithmic
-        Whether equal ratios are equally long.
+        Whether the scale is logarithmic.
     """
 
     low: float
@@ -35,12 +35,12 @@ class Axis:
     logarithmic: bool = False
 
     def place(self, values: np.ndarray | float) -> np.ndarray:
-        """Return where values lie on the drawing."""
+        """Return the positions of values in drawing units."""
         low, high, values = (np.log(v) if self.logarithmic else v for v in (self.low, self.high, values))
         return np.round(self.start + (values - low) / (high - low) * (self.end - self.start), 1)
 
     def ticks(self, most: int = 6) -> list[dict[str, Any]]:
-        """Return place and label of each tick."""
+        """Return position and label of each tick."""
         if self.logarithmic:
             wide = self.high / self.low > 1000
             found = LogLocator(subs=(1,) if wide else (1, 2, 5)).tick_values(self.low, self.high)
@@ -51,23 +51,25 @@ class Axis:
 
 
 def reliability(results: Results, slot: str) -> dict[str, Any] | None:
-    """Return the reliability diagram of a slot: accuracy against confidence, a point a bin of cells.
+    """Return the reliability diagram of a slot: accuracy against confidence, one point per bin of confidence.
 
-    Whiskers are Wilson's 95% interval of a share (Wilson, JASA 1927).
+    Whiskers are Wilson's 95% score interval of the accuracy.
     """
     table = results.calibration
     table = table[(table["method"] == METHOD) & (table["slot"] == slot) & (table["n"] > 0)]
     if table.empty:
         return None
     x, y = Axis(0, 1, 46, 326), Axis(0, 1, 290, 10)
-    low, high = wilson_interval(table["accuracy"].to_numpy(), table["n"].to_numpy())
+    intervals = [
+        binomtest(round(row.accuracy * row.n), int(row.n)).proportion_ci(0.95, "wilson") for row in table.itertuples()
+    ]
     height = np.round(40 * table["n"].to_numpy() / table["n"].max(), 1)
     bins = [
         {
             "x": float(x.place(row.confidence)),
             "y": float(y.place(row.accuracy)),
-            "low": float(y.place(low[i])),
-            "high": float(y.place(high[i])),
+            "low": float(y.place(intervals[i].low)),
+            "high": float(y.place(intervals[i].high)),
             "left": float(x.place(row.bin_low)),
             "width": float(x.place(row.bin_high) - x.place(row.bin_low)),
             "height": float(height[i]),
@@ -87,25 +89,27 @@ def reliability(results: Results, slot: str) -> dict[str, Any] | None:
     }
 
 
-def wilson_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95% interval of shares of n trials, by Wilson's score."""
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
-
-
 def training_curve(history: pd.DataFrame, stage: str) -> dict[str, Any] | None:
-    """Return the losses of a stage: every step (means of neighbours where there are many), and validation."""
+    """Return the loss curve of a stage, averaged over adjacent steps if there are many, and its validation losses.
+
+    Parameters
+    ----------
+    history
+        Rows of ``contracts.HISTORY``.
+    stage
+        The stage to draw.
+    """
     steps = history[(history["stage"] == stage) & (history["loss"] > 0)].sort_values("step")
     if steps.empty:
         return None
     validated = steps[steps["validation_loss"].notna()]
     values = np.concatenate([steps["loss"], validated["validation_loss"]])
-    first, last = int(steps["step"].min()), int(steps["step"].max())
-    # seconds and steps of fine-tuning go on from the openings to the whole texts
+    # Steps and seconds of "finetune" continue those of "openings"; every other stage counts from zero.
+    first, last = int(steps["step"].min()) if stage == "finetune" else 0, int(steps["step"].max())
     before = history.loc[history["stage"] == "openings", "seconds"].max() if first else 0
+    spacing = round((last - first + 1) / len(steps))  # pre-training writes one row for several steps
     x = Axis(first, max(last, first + 1), 54, 560)
-    y = Axis(*_room_around(values), 240, 10, logarithmic=True)
+    y = Axis(*_padded_range(values), 240, 10, logarithmic=True)
     every = math.ceil(len(steps) / MOST_POINTS)
     thinned = steps.groupby(np.arange(len(steps)) // every)[["step", "loss"]].mean()
     smooth = thinned.rolling(max(len(thinned) // 25, 1), center=True, min_periods=1).median()
@@ -129,12 +133,12 @@ def training_curve(history: pd.DataFrame, stage: str) -> dict[str, Any] | None:
         "last": float(steps["loss"].iloc[-1]),
         "seconds": float(steps["seconds"].max() - before),
         "tokens": int(steps["tokens"].sum()),
-        "averaged": every,
+        "averaged": every * spacing,
     }
 
 
-def _room_around(values: np.ndarray) -> tuple[float, float]:
-    """Return the ends of a logarithmic axis, one order of magnitude at least."""
+def _padded_range(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of a logarithmic axis around the values, at least one order of magnitude apart."""
     low, high = values.min() / 1.2, values.max() * 1.2
     widen = max(math.sqrt(10 * low / high), 1)
     return low / widen, high * widen

@@ -1,4 +1,4 @@
-"""Descriptions beside their references, what differs between them marked by id."""
+"""Example descriptions next to their references, with the differing terms marked."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ EXAMPLES = 20
 
 
 def choose_examples(results: Results, seed: int, examples: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Return cells drawn at random, each with its text, its reference and the slots in which they differ."""
+    """Return random cells, each with its generated text, its reference and the slots in which they differ."""
     total = len(results.cells)
     rows = np.random.default_rng(seed).choice(total, size=min(examples, total), replace=False)
     return [_compare(results, cell) for cell in results.cells.iloc[rows].to_dict("records")]
@@ -21,36 +21,36 @@ def choose_examples(results: Results, seed: int, examples: int = EXAMPLES) -> li
 def _compare(results: Results, cell: dict[str, Any]) -> dict[str, Any]:
     slots = [_compare_slot(results, cell, slot) for slot in SLOTS]
     wrong = {row["slot"] for row in slots if row["differs"]}
-    told, true = _pathways(cell["pathway_ids"]), _pathways(cell["true_pathway_ids"])
+    predicted, true = _pathways(cell["pathway_ids"]), _pathways(cell["true_pathway_ids"])
     return {
         "cell": cell["cell_id"],
         "status": cell["status"],
         "confidence": cell["cell_type_confidence"],
-        "right": "cell_type" not in wrong,
-        "judged": cell["true_cell_type_id"] is not None,
+        "correct": "cell_type" not in wrong,
+        "labelled": cell["true_cell_type_id"] is not None,
         "differing": [row for row in slots if row["differs"]],
-        "told": mark_text(cell["text"], wrong, told - true, results.terms),
-        "true": mark_text(cell["true_text"], wrong, true - told, results.terms),
+        "predicted": mark_text(cell["text"], wrong, predicted - true, results.terms),
+        "true": mark_text(cell["true_text"], wrong, true - predicted, results.terms),
     }
 
 
 def _compare_slot(results: Results, cell: dict[str, Any], slot: str) -> dict[str, Any]:
-    """Return what is told and what is true of a slot, of the pathways those on one side only.
+    """Return predicted and true terms of a slot; for gene programmes, only those that differ.
 
-    A slot whose truth is not known never differs.
+    A slot without a true label never differs.
     """
     if slot in TERM_SLOTS:
-        told, true = cell[f"{slot}_id"], cell[f"true_{slot}_id"]
-        differs = true is not None and told != true
-        told, true = [told], [true]
+        predicted, true = cell[f"{slot}_id"], cell[f"true_{slot}_id"]
+        differs = true is not None and predicted != true
+        predicted, true = [predicted], [true]
     else:
-        told, true = _pathways(cell["pathway_ids"]), _pathways(cell["true_pathway_ids"])
-        differs = told != true
-        told, true = sorted(told - true), sorted(true - told)
+        predicted, true = _pathways(cell["pathway_ids"]), _pathways(cell["true_pathway_ids"])
+        differs = predicted != true
+        predicted, true = sorted(predicted - true), sorted(true - predicted)
     return {
         "slot": slot,
         "differs": differs,
-        "told": [(results.name(slot, term), term) for term in told],
+        "predicted": [(results.name(slot, term), term) for term in predicted],
         "true": [(results.name(slot, term), term) for term in true],
     }
 
@@ -60,7 +60,7 @@ def _pathways(ids: Any) -> set[str]:
 
 
 def mark_text(text: str, wrong: set[str], pathways: set[str], terms: Terms) -> list[tuple[str, bool]]:
-    """Return a text in pieces, each with whether it names a term that differs.
+    """Return a text in pieces, each with a flag: whether it names a differing term.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def mark_text(text: str, wrong: set[str], pathways: set[str], terms: Terms) -> l
     wrong
         Slots whose ids differ.
     pathways
-        Ids of the gene sets that only this text names.
+        Ids of the gene sets that occur only in this text.
     terms
         Names of the terms.
     """

@@ -1,4 +1,4 @@
-"""The model card: what the model is, what it learnt from, how well it does and where it stops, in Markdown."""
+"""The model card in Markdown: the model, its training data, its scores and its limits."""
 
 from collections.abc import Iterator
 from html import escape
@@ -7,14 +7,20 @@ from pathlib import Path
 from cell2text.contracts import SPLITS
 from cell2text.evaluation.methods import METHODS
 from cell2text.files import whole_file
-from cell2text.report.limits import tell_limits
+from cell2text.report.limits import list_limits
 from cell2text.report.results import Results
+from cell2text.report.tables import lost_slots
 
-SCORES = {"Cell type accuracy": ("cell_type", "accuracy"), "Macro-F1": ("cell_type", "macro_f1")}
-LEARNT = {
+SCORES = {
+    "cell type accuracy": ("cell_type", "accuracy"),
+    "cell type macro-F1": ("cell_type", "macro_f1"),
+    "gene programmes, Jaccard index": ("pathways", "jaccard"),
+    "texts parsed": ("text", "parsed"),
+}
+TRAINED = {
     "lora": "a LoRA adapter of rank {lora_rank}",
-    "full": "all its weights",
-    "qlora": "a LoRA adapter of rank {lora_rank} on weights of 4 bits",
+    "full": "all weights of the language model",
+    "qlora": "a LoRA adapter of rank {lora_rank} on 4-bit weights",
 }
 
 
@@ -24,15 +30,15 @@ def write_model_card(results: Results, run: str, notes: dict[str, str], path: st
     Parameters
     ----------
     results
-        Of the run.
+        Results of the run.
     run
-        Its name.
+        Name of the run.
     notes
-        What the sheet of datasets says a reader should know, by dataset.
+        Notes for readers from the sheet of datasets, by dataset.
     path
         The Markdown file to write.
     """
-    sections = (_model(results, run), _data(results), _scores(results), _limits(results, notes), _traces(results))
+    sections = (_model(results, run), _data(results), _scores(results), _limits(results, notes), _provenance(results))
     text = "\n\n".join("\n".join(section) for section in sections)
     with whole_file(path) as unfinished:
         unfinished.write_text(f"{text}\n", encoding="utf-8")
@@ -41,60 +47,70 @@ def write_model_card(results: Results, run: str, notes: dict[str, str], path: st
 def _model(results: Results, run: str) -> Iterator[str]:
     model, base = results.model, results.model["language_model"]
     types = len(model["labels"]["cell_type"])
-    learnt = LEARNT[model["finetune"].get("mode", "lora")].format(**model["finetune"])
-    yield f"# Cell2Text model of the run {run}"
+    trained = TRAINED[model["finetune"].get("mode", "lora")].format(**model["finetune"])
+    yield f"# Cell2Text model of run {run}"
     yield ""
     yield (
-        f"Describes a cell in words from its gene counts: cell type, tissue, disease, sex, developmental stage and "
-        f"active gene programmes. A `{model['projector']['kind']}` projector turns vectors of {model['dimensions']} "
-        f"dimensions into soft tokens; of the language model {learnt} learnt, with the projector "
-        f"{model['trainable_parameters']:,} weights. It can say {types} cell types and no other."
+        f"This model describes a cell in words, from its gene counts: cell type, tissue, disease, sex, developmental "
+        f"stage and active gene programmes. A `{model['projector']['kind']}` projector maps gene vectors of "
+        f"{model['dimensions']} dimensions to soft tokens, which the language model reads. Fine-tuning trained the "
+        f"projector and {trained} ({model['trainable_parameters']:,} parameters). The training data has {types} cell "
+        "types; do not expect the model to recognise any other."
     )
     yield ""
     licence = escape(base.get("licence", "not stated"))
     yield f"- Language model: {escape(base['source'].split('#')[0])}, licence: {licence}"
-    yield f"- Epoch kept: {model['best_epoch']}, with {model['validation_loss']:.4f} nats a token on validation cells"
-    yield "- To load: `cell2text.model.cell2text.load(directory, language_model)`, with `model/` as the directory"
+    loss = f"{model['validation_loss']:.4f} nats per token"
+    yield f"- Saved weights: those of epoch {model['best_epoch']}, with a validation loss of {loss}"
+    yield "- To load the model: `cell2text.model.bundle.load(directory, language_model)`; `directory` is `model/`"
 
 
 def _data(results: Results) -> Iterator[str]:
     yield "## Data"
     yield ""
-    yield "| dataset | cells | kept | source |"
+    yield "| dataset | cells | cells after QC | source |"
     yield "|---|---|---|---|"
     for row in results.qc:
         cells = f"{escape(row['dataset_id'])} | {row['cells']:,} | {row['kept']:,} | {escape(row.get('source', ''))}"
         yield f"| {cells.replace(chr(10), ' ')} |"
     yield ""
     counts = ", ".join(f"{name} {results.audit['cells'][name]:,}" for name in SPLITS)
-    yield f"Split by {escape(results.audit['split'])}: {counts} cells. Licences are those of the sources."
+    yield f"Split by {escape(results.audit['split'])}: {counts} cells. The licences of the sources apply to the data."
 
 
 def _scores(results: Results) -> Iterator[str]:
     yield "## Scores"
     yield ""
-    yield f"On {len(results.cells):,} test cells, by ontology id, with 95% intervals:"
+    yield f"On {len(results.cells):,} test cells, by ontology id, from 0 to 1, with 95% confidence intervals:"
     yield ""
     yield f"| method | {' | '.join(SCORES)} |"
     yield "|---|" + "---|" * len(SCORES)
     for method, about in METHODS.items():
-        scores = [results.metric(method, *figure) for figure in SCORES.values()]
-        if all(scores):
-            told = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
-            yield f"| {about.title} | {' | '.join(told)} |"
+        scores = [results.metric(method, *metric) for metric in SCORES.values()]
+        if any(scores):
+            values = [
+                f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" if score else "–" for score in scores
+            ]
+            yield f"| {about.title} | {' | '.join(values)} |"
+    yield ""
+    yield (
+        "Texts parsed: the share of texts that follow the grammar of the descriptions in full. Most baselines fill in "
+        "a template, so their share is 1."
+    )
+    yield from (f"\n{sentence}" for sentence in lost_slots(results))
 
 
 def _limits(results: Results, notes: dict[str, str]) -> Iterator[str]:
     yield "## Limits"
     yield ""
-    yield "- For research. What it writes of a cell is a guess from its counts, not a diagnosis."
-    for limit in tell_limits(results, notes):
+    yield "- For research use only. A description is a prediction from gene counts, not a diagnosis."
+    for limit in list_limits(results, notes):
         yield f"- {escape(limit, quote=False)}"
 
 
-def _traces(results: Results) -> Iterator[str]:
+def _provenance(results: Results) -> Iterator[str]:
     packages = results.provenance.get("packages", {})
-    yield "## Traces"
+    yield "## Provenance"
     yield ""
-    yield f"- Seed {results.model['seed']}; configuration, SHA-256: `{results.provenance['config']}`"
+    yield f"- Seed: {results.model['seed']}; SHA-256 of the configuration: `{results.provenance['config']}`"
     yield f"- Packages: {', '.join(f'{name} {version}' for name, version in sorted(packages.items()))}"

@@ -3,30 +3,30 @@
   const data = JSON.parse(document.getElementById("map-data").textContent);
   const byId = (id) => document.getElementById(id);
   const count = data.x.length;
-  const BOX = 16; // side of a box of the look-up grid, in CSS pixels
+  const BOX = 16; // side of a box of the lookup grid, in CSS pixels
   const MARGIN = 22;
 
-  // --- the map: points on one canvas, the ring around the chosen cell on another
+  // --- the map: points on one canvas, the ring around the selected cell on another
 
   const field = byId("cells"), cursor = byId("cursor"), legend = byId("legend");
   const px = new Float32Array(count), py = new Float32Array(count);
   let mode = "truth", highlighted = null, chosen = 0, boxes = new Map(), radius = 4;
 
   const outcome = (i) =>
-    data.truth[i] < 0 ? 3 : data.told[i] < 0 ? 2 : data.told[i] === data.truth[i] ? 0 : 1;
-  const groupOf = (i) => (mode === "right" ? outcome(i) : data[mode][i]);
+    data.truth[i] < 0 ? 3 : data.predicted[i] < 0 ? 2 : data.predicted[i] === data.truth[i] ? 0 : 1;
+  const groupOf = (i) => (mode === "outcome" ? outcome(i) : data[mode][i]);
   const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   function groups() {
-    if (mode !== "right") {
-      const none = mode === "told" ? "not determined" : "no label";
+    if (mode !== "outcome") {
+      const none = mode === "predicted" ? "not determined" : "no label";
       return [
         ...data.classes.map((entry, key) => ({ key, name: entry.name, colour: entry.colour, shape: "disc" })),
         { key: -1, name: none, colour: colourOf("--muted"), shape: "ring" },
       ];
     }
     return [
-      { key: 0, name: "right", colour: colourOf("--accent"), shape: "disc" },
+      { key: 0, name: "correct", colour: colourOf("--accent"), shape: "disc" },
       { key: 1, name: "wrong", colour: colourOf("--wrong"), shape: "diamond" },
       { key: 2, name: "not determined", colour: colourOf("--muted"), shape: "ring" },
       { key: 3, name: "no label", colour: colourOf("--line"), shape: "disc" },
@@ -80,7 +80,7 @@
       if (members.has(key)) members.get(key).push(i);
       else members.set(key, [i]);
     }
-    // the highlighted class last, on top of the others
+    // draw the highlighted class last, on top of the others
     const order = groups().sort((a, b) => (a.key === highlighted) - (b.key === highlighted));
     for (const group of order) {
       pen.globalAlpha = highlighted === null || highlighted === group.key ? 0.85 : 0.1;
@@ -157,14 +157,14 @@
   function choose(i) {
     if (i < 0 || i >= count) return;
     chosen = i;
-    const sure = data.confidence[i], how = outcome(i), sign = byId("card-mark");
-    sign.textContent = ["✓", "✗", "–", ""][how];
-    sign.className = ["right", "wrong", "", ""][how];
+    const confidence = data.confidence[i], result = outcome(i), sign = byId("card-mark");
+    sign.textContent = ["✓", "✗", "–", ""][result];
+    sign.className = ["right", "wrong", "", ""][result];
     byId("card-cell").textContent = data.cell[i];
-    byId("card-told").textContent = nameOf(data.told[i], "not determined");
+    byId("card-predicted").textContent = nameOf(data.predicted[i], "not determined");
     byId("card-truth").textContent = nameOf(data.truth[i], "no label");
-    byId("card-bar").style.width = `${100 * (sure || 0)}%`;
-    byId("card-confidence").textContent = sure === null ? "not given" : `${Math.round(100 * sure)}%`;
+    byId("card-bar").style.width = `${100 * (confidence || 0)}%`;
+    byId("card-confidence").textContent = confidence === null ? "not available" : `${Math.round(100 * confidence)}%`;
     byId("card-text").textContent = data.texts[data.text[i]] || "";
     ring();
   }
@@ -202,16 +202,16 @@
   new ResizeObserver(() => { place(); draw(); }).observe(field);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", refresh);
 
-  // --- the confusions: what a cell of the table says, for pointer and keyboard
+  // --- the confusion matrix: a readout of the field under the pointer or the keyboard focus
 
   const matrix = byId("matrix"), readout = byId("readout");
   const rows = [...matrix.tBodies[0].rows].map((row) => [...row.querySelectorAll(".cell")]);
   if (rows.length && rows[0].length) rows[0][0].tabIndex = 0;
-  const tell = (event) => {
+  const show = (event) => {
     if (event.target.classList.contains("cell")) readout.textContent = event.target.title;
   };
-  matrix.addEventListener("pointerover", tell);
-  matrix.addEventListener("focusin", tell);
+  matrix.addEventListener("pointerover", show);
+  matrix.addEventListener("focusin", show);
   matrix.addEventListener("keydown", (event) => {
     const row = rows.findIndex((cells) => cells.includes(event.target));
     if (row < 0 || !(event.key in ARROWS)) return;
@@ -224,7 +224,7 @@
     next.focus();
   });
 
-  // --- on paper everything is open
+  // --- print with all details open
   window.addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("details")) details.open = true;
   });

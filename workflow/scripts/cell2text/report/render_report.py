@@ -1,4 +1,4 @@
-"""One HTML page of a run: everything inline, nothing fetched, the same bytes for the same inputs."""
+"""The report of a run: one self-contained HTML page, byte-identical for the same inputs."""
 
 import base64
 import hashlib
@@ -12,31 +12,45 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cell2text.contracts import SPLITS, TERM_SLOTS
+from cell2text.evaluation.methods import title_of
 from cell2text.files import whole_file
 from cell2text.progress import clock
 from cell2text.report.cell_map import MOST_CELLS, map_data
 from cell2text.report.charts import reliability, training_curve
 from cell2text.report.examples import choose_examples
-from cell2text.report.limits import tell_limits
+from cell2text.report.limits import list_limits
 from cell2text.report.model_card import write_model_card
-from cell2text.report.results import METHOD, Results, RunFiles, read_results
+from cell2text.report.results import METHOD, Results, RunFiles, read_results, slot_name
 from cell2text.report.tables import (
     COLUMNS,
-    best_neighbour,
+    best_baseline,
     class_scores,
     compare_methods,
     confusion_matrix,
-    judge_slots,
     limit_ranges,
+    lost_slots,
+    score_slots,
 )
 from cell2text.report.timings import rule_costs
 
 log = logging.getLogger("cell2text.report")
 
 FOLDER = Path(__file__).parent
-ABOVE = " · "
+SEPARATOR = " · "
 HASH = re.compile("[0-9a-f]{64}")
-STATUSES = {"parsed": "follows the grammar", "partial": "partly readable", "failed": "not readable"}
+STATUSES = {"parsed": "text parsed", "partial": "text partly parsed", "failed": "text not parsed"}
+# The scores of the first screen: title, slot, metric, and a note where the score needs one.
+HEADLINE = (
+    ("Cell type accuracy", "cell_type", "accuracy", ""),
+    ("Gene programmes (Jaccard)", "pathways", "jaccard", "overlap of predicted and true programmes"),
+    ("Texts parsed", "text", "parsed", "follow the grammar in full; most baselines fill in a template"),
+)
+STAGES = {
+    "pretrain": ("Pre-training of the encoder", "masked gene"),
+    "align": ("Alignment", "cell"),
+    "openings": ("Fine-tuning on opening sentences", "token"),
+    "finetune": ("Fine-tuning on whole texts", "token"),
+}
 
 
 def render_report(
@@ -48,32 +62,32 @@ def render_report(
     benchmarks: str | Path,
     notes: dict[str, str],
 ) -> None:
-    """Write the page of a run and the model card.
+    """Write the report and the model card of a run.
 
     Parameters
     ----------
     files
-        What the page is made of.
+        Files of the run.
     path
         The HTML file to write.
     card
-        The Markdown file to write, see ``model_card``.
+        The Markdown file to write; see :mod:`~.model_card`.
     run
         Name of the run.
     seed
-        Of the map's layout and of the examples' choice.
+        Seed of the map's layout and of the choice of examples.
     benchmarks
         Folder of Snakemake's benchmark files; it may be missing.
     notes
-        What the sheet of datasets says a reader should know, by dataset.
+        Notes for readers from the sheet of datasets, by dataset.
 
     Raises
     ------
     InputError
-        If a file is missing or is not what it should be.
+        If a file is missing or invalid.
     """
     results = read_results(files)
-    log.info("%d test cells, laying out the map", len(results.cells))
+    log.info("laying out the map of %d test cells", len(results.cells))
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -86,13 +100,14 @@ def render_report(
         "count": lambda value: f"{value:,.0f}",
         "clock": clock,
         "words": lambda name: name.replace("_", " "),
+        "slot": slot_name,
         "picture": picture,
     }
     script = (FOLDER / "page.js").read_text()
     page = environment.get_template("page.html.j2").render(
         **_sections(results, files, run, seed, benchmarks, notes),
-        style=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - the project's own file
-        script=Markup(script),  # noqa: S704 - the project's own file
+        style=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - file of this package
+        script=Markup(script),  # noqa: S704 - file of this package
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     with whole_file(path) as unfinished:
@@ -104,13 +119,14 @@ def render_report(
 def _sections(
     results: Results, files: RunFiles, run: str, seed: int, benchmarks: str | Path, notes: dict[str, str]
 ) -> dict[str, Any]:
-    """Return what the template shows, by section."""
-    slots = judge_slots(results)
-    judged = [row["slot"] for row in slots if row["slot"] in TERM_SLOTS and row["terms"] > 1]
+    """Return the variables of the template."""
+    slots = score_slots(results)
+    informative = [row["slot"] for row in slots if row["slot"] in TERM_SLOTS and row["terms"] > 1]
     return {
         "run": run,
         "seed": seed,
         "method": METHOD,
+        "title": title_of(METHOD),
         "splits": SPLITS,
         "statuses": STATUSES,
         "audit": results.audit,
@@ -118,9 +134,12 @@ def _sections(
         "language_model": model_name(results.model.get("language_model") or {}),
         "cells": len(results.cells),
         "cell_types": results.cells["true_cell_type_id"].nunique(),
-        "accuracy": results.metric(METHOD, "cell_type", "accuracy"),
-        "parsed": results.metric(METHOD, "text", "parsed"),
-        "neighbour": best_neighbour(results),
+        "headline": [
+            {"title": title, "note": note, "own": own, "baseline": best_baseline(results, slot, metric)}
+            for title, slot, metric, note in HEADLINE
+            if (own := results.metric(METHOD, slot, metric))
+        ],
+        "lost_slots": lost_slots(results),
         "map": map_data(results, seed),
         "most_cells": MOST_CELLS,
         "columns": list(COLUMNS),
@@ -131,22 +150,24 @@ def _sections(
         "confusion": confusion_matrix(results),
         "classes": class_scores(results),
         "reliability": [
-            chart for slot in dict.fromkeys(["cell_type", *judged]) if (chart := reliability(results, slot))
+            chart for slot in dict.fromkeys(["cell_type", *informative]) if (chart := reliability(results, slot))
         ],
         "examples": choose_examples(results, seed),
         "curves": [
-            curve for stage in ("align", "openings", "finetune") if (curve := training_curve(results.history, stage))
+            {"title": title, "unit": unit, **curve}
+            for stage, (title, unit) in STAGES.items()
+            if (curve := training_curve(results.history, stage))
         ],
         "model": [fact for fact in _flatten(results.model) if not HASH.fullmatch(fact[1])],
         "qc": [study | {"limits": limit_ranges(study)} for study in results.qc],
         "costs": rule_costs(benchmarks),
         "trail": sort_facts(results.provenance),
-        "limits": tell_limits(results, notes),
+        "limits": list_limits(results, notes),
     }
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """Return a share as a percentage without the sign.
+    """Return a share as a percentage, without the percent sign.
 
     Examples
     --------
@@ -157,12 +178,12 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def picture(path: str | Path) -> str:
-    """Return an SVG file as a data URI: nothing in it can run, fetch, or clash with the page's ids."""
+    """Return an SVG file as a data URI, so that it cannot run scripts, fetch files, or clash with ids of the page."""
     return "data:image/svg+xml;base64," + base64.b64encode(Path(path).read_bytes()).decode()
 
 
 def model_name(source: dict[str, Any]) -> str:
-    """Return a readable name of a model from where it came.
+    """Return a readable name of a model from its source.
 
     Examples
     --------
@@ -176,23 +197,23 @@ def model_name(source: dict[str, Any]) -> str:
 
 
 def sort_facts(provenance: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Return what a run's record holds as name and value: ``facts``, ``versions`` and ``hashes`` of files."""
+    """Return the entries of a run's provenance as names and values: ``facts``, ``versions`` and ``hashes``."""
     found: dict[str, list[tuple[str, str]]] = {"facts": [], "versions": [], "hashes": []}
     for name, value in _flatten(provenance):
-        above, _, rest = name.partition(ABOVE)
-        if above == "packages" and rest:
+        section, _, rest = name.partition(SEPARATOR)
+        if section == "packages" and rest:
             found["versions"].append((rest, value))
         else:
             found["hashes" if HASH.fullmatch(value) else "facts"].append((name, value))
     return found
 
 
-def _flatten(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """Yield name and value of each fact, nested ones under the names above them."""
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield name and value of each entry; the name of a nested entry starts with those of its parents."""
     for key, value in sorted(values.items()):
-        name = f"{before}{key}"
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{name}{ABOVE}")
+            yield from _flatten(value, f"{name}{SEPARATOR}")
         elif isinstance(value, list):
             yield name, f"{len(value)} values" if len(value) > 8 else ", ".join(map(str, value))
         elif value is not None:

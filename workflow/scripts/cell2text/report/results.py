@@ -1,4 +1,4 @@
-"""What the page is made of: the files of a run, read and checked."""
+"""Input of the report: the files of a run, read and checked."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ RUN_AGAIN = "Run the workflow again"
 PER_CLASS = ("split", "method", "slot", "id", "name", "n", "precision", "recall", "f1")
 CONFUSION = ("split", "method", "slot", "true_id", "true_name", "predicted_id", "predicted_name", "n")
 CALIBRATION = ("split", "method", "slot", "bin_low", "bin_high", "confidence", "accuracy", "n")
-_WORDS = {"split", "method", "slot", "metric", "id", "name", *CONFUSION[3:7]}
+_TEXT_COLUMNS = {"split", "method", "slot", "metric", "id", "name", *CONFUSION[3:7]}
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Paths of the files that the page is made of, under the names that the rule gives them.
+    """Paths of the files that the report is made from, named as in the rule.
 
     Parameters
     ----------
@@ -34,15 +34,17 @@ class RunFiles:
     provenance, audit
         JSON.
     comparison
-        Plot of the methods, SVG.
+        Plot that compares the methods, SVG.
     generations
-        What the model said of the test cells, JSONL, a file a shard.
+        Generated descriptions of the test cells, one JSONL file per shard.
     corpus, descriptions, terms
         Parquet.
     qc, qc_plots
         JSON and SVG of each dataset, in the same order.
     embeddings
-        safetensors, a file a dataset and shard.
+        One safetensors file per dataset and shard.
+    encoder
+        Directory of the encoder. It holds ``history.parquet`` if the encoder was pre-trained in this run.
     model
         Directory of the fine-tuned model.
     """
@@ -61,31 +63,33 @@ class RunFiles:
     qc: Iterable[str]
     qc_plots: Iterable[str]
     embeddings: Iterable[str]
+    encoder: str
     model: str
 
 
 @dataclass(frozen=True)
 class Results:
-    """A run's results, of the test split where there are several.
+    """Results of a run; tables with several splits are cut to the test split.
 
     Parameters
     ----------
     metrics, per_class, confusion, calibration
         Tables of the evaluation.
     cells
-        What was said of each test cell (``contracts.PREDICTIONS``), in the order of the cell ids, and
-        beside it the reference: ``true_{slot}_id``, ``true_pathway_ids``, ``true_text``, ``dataset_id``
-        and ``donor``. A term that is not known is None.
+        Predictions for each test cell (``contracts.PREDICTIONS``), sorted by cell id, with the reference in
+        ``true_{slot}_id``, ``true_pathway_ids`` and ``true_text``, and with ``dataset_id`` and ``donor``. Unknown
+        terms are None.
     pooled
-        Embedding of each of these cells, float32 (cells, dimensions).
+        Pooled embedding of each of these cells, float32 (cells, dimensions).
     terms
         Names of the terms.
     datasets
         Datasets of the corpus.
     history
-        Course of fine-tuning (``contracts.HISTORY``).
+        Losses of the training stages (``contracts.HISTORY``): of the encoder, if it was pre-trained, and of
+        fine-tuning.
     model, provenance, audit
-        What the JSON files hold.
+        Content of the JSON files.
     qc
         Summary of each dataset, with the path of its plot under ``plot``.
     """
@@ -105,22 +109,33 @@ class Results:
     qc: list[dict[str, Any]]
 
     def metric(self, method: str, slot: str, metric: str) -> dict[str, float] | None:
-        """Return value, low, high and n of a figure; None where it was not computed."""
+        """Return value, low, high and n of a metric; None if it was not computed."""
         table = self.metrics
         rows = table[(table["method"] == method) & (table["slot"] == slot) & (table["metric"] == metric)]
         rows = rows[rows["value"].notna()]
         return rows.iloc[0][["value", "low", "high", "n"]].astype(float).to_dict() if len(rows) else None
 
     def name(self, slot: str, term: str | None) -> str:
-        """Return the name of a slot's term; its id where it has none."""
+        """Return the name of a slot's term, or its id if it has no name."""
         if term is None:
             return "not determined"
         slot = PATHWAY if slot == "pathways" else slot
         return self.terms.name.get(slot, {}).get(term, term)
 
     def resampled_unit(self) -> str | None:
-        """Return what the bootstrap of the test split drew: ``"donor"`` or ``"cell"``."""
+        """Return what the bootstrap of the test split resampled: ``"donor"`` or ``"cell"``."""
         return self.provenance["bootstrap"]["splits"].get("test", {}).get("unit")
+
+
+def slot_name(slot: str) -> str:
+    """Return a slot as readers know it.
+
+    Examples
+    --------
+    >>> slot_name("cell_type"), slot_name("pathways")
+    ('cell type', 'gene programmes')
+    """
+    return "gene programmes" if slot == "pathways" else slot.replace("_", " ")
 
 
 def read_results(files: RunFiles) -> Results:
@@ -129,7 +144,7 @@ def read_results(files: RunFiles) -> Results:
     Raises
     ------
     InputError
-        If a file is missing or is not what it should be.
+        If a file is missing or invalid.
     """
     model = Path(files.model)
     single = [files.metrics, files.per_class, files.confusion, files.calibration, files.provenance]
@@ -150,7 +165,7 @@ def read_results(files: RunFiles) -> Results:
         pooled=_read_pooled(files.embeddings, cells["cell_id"]),
         terms=terms,
         datasets=sorted(corpus["dataset_id"].unique()),
-        history=HISTORY.read(model / "history.parquet"),
+        history=_read_history(Path(files.encoder), model),
         model=read_json(model / "cell2text.json"),
         provenance=read_json(files.provenance),
         audit=read_json(files.audit),
@@ -159,33 +174,39 @@ def read_results(files: RunFiles) -> Results:
 
 
 def _read_test_rows(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Return the test split of a table; an empty word stays an empty string, for "NA" may be a name."""
-    words = dict.fromkeys(_WORDS, str)
-    table = pd.read_csv(path, sep="\t", dtype=words, keep_default_na=False, na_values={})
+    """Return the test split of a table; text such as "NA" is not read as missing, because it may be a name."""
+    text = dict.fromkeys(_TEXT_COLUMNS, str)
+    table = pd.read_csv(path, sep="\t", dtype=text, keep_default_na=False, na_values={})
     missing = [column for column in columns if column not in table]
     if missing:
         raise InputError(path, f"columns missing: {', '.join(missing)}", RUN_AGAIN)
-    numbers = [column for column in columns if column not in _WORDS]
+    numbers = [column for column in columns if column not in _TEXT_COLUMNS]
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
     return table[table["split"] == "test"].reset_index(drop=True)
 
 
 def _read_cells(files: RunFiles, corpus: pd.DataFrame) -> pd.DataFrame:
-    said = pd.DataFrame([row for path in files.generations for row in read_jsonl(path)])
-    if said.empty:
-        raise InputError(files.model, "no test cell was described", "Give the test split a share of the cells")
+    generated = pd.DataFrame([row for path in files.generations for row in read_jsonl(path)])
+    if generated.empty:
+        raise InputError(files.model, "there are no descriptions of test cells", "Put some cells into the test split")
     reference = DESCRIPTIONS.read(files.descriptions).drop(columns=["split", "definition"])
     reference = reference.rename(columns=lambda name: name if name == "cell_id" else f"true_{name}")
-    cells = said.merge(reference, on="cell_id", how="left", validate="one_to_one", indicator=True)
+    cells = generated.merge(reference, on="cell_id", how="left", validate="one_to_one", indicator=True)
     cells = cells.merge(corpus, on="cell_id", how="left")
-    lost = cells["cell_id"][cells["_merge"] == "left_only"]
-    if len(lost):
-        raise InputError(files.descriptions, f"no reference for {len(lost)} described cells", RUN_AGAIN)
+    missing = cells["cell_id"][cells["_merge"] == "left_only"]
+    if len(missing):
+        raise InputError(files.descriptions, f"no reference for {len(missing)} described cells", RUN_AGAIN)
     cells = cells.drop(columns="_merge").sort_values("cell_id", ignore_index=True)
     for slot in TERM_SLOTS:
         for column in (f"{slot}_id", f"true_{slot}_id"):
             cells[column] = cells[column].astype(object).where(cells[column].notna(), None)
     return cells
+
+
+def _read_history(encoder: Path, model: Path) -> pd.DataFrame:
+    """Return the history of fine-tuning, followed by that of the encoder's pre-training if there was one."""
+    history, pretraining = HISTORY.read(model / "history.parquet"), encoder / "history.parquet"
+    return pd.concat([history, HISTORY.read(pretraining)], ignore_index=True) if pretraining.is_file() else history
 
 
 def _read_pooled(paths: Iterable[str], cell_ids: pd.Series) -> np.ndarray:
@@ -194,13 +215,13 @@ def _read_pooled(paths: Iterable[str], cell_ids: pd.Series) -> np.ndarray:
     found = np.zeros(len(row_of), dtype=bool)
     for path in paths:
         tensors, ids = EMBEDDINGS.read(path, ["pooled"])
-        here = np.array([i for i, cell in enumerate(ids) if cell in row_of], dtype=int)
-        if not len(here):
+        wanted = np.array([i for i, cell in enumerate(ids) if cell in row_of], dtype=int)
+        if not len(wanted):
             continue
         if pooled is None:
             pooled = np.zeros((len(row_of), tensors["pooled"].shape[1]), dtype=np.float32)
-        rows = [row_of[ids[i]] for i in here]
-        pooled[rows] = tensors["pooled"][here]
+        rows = [row_of[ids[i]] for i in wanted]
+        pooled[rows] = tensors["pooled"][wanted]
         found[rows] = True
     if pooled is None or not found.all():
         raise InputError("embeddings", f"{(~found).sum()} described cells have no embedding", RUN_AGAIN)

@@ -1,4 +1,4 @@
-"""The tables of the page: methods side by side, slots, confusions, classes."""
+"""Tables of the report: methods, slots, confusions and classes."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from scipy.spatial.distance import squareform
 
 from cell2text.contracts import TERM_SLOTS
 from cell2text.evaluation.methods import METHODS, title_of
-from cell2text.report.results import METHOD, SLOTS, Results
+from cell2text.report.results import METHOD, SLOTS, Results, slot_name
 
 COLUMNS = {
     "Cell type accuracy": ("cell_type", "accuracy"),
     "Macro-F1": ("cell_type", "macro_f1"),
     "Ontology similarity": ("cell_type", "similarity"),
     "Similarity among errors": ("cell_type", "similarity_among_errors"),
-    "Pathway Jaccard": ("pathways", "jaccard"),
+    "Gene programmes, Jaccard": ("pathways", "jaccard"),
     "BLEU": ("text", "bleu"),
     "ROUGE-L": ("text", "rouge_l"),
     "Exact match": ("text", "exact_match"),
@@ -25,46 +25,66 @@ MOST_CLASSES = 30
 
 
 def compare_methods(results: Results) -> list[dict[str, Any]]:
-    """Return a row for each method: name, what it is, and its figures, the clearly best ones marked.
+    """Return one row per method: title, summary and scores, with the clearly best score of each column marked.
 
-    A figure is best where the lower end of its interval lies above the upper end of the next one's.
+    A score is clearly best if its interval lies above that of the second best.
     """
-    present = set(results.metrics["method"])
     rows = []
-    for method in [name for name in METHODS if name in present] + sorted(present - set(METHODS)):
-        figures = [results.metric(method, slot, metric) for slot, metric in COLUMNS.values()]
-        what = METHODS[method].summary if method in METHODS else ""
-        rows.append({"method": method, "name": title_of(method), "what": what, "figures": figures})
+    for method in _list_methods(results):
+        scores = [results.metric(method, slot, metric) for slot, metric in COLUMNS.values()]
+        summary = METHODS[method].summary if method in METHODS else ""
+        rows.append({"method": method, "name": title_of(method), "summary": summary, "scores": scores})
     for column in range(len(COLUMNS)):
-        best = clearly_best([row["figures"][column] for row in rows])
+        best = clearly_best([row["scores"][column] for row in rows])
         if best is not None:
-            rows[best]["figures"][column]["best"] = True
+            rows[best]["scores"][column]["best"] = True
     return rows
 
 
-def clearly_best(figures: list[dict[str, float] | None]) -> int | None:
-    """Return the place of the highest figure if its interval lies above the next one's, else None."""
+def _list_methods(results: Results) -> list[str]:
+    """Return the methods of a run: those of the registry in its order, then any others by name."""
+    present = set(results.metrics["method"])
+    return [name for name in METHODS if name in present] + sorted(present - set(METHODS))
+
+
+def clearly_best(scores: list[dict[str, float] | None]) -> int | None:
+    """Return the index of the highest score if its interval lies above that of the second highest, else None."""
     order = sorted(
-        (i for i, figure in enumerate(figures) if figure is not None),
-        key=lambda i: -figures[i]["value"],
+        (i for i, score in enumerate(scores) if score is not None),
+        key=lambda i: -scores[i]["value"],
     )
     if len(order) < 2:
         return None
-    first, second = (figures[i] for i in order[:2])
+    first, second = (scores[i] for i in order[:2])
     return order[0] if first["low"] > second["high"] else None
 
 
-def best_neighbour(results: Results) -> dict[str, Any] | None:
-    """Return name and cell type accuracy of the best method but Cell2Text; None where there is no other."""
-    rows = [row for row in compare_methods(results) if row["method"] != METHOD and row["figures"][0]]
-    if not rows:
-        return None
-    best = max(rows, key=lambda row: row["figures"][0]["value"])
-    return {"name": best["name"], **best["figures"][0]}
+def best_baseline(results: Results, slot: str, metric: str) -> dict[str, Any] | None:
+    """Return name, value, low, high and n of the baseline that scores highest; None if no baseline has a score."""
+    baselines = (method for method in _list_methods(results) if method != METHOD)
+    scores = [
+        {"name": title_of(method), **score} for method in baselines if (score := results.metric(method, slot, metric))
+    ]
+    return max(scores, key=lambda score: score["value"], default=None)
 
 
-def judge_slots(results: Results) -> list[dict[str, Any]]:
-    """Return, for each slot, how many terms the reference holds and how Cell2Text did."""
+def lost_slots(results: Results) -> list[str]:
+    """Return one sentence for each slot in which a baseline scores higher than the fine-tuned model."""
+    sentences = []
+    for slot in SLOTS:
+        metric, name = ("jaccard", "Jaccard index") if slot == "pathways" else ("accuracy", "accuracy")
+        own, baseline = results.metric(METHOD, slot, metric), best_baseline(results, slot, metric)
+        if own and baseline and baseline["value"] > own["value"]:
+            overlap = "do not overlap" if baseline["low"] > own["high"] else "overlap"
+            sentences.append(
+                f"{slot_name(slot).capitalize()}: {baseline['name']} scores higher than {title_of(METHOD)} "
+                f"({name} {100 * baseline['value']:.1f}% vs. {100 * own['value']:.1f}%; the 95% intervals {overlap})."
+            )
+    return sentences
+
+
+def score_slots(results: Results) -> list[dict[str, Any]]:
+    """Return for each slot the number of terms in the reference and the scores of the fine-tuned model."""
     rows = []
     for slot in SLOTS:
         if slot in TERM_SLOTS:
@@ -86,7 +106,7 @@ def judge_slots(results: Results) -> list[dict[str, Any]]:
 
 
 def class_scores(results: Results) -> list[dict[str, Any]]:
-    """Return the per-class scores of Cell2Text's cell types, the most frequent class first."""
+    """Return the fine-tuned model's scores per cell type, the most frequent type first."""
     table = _of_cell_types(results.per_class)
     return table.sort_values(["n", "name"], ascending=[False, True]).to_dict("records")
 
@@ -96,16 +116,16 @@ def _of_cell_types(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def confusion_matrix(results: Results, most: int = MOST_CLASSES) -> dict[str, Any]:
-    """Return the confusions of cell types, classes that are confused standing side by side.
+    """Return the confusion matrix of cell types, ordered so that confused types are adjacent.
 
-    Classes beyond the ``most`` frequent ones are put together as one.
+    Types beyond the ``most`` frequent ones are merged into one.
 
     Returns
     -------
     dict
-        ``rows``: name, whether it is several classes, n and, for each column, the count and its share of
-        the row. ``columns``: names and the mark that stands for each: the number of its row, or a letter
-        where it has none.
+        ``rows``: name, whether the row is merged, n and, for each column, the count and its share of the row.
+        ``columns``: name and label of each column. The label is the number of the type's row, or a letter if it
+        has no row.
     """
     table = _of_cell_types(results.confusion).copy()
     totals = table.groupby("true_id")["n"].sum().sort_index().sort_values(ascending=False, kind="stable")
@@ -117,28 +137,28 @@ def confusion_matrix(results: Results, most: int = MOST_CLASSES) -> dict[str, An
     shown = list(totals.index[:most])
     rest = f"{len(totals) - most} rarer types" if len(totals) > most else None
     true = table["true_id"].where(table["true_id"].isin(shown), "rest")
-    said = table["predicted_id"]
-    said = said.where(said.isin([*shown, ""]) | ~said.isin(totals.index), "rest")
-    if said[~said.isin([*shown, "", "rest"])].nunique() > most:
-        said = said.where(said.isin([*shown, "", "rest"]), "other")
-    counts = pd.crosstab(true, said, values=table["n"], aggfunc="sum").fillna(0)
+    predicted = table["predicted_id"]
+    predicted = predicted.where(predicted.isin([*shown, ""]) | ~predicted.isin(totals.index), "rest")
+    if predicted[~predicted.isin([*shown, "", "rest"])].nunique() > most:
+        predicted = predicted.where(predicted.isin([*shown, "", "rest"]), "other")
+    counts = pd.crosstab(true, predicted, values=table["n"], aggfunc="sum").fillna(0)
     rows = [shown[i] for i in order_by_confusion(counts.reindex(shown, axis=0).reindex(columns=shown))]
     rows += ["rest"] if rest else []
     further = sorted(set(counts.columns) - {*rows, ""}, key=lambda term: (term == "other", names.get(term)))
     columns = [*rows, *further, *([""] if "" in counts.columns else [])]
-    names |= {"rest": rest, "other": "other types, not in the test split"}
+    names |= {"rest": rest, "other": "other types, absent from the test split"}
     counts = counts.reindex(index=rows, columns=columns, fill_value=0)
     sums = counts.sum(axis=1)
-    marks = [str(i + 1) for i in range(len(rows))] + [_letter(i) for i in range(len(further))]
+    labels = [str(i + 1) for i in range(len(rows))] + [_letter(i) for i in range(len(further))]
     return {
         "columns": [
-            {"mark": mark, "name": names[term], "extra": i >= len(rows)}
-            for i, (mark, term) in enumerate(zip([*marks, "–"], columns, strict=False))
+            {"label": label, "name": names[term], "extra": i >= len(rows)}
+            for i, (label, term) in enumerate(zip([*labels, "–"], columns, strict=False))
         ],
         "rows": [
             {
                 "name": names[term],
-                "lumped": term == "rest",
+                "merged": term == "rest",
                 "n": int(sums[term]),
                 "cells": [(int(n), n / max(sums[term], 1)) for n in counts.loc[term]],
             }
@@ -152,15 +172,15 @@ def _letter(number: int) -> str:
 
 
 def order_by_confusion(counts: pd.DataFrame) -> np.ndarray:
-    """Return an order of classes in which those that are confused are near each other.
+    """Return an order of the classes in which confused classes are close to each other.
 
-    Average linkage with optimal leaf order (Bar-Joseph et al., Bioinformatics 2001) on one minus the
-    symmetric share of confusions; scipy's implementation.
+    Average linkage with optimal leaf ordering (Bar-Joseph et al., Bioinformatics 2001) on one minus the
+    symmetrised share of confusions.
 
     Parameters
     ----------
     counts
-        True classes by predicted classes, the same in both.
+        True classes by predicted classes, in the same order.
     """
     counts = np.nan_to_num(counts.to_numpy(dtype=float))
     if len(counts) < 3:
@@ -172,12 +192,12 @@ def order_by_confusion(counts: pd.DataFrame) -> np.ndarray:
 
 
 def limit_ranges(study: dict[str, Any]) -> dict[str, str]:
-    """Return each QC limit of a study as text, from the least to the greatest where its donors' differ.
+    """Return each QC limit of a study as text, as a range if it differs between donors.
 
     Parameters
     ----------
     study
-        What the JSON file of QC holds: ``samples``, each with the limits that hold in it.
+        Content of the JSON file of QC: ``samples``, each with its limits.
     """
     by_limit: dict[str, list[float]] = {}
     for sample in study["samples"]:

@@ -1,4 +1,4 @@
-"""What the run cost: time and memory of each rule, from Snakemake's benchmark files."""
+"""Time and memory of each rule, from Snakemake's benchmark files."""
 
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,18 @@ import pandas as pd
 from cell2text.files import read_jsonl
 
 
-def rule_costs(benchmarks: str | Path, left_out: str = "render_report") -> list[dict[str, Any]]:
+def rule_costs(benchmarks: str | Path, excluded: str = "render_report") -> list[dict[str, Any]]:
     """Return jobs, seconds, CPU seconds and peak memory (MB) of each rule, the longest first.
 
-    A file ``{rule}.jsonl`` or ``{rule}/{wildcards}.jsonl`` holds one record a job. A figure that was not
-    measured ("NA", for a job of less than half a second) is None.
+    A file ``{rule}.jsonl`` or ``{rule}/{wildcards}.jsonl`` has one record per job. Values that were not measured
+    ("NA", for jobs of less than half a second) are None.
 
     Parameters
     ----------
     benchmarks
         Folder of the benchmark files; it may be missing or empty.
-    left_out
-        The rule that renders the page: what it cost is known only afterwards.
+    excluded
+        The rule that renders the report: its own cost is known only afterwards.
     """
     folder = Path(benchmarks)
     records = [
@@ -28,7 +28,7 @@ def rule_costs(benchmarks: str | Path, left_out: str = "render_report") -> list[
         for record in read_jsonl(path)
     ]
     table = pd.DataFrame(records, columns=["rule", "s", "max_rss", "cpu_time"])
-    table = table[table["rule"] != left_out]
+    table = table[table["rule"] != excluded]
     for column in ("s", "max_rss", "cpu_time"):
         table[column] = pd.to_numeric(table[column], errors="coerce")
     costs = table.groupby("rule").agg(

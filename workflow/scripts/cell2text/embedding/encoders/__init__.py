@@ -1,60 +1,69 @@
-"""Encoders by name: each turns a cell's ranked genes into one vector a gene and vectors of the whole cell.
+"""Encoders by name: each turns a cell's ranked genes into one vector per gene and vectors of the whole cell.
 
-A new encoder is one module with a class like :class:`Encoder`, and one line in ``ENCODERS``.
+A new encoder needs one module with a class that implements :class:`Encoder`, and one line in ``ENCODERS``.
 """
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
 from cell2text.files import read_json
 from cell2text.progress import Progress
+from cell2text.settings import EncoderSettings
 
 
 class Encoder(Protocol):
-    """What every encoder can do."""
+    """Interface of the encoders."""
 
-    dimensions: int  # of a gene's vector
+    dimensions: int  # of a vector
 
     @classmethod
     def fit(
-        cls, train: RankedSplit, validation: RankedSplit, settings: dict[str, Any], seed: int, checkpoints: Path
+        cls,
+        train: RankedSplit,
+        validation: RankedSplit,
+        settings: EncoderSettings,
+        seed: int,
+        checkpoints: Path,
+        fetched: Path | None = None,
     ) -> "Encoder":
-        """Learn from training cells.
+        """Fit the encoder on training cells.
 
         Parameters
         ----------
         train, validation
-            Cells to learn from, and to choose by.
+            Training cells, and cells for model selection.
         settings
             The config's ``encoder`` section.
         seed
-            Of anything random.
+            Seed of all random choices.
         checkpoints
-            Folder for what a killed run goes on from; it need not exist.
+            Folder for checkpoints from which a killed run resumes; it need not exist.
+        fetched
+            Directory of the fetched encoder, if there is one.
         """
 
     def save(self, directory: Path) -> None:
-        """Write what was learnt into an existing directory."""
+        """Write the encoder into an existing directory."""
 
     @classmethod
     def load(cls, directory: Path) -> "Encoder":
-        """Read what :meth:`save` wrote."""
+        """Load an encoder written by :meth:`save`."""
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
-        """Return the tensors of ``contracts.EMBEDDINGS`` for some cells.
+        """Return the tensors of ``contracts.EMBEDDINGS`` for the given cells.
 
         Parameters
         ----------
         cells
-            Their ranked genes.
+            Ranked genes of the cells.
         top_k
-            Gene vectors to keep of a cell, those of its highest ranked genes.
+            Gene vectors per cell: those of its highest ranked genes.
         progress
-            Told of the cells that are done.
+            Advanced by the number of embedded cells.
         """
 
 
@@ -66,11 +75,11 @@ ENCODERS = {
 
 
 def encoder_class(kind: str) -> type[Encoder]:
-    """Return the class of an encoder; only its own module is imported."""
+    """Return the class of an encoder, importing only its module."""
     module, name = ENCODERS[kind].split(".")
     return getattr(import_module(f"cell2text.embedding.encoders.{module}"), name)
 
 
 def load_encoder(directory: str | Path) -> Encoder:
-    """Return the encoder that a directory holds."""
+    """Load the encoder from a directory."""
     return encoder_class(read_json(Path(directory) / "encoder.json")["kind"]).load(Path(directory))

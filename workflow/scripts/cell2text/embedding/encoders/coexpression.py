@@ -1,9 +1,9 @@
-"""Gene vectors from coexpression: the principal axes of the training cells, with no download and no GPU.
+"""Gene vectors from coexpression: the principal axes of the training cells, without a download or a GPU.
 
-A gene's vector is its row of the right singular vectors of the centred log-normalised counts; in a cell it
-is scaled by the gene's expression. The sum over the cell's genes, less a constant, is then the cell's PCA
-coordinates, so nothing that a linear model on principal components sees is lost. How many axes are kept, and
-whether they are whitened, is what best tells the cell types of validation cells.
+A gene's vector is its row of the right singular vectors of the centred log-normalised counts, scaled in each cell by
+the gene's expression. The sum over the cell's genes minus a constant gives the cell's PCA coordinates, so a linear
+model on these vectors has all the information in the principal components. The number of axes and whether to whiten
+them are chosen by how well they predict the cell types of validation cells.
 """
 
 import logging
@@ -20,29 +20,30 @@ from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, pad
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.progress import Progress
+from cell2text.settings import EncoderSettings
 
 log = logging.getLogger("cell2text.encoders")
 
 PASSES = 6  # over the training cells: with five, the last axes of real cells are still a few degrees off
-FURTHER_COLUMNS = 10  # of the start block, beyond the axes asked for
-NEGLIGIBLE = 1e-8  # share of the first axis' variance; to whiten an axis below it would multiply rounding errors
-FEWEST_DIMENSIONS = 8  # that a truncation leaves
-CELLS_TO_CHOOSE_BY = 10_000  # of a split at most
+OVERSAMPLING = 10  # columns of the start block beyond the requested axes
+NEGLIGIBLE = 1e-8  # share of the first axis' variance; whitening an axis below it would amplify rounding errors
+MIN_DIMENSIONS = 8  # after truncation
+SELECTION_CELLS = 10_000  # maximum per split for choosing the number of axes
 
 
 class Coexpression:
-    """Principal axes of training cells.
+    """Principal axes of the training cells.
 
     Parameters
     ----------
     axes
-        One row a gene, float32 (genes, dimensions).
+        One row per gene, float32 (genes, dimensions).
     centre
-        PCA coordinates of a cell without any counts, negated, float32 (dimensions,).
+        Negated PCA coordinates of a cell without counts, float32 (dimensions,).
     whitened
         Whether each axis is divided by its standard deviation over the training cells.
     candidates
-        What was chosen among; see :func:`compare_candidates`.
+        The options that were compared; see :func:`compare_candidates`.
     """
 
     def __init__(
@@ -53,48 +54,54 @@ class Coexpression:
 
     @classmethod
     def fit(
-        cls, train: RankedSplit, validation: RankedSplit, settings: dict[str, Any], seed: int, checkpoints: Path
+        cls,
+        train: RankedSplit,
+        validation: RankedSplit,
+        settings: EncoderSettings,
+        seed: int,
+        checkpoints: Path,
+        fetched: Path | None = None,
     ) -> "Coexpression":
-        """Find the principal axes of training cells and choose on validation cells how to keep them.
+        """Find the principal axes of training cells; choose number and scaling of the axes on validation cells.
 
         Parameters
         ----------
         train, validation
-            Cells to learn from, and to choose by.
+            Cells to fit the axes, and cells for model selection.
         settings
-            ``dimensions``: how many axes at most; fewer are there with few cells or genes.
+            Only ``dimensions``, the maximum number of axes; few cells or genes give fewer.
         seed
-            Of the start block, and of the cells drawn to choose by.
-        checkpoints
-            Not needed.
+            Seed of the start block, and of the cells drawn for model selection.
+        checkpoints, fetched
+            Not used.
 
         Raises
         ------
         InputError
-            If the training cells do not differ in any gene.
+            If all training cells have the same expression.
         """
-        axes, mean, deviations = find_axes(train, settings["dimensions"], seed)
+        axes, mean, deviations = find_axes(train, settings.dimensions, seed)
         if not len(deviations):
-            raise InputError(train.corpus, "the training cells do not differ in any gene", "Give more cells")
+            raise InputError(train.corpus, "all training cells have the same expression", "Add cells")
         candidates = compare_candidates(train, validation, axes, mean, deviations, seed)
         chosen = choose_candidate(candidates) if candidates else {"dimensions": len(deviations), "whitened": False}
         dimensions, whitened = chosen["dimensions"], chosen["whitened"]
-        log.info("kept %d of %d dimensions, %s", dimensions, len(deviations), _told(whitened))
+        log.info("kept %d of %d dimensions, %s", dimensions, len(deviations), _scaling(whitened))
         axes = axes[:, :dimensions] / (deviations[:dimensions] if whitened else 1)
         centre = (mean @ axes).astype(np.float32)
         return cls(np.ascontiguousarray(axes, dtype=np.float32), centre, whitened, candidates)
 
     def save(self, directory: Path) -> None:
-        """Write the axes, the centre and what was chosen among."""
+        """Write the axes, the centre and the candidates."""
         save_file({"axes": self.axes, "centre": self.centre}, directory / "coexpression.safetensors")
-        about = {"kind": "coexpression", "dimensions": self.dimensions, "whitened": self.whitened}
-        write_json(about | {"candidates": self.candidates}, directory / "encoder.json")
+        metadata = {"kind": "coexpression", "dimensions": self.dimensions, "whitened": self.whitened}
+        write_json(metadata | {"candidates": self.candidates}, directory / "encoder.json")
 
     @classmethod
     def load(cls, directory: Path) -> "Coexpression":
-        """Read what :meth:`save` wrote."""
-        tensors, about = load_file(directory / "coexpression.safetensors"), read_json(directory / "encoder.json")
-        return cls(tensors["axes"], tensors["centre"], about.get("whitened", False), about.get("candidates", ()))
+        """Load an encoder written by :meth:`save`."""
+        tensors, metadata = load_file(directory / "coexpression.safetensors"), read_json(directory / "encoder.json")
+        return cls(tensors["axes"], tensors["centre"], metadata.get("whitened", False), metadata.get("candidates", ()))
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Return gene vectors of the ``top_k`` highest ranked genes and each cell's PCA coordinates.
@@ -102,17 +109,17 @@ class Coexpression:
         Parameters
         ----------
         cells
-            Their ranked genes.
+            Ranked genes of the cells.
         top_k
-            Gene vectors to keep of a cell; shorter lists are padded with zeros behind.
+            Gene vectors per cell; cells with fewer genes are padded with zeros.
         progress
-            Told when all is done.
+            Advanced once, by all cells.
 
         Returns
         -------
         dict
             ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,),
-            ``pooled`` float32 (cells, dimensions), which counts every expressed gene.
+            ``pooled`` float32 (cells, dimensions), over all expressed genes.
         """
         top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
         top_expression, _ = pad(cells.expression, cells.offsets, top_k)
@@ -126,30 +133,32 @@ class Coexpression:
 
 
 def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the principal axes of cells that are read a part at a time, by randomised block Krylov iteration.
+    """Return the principal axes of cells read in parts, by randomised block Krylov iteration.
 
-    Only matrices with one row a gene are held. After Musco & Musco, NeurIPS 2015, and Halko et al., SIAM Review
-    2011; the covariance times each block is kept, so the final Rayleigh-Ritz step reads no cell again.
+    Only matrices with one row per gene are in memory. After Musco & Musco, NeurIPS 2015, and Halko et al., SIAM Review
+    2011. The products of the covariance with each block are kept, so the final Rayleigh-Ritz step needs no pass over
+    the cells.
 
     Parameters
     ----------
     cells
-        Read ``PASSES`` times; less often where there are so few genes that the blocks span them sooner.
+        Cells to read, in ``PASSES`` passes; fewer if there are so few genes that the blocks span them sooner.
     dimensions
-        Axes to find; there are fewer where fewer vary, and always fewer than cells and than genes.
+        Maximum number of axes. Axes without variance are dropped, and there are fewer axes than cells and genes.
     seed
-        Of the start block, which is random normal.
+        Seed of the start block, which is standard normal.
 
     Returns
     -------
     axes
-        Unit columns by falling variance, the largest absolute entry of each positive; float64 (genes, dimensions).
+        Unit columns by decreasing variance, signed so that the entry with the largest magnitude is positive; float64
+        (genes, dimensions).
     mean
-        Of each gene, float64 (genes,).
+        Mean of each gene, float64 (genes,).
     deviations
         Standard deviation of the cells along each axis, float64 (dimensions,).
     """
-    width = min(dimensions + FURTHER_COLUMNS, cells.genes)
+    width = min(dimensions + OVERSAMPLING, cells.genes)
     columns = min(PASSES * width, cells.genes)
     starts = range(0, columns, width)
     progress = Progress(len(starts) * len(cells), "cells read")
@@ -163,7 +172,7 @@ def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[np.ndarra
     projected = basis.T @ products
     variances, vectors = np.linalg.eigh((projected + projected.T) / 2)
     variances, vectors = variances[::-1], vectors[:, ::-1]
-    # beside the first variance the mean, of which rounding errors are left where cells do not vary at all
+    # the mean sets the scale of the rounding errors that remain if cells do not vary at all
     vary = np.count_nonzero(variances > NEGLIGIBLE * max(variances[0], mean @ mean))
     kept = min(dimensions, count - 1, cells.genes - 1, vary)
     axes = basis @ vectors[:, :kept]
@@ -172,7 +181,7 @@ def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[np.ndarra
 
 
 def _orthonormalise(block: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    for _ in range(2):  # columns that all but lie in the basis need it twice
+    for _ in range(2):  # columns almost in the span of the basis need it twice
         block, _ = np.linalg.qr(block - basis @ (basis.T @ block))
     return block
 
@@ -180,7 +189,7 @@ def _orthonormalise(block: np.ndarray, basis: np.ndarray) -> np.ndarray:
 def _multiply_covariance(
     cells: RankedSplit, block: np.ndarray, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the covariance of genes times a block, (genes, columns), the mean of each gene and the number of cells."""
+    """Return covariance @ block, (genes, columns), the mean of each gene, (genes,), and the number of cells."""
     product, total, count = np.zeros(block.shape), np.zeros(cells.genes), 0
     for part in cells:
         expression = part.matrix(cells.genes)
@@ -200,42 +209,42 @@ def compare_candidates(
     deviations: np.ndarray,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Score each way to keep the axes by how well a logistic regression on them tells cell types.
+    """Compare options for the axes by how well a logistic regression on them predicts cell types.
 
     Parameters
     ----------
     train, validation
-        The regression is fitted on some of the first and scored on some of the second, of types that it knows;
-        at most ``CELLS_TO_CHOOSE_BY`` of each.
+        The regression is fitted on training cells and scored on validation cells of the same types; at most
+        ``SELECTION_CELLS`` of each.
     axes, mean, deviations
-        What :func:`find_axes` returned.
+        Output of :func:`find_axes`.
     seed
-        Of the drawing of cells.
+        Seed of the draw of cells.
 
     Returns
     -------
     list of dict
-        ``dimensions`` and ``whitened`` of each candidate, preferred ones first; ``log_likelihood``, the mean over
-        validation cells; ``behind``, how far it is below the best one's; ``standard_error`` of that paired
-        difference. Nothing where validation cells are not known to be of two types.
+        ``dimensions`` and ``whitened`` of each candidate, in order of preference; ``log_likelihood``, the mean over
+        validation cells; ``behind``, its difference from the best candidate; and ``standard_error`` of that paired
+        difference. Empty if the validation cells have fewer than two of the training cell types.
     """
-    known = _draw(pd.Series(train.cell_types(), dtype=object), seed)
-    asked = pd.Series(validation.cell_types(), dtype=object)
-    asked = _draw(asked[asked.isin(known.unique())], seed)
-    if asked.nunique() < 2:
-        log.info("no choice of dimensions: validation cells are not known to be of two types seen in training")
+    train_types = _draw(pd.Series(train.cell_types(), dtype=object), seed)
+    validation_types = pd.Series(validation.cell_types(), dtype=object)
+    validation_types = _draw(validation_types[validation_types.isin(train_types.unique())], seed)
+    if validation_types.nunique() < 2:
+        log.info("keeping all dimensions: fewer than two training cell types among the validation cells")
         return []
-    known, asked = (_place(split, of, axes, mean) for split, of in ((train, known), (validation, asked)))
+    splits = [_project(train, train_types, axes, mean), _project(validation, validation_types, axes, mean)]
     candidates, scores = [], []
     dimensions = len(deviations)
-    while not candidates or dimensions >= FEWEST_DIMENSIONS:
+    while not candidates or dimensions >= MIN_DIMENSIONS:
         for whitened in (False, True):
             scale = deviations[:dimensions] if whitened else 1
-            scores.append(_score([(places[:, :dimensions] / scale, types) for places, types in (known, asked)]))
+            scores.append(_score([(coordinates[:, :dimensions] / scale, types) for coordinates, types in splits]))
             candidates.append({"dimensions": dimensions, "whitened": whitened})
             log.info(
-                "%d dimensions, %s: log likelihood %.4f a validation cell",
-                dimensions, _told(whitened), scores[-1].mean(),
+                "%d dimensions, %s: log likelihood %.4f per validation cell",
+                dimensions, _scaling(whitened), scores[-1].mean(),
             )  # fmt: skip
         dimensions //= 2
     best = max(scores, key=np.mean)
@@ -247,33 +256,33 @@ def compare_candidates(
 
 
 def choose_candidate(candidates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first candidate that is behind the best by no more than one standard error."""
+    """Return the first candidate within one standard error of the best."""
     return next(candidate for candidate in candidates if candidate["behind"] <= candidate["standard_error"])
 
 
 def _draw(types: pd.Series, seed: int) -> pd.Series:
-    return types.sample(min(len(types), CELLS_TO_CHOOSE_BY), random_state=seed)
+    return types.sample(min(len(types), SELECTION_CELLS), random_state=seed)
 
 
-def _place(split: RankedSplit, types: pd.Series, axes: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return PCA coordinates, float64 (cells, dimensions), and type of the cells that ``types`` names."""
-    places, found = [], []
+def _project(split: RankedSplit, types: pd.Series, axes: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return PCA coordinates, float64 (cells, dimensions), and cell types of the cells in ``types``."""
+    coordinates, found = [], []
     for part in split:
         row = types.index.get_indexer(part.cell_ids)
-        places.append(part.take(np.flatnonzero(row >= 0)).matrix(split.genes) @ axes - mean @ axes)
+        coordinates.append(part.take(np.flatnonzero(row >= 0)).matrix(split.genes) @ axes - mean @ axes)
         found.append(types.to_numpy()[row[row >= 0]])
-    return np.concatenate(places), np.concatenate(found)
+    return np.concatenate(coordinates), np.concatenate(found)
 
 
 def _score(splits: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return the log likelihood of the type of each cell of the second split, fitted on the first."""
-    (known, known_types), (asked, asked_types) = splits
-    spread = known.std()  # one for all axes, or every candidate would be whitened
-    model = LogisticRegression(max_iter=5000).fit(known / spread, known_types)
-    of_type = np.searchsorted(model.classes_, asked_types)
-    likelihood = model.predict_proba(asked / spread)[np.arange(len(asked)), of_type]
+    """Return the log likelihood of the cell type of each cell in the second split, with a model fitted on the first."""
+    (fitted, fitted_types), (scored, scored_types) = splits
+    spread = fitted.std()  # the same for all axes, otherwise every candidate would be whitened
+    model = LogisticRegression(max_iter=5000).fit(fitted / spread, fitted_types)
+    column = np.searchsorted(model.classes_, scored_types)
+    likelihood = model.predict_proba(scored / spread)[np.arange(len(scored)), column]
     return np.log(np.maximum(likelihood, np.finfo(float).eps))
 
 
-def _told(whitened: bool) -> str:
+def _scaling(whitened: bool) -> str:
     return "whitened" if whitened else "not whitened"

@@ -1,42 +1,50 @@
-"""Geneformer as published (Theodoris et al., Nature 2023; Chen et al., 2024): an official checkpoint, frozen."""
+"""Geneformer as published (Theodoris et al., Nature 2023; Chen et al., 2024): a frozen official checkpoint."""
 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from cell2text.embedding.encoders.ranked_bert import RankedBert
 from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.files import write_json
+from cell2text.settings import EncoderSettings
 
 
 class Geneformer(RankedBert):
-    """An official checkpoint as ``model_sources.fetch_encoder`` laid it down."""
+    """An official checkpoint, as written by ``models.fetch_encoder``."""
 
     kind = "geneformer"
     directory: Path
 
     @classmethod
     def fit(
-        cls, train: RankedSplit, validation: RankedSplit, settings: dict[str, Any], seed: int, checkpoints: Path
+        cls,
+        train: RankedSplit,
+        validation: RankedSplit,
+        settings: EncoderSettings,
+        seed: int,
+        checkpoints: Path,
+        fetched: Path | None = None,
     ) -> "Geneformer":
-        """Take the checkpoint as it is.
+        """Load the checkpoint without changing it.
 
         Parameters
         ----------
         train, validation, seed, checkpoints
-            Not needed.
+            Not used.
         settings
-            ``directory`` of the checkpoint, and the ``layer`` whose output is taken.
+            Only ``layer``, the layer whose output is used.
+        fetched
+            Directory of the checkpoint.
         """
-        encoder = cls.load(Path(settings["directory"]), layer=settings["layer"])
-        encoder.directory = Path(settings["directory"])
+        encoder = cls.load(fetched, layer=settings.layer)
+        encoder.directory = fetched
         return encoder
 
     def save(self, directory: Path) -> None:
-        """Link the checkpoint, which takes up to a gigabyte, and write which layer is taken."""
+        """Link the checkpoint, which may be over a gigabyte, and write the layer to use."""
         for name in ("config.json", "model.safetensors"):
             (directory / name).unlink(missing_ok=True)
             (directory / name).symlink_to(os.path.relpath(self.directory / name, directory))
         shutil.copyfile(self.directory / "source.json", directory / "source.json")
-        write_json(self._about(), directory / "encoder.json")
+        write_json(self._metadata(), directory / "encoder.json")

@@ -1,27 +1,22 @@
 """Masked gene modelling: batches with hidden genes, the loss, and a training loop that resumes."""
 
-import json
 import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from cell2text.embedding.encoders.ranked_bert import Special
 from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.errors import InputError
-from cell2text.files import whole_file
-from cell2text.finetuning.optimiser import warm_up_then_decay
 from cell2text.progress import Progress
+from cell2text.settings import EncoderSettings
+from cell2text.training import history_row, read_checkpoint, warm_up_then_decay, write_checkpoint
 
 log = logging.getLogger("cell2text.encoders")
 
@@ -111,11 +106,6 @@ class Batch:
         hidden = np.where(fate < MASKED, special.mask, np.where(fate < MASKED + REPLACED, others, genes))
         return cls(np.where(chosen, hidden, genes), genes != special.pad, chosen, genes)
 
-    def share(self, process: int, processes: int) -> "Batch":
-        """Return the cells of one of several processes."""
-        mine = slice(process, None, processes)
-        return Batch(self.ids[mine], self.attended[mine], self.chosen[mine], self.genes[mine])
-
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return what :class:`MaskedGenes` takes."""
         # without padding there is nothing to mask, and attention is faster without one
@@ -184,8 +174,8 @@ class State:
     best_loss, best_epoch
         Lowest validation loss so far and the epoch, from 0, that ended with it.
     history
-        A row each few steps: the last step and its epoch, from 1; mean ``loss`` since the row before;
-        ``validation_loss`` at the end of an epoch, else NaN; ``learning_rate``; ``seconds`` since the start.
+        Rows of ``contracts.HISTORY``, one for every few steps: ``loss`` is the mean since the row before, in nats per
+        hidden gene.
     """
 
     step: int = 0
@@ -209,13 +199,13 @@ class Training:
     settings
         The config's ``encoder`` section.
     seed
-        Of batches, hidden genes and dropout.
+        Seed of batches, hidden genes and dropout.
     checkpoints
         Folder for checkpoints.
     fingerprint
-        Of everything that the result depends on; a checkpoint with another one is not taken up.
-    accelerator
-        Places the model; with several processes each takes its share of every batch.
+        Hash of everything that the result depends on; checkpoints with another one are ignored.
+    device, precision
+        Where the model is trained, and the type in which it multiplies.
     """
 
     def __init__(
@@ -224,16 +214,17 @@ class Training:
         special: Special,
         train: Cells,
         validation: Cells,
-        settings: dict[str, Any],
+        settings: EncoderSettings,
         seed: int,
         checkpoints: Path,
         fingerprint: str,
-        accelerator: Accelerator,
+        device: torch.device,
+        precision: torch.dtype,
     ):
         self.special, self.train, self.validation = special, train, validation
-        self.settings, self.seed, self.accelerator = settings, seed, accelerator
+        self.settings, self.seed, self.device, self.precision = settings, seed, device, precision
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
-        self.masked_genes = accelerator.prepare(MaskedGenes(model))
+        self.masked_genes = MaskedGenes(model).to(device)
         self.parameters = dict(model.named_parameters())
         # biases and the scales of layer norms do not decay
         groups = [
@@ -243,22 +234,22 @@ class Training:
             }
             for decays, decay in ((True, WEIGHT_DECAY), (False, 0.0))
         ]
-        self.adam = torch.optim.AdamW(groups, lr=settings["learning_rate"], fused=True)
-        self.steps_an_epoch = math.ceil(len(train) / settings["batch_cells"])
-        steps = self.steps_an_epoch * settings["epochs"]
-        self.schedule = warm_up_then_decay(steps)
+        self.adam = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+        self.epoch_steps = math.ceil(len(train) / settings.batch_cells)
+        steps = self.epoch_steps * settings.epochs
+        self.schedule = warm_up_then_decay(self.adam, steps)
         self.row_steps = max(1, steps // ROWS)
         self.state = State()
         self.best: dict[str, Tensor] = {}
-        self._forget_losses()
+        self._reset_losses()
 
     def run(self) -> State:
         """Train until the epochs are done and keep the weights of the best one."""
         state = self.state
-        done = round(len(self.train) * state.step / self.steps_an_epoch)
-        self.progress = Progress(len(self.train) * self.settings["epochs"], "cells", done=done)
+        done = round(len(self.train) * state.step / self.epoch_steps)
+        self.progress = Progress(len(self.train) * self.settings.epochs, "cells", done=done)
         self.start = time.monotonic() - (state.history[-1]["seconds"] if state.history else 0)
-        while state.epoch < self.settings["epochs"]:
+        while state.epoch < self.settings.epochs:
             self._run_epoch()
         log.info("best epoch %d, validation loss %.4f", state.best_epoch + 1, state.best_loss)
         with torch.no_grad():
@@ -268,22 +259,21 @@ class Training:
 
     def _run_epoch(self) -> None:
         state = self.state
-        rows = batches(self.train.lengths, self.settings["batch_cells"], self.seed, state.epoch)
+        rows = batches(self.train.lengths, self.settings.batch_cells, self.seed, state.epoch)
         self.masked_genes.train()
-        for batch in rows[state.step - state.epoch * self.steps_an_epoch :]:
+        for batch in rows[state.step - state.epoch * self.epoch_steps :]:
             self._step(batch)
             state.step += 1
-            at_end, at_checkpoint = state.step % self.steps_an_epoch == 0, state.step % CHECKPOINT_STEPS == 0
+            at_end, at_checkpoint = state.step % self.epoch_steps == 0, state.step % CHECKPOINT_STEPS == 0
             if at_end or at_checkpoint or state.step % self.row_steps == 0:
                 self._add_row()
-            if self.accelerator.is_main_process:
-                self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}" if state.history else "")
+            self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}" if state.history else "")
             if at_checkpoint and not at_end:
                 self.write_checkpoint()
         loss = self.validate()
         self._check(loss)
         state.history[-1]["validation_loss"] = loss
-        log.info("epoch %d: validation loss %.4f nats a hidden gene", state.epoch + 1, loss)
+        log.info("epoch %d: validation loss %.4f nats per hidden gene", state.epoch + 1, loss)
         if loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch
             self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -291,44 +281,33 @@ class Training:
         self.write_checkpoint()
 
     def _step(self, rows: np.ndarray) -> None:
-        accelerator = self.accelerator
         random = np.random.default_rng([self.seed, self.state.step, 1])
         batch = Batch.of(self.train, rows, self.special, random)
         chosen = int(batch.chosen.sum())
-        torch.manual_seed(int(random.integers(1 << 62)) + accelerator.process_index)  # of dropout
+        torch.manual_seed(int(random.integers(1 << 62)))  # of dropout
         loss = self._loss(batch)
-        # gradients are averaged over processes, but the loss is a mean over the genes of all of them
-        accelerator.backward(loss * (accelerator.num_processes / chosen))
-        accelerator.clip_grad_norm_(self.parameters.values(), CLIP)
+        (loss / chosen).backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         for group in self.adam.param_groups:
-            group["lr"] = self.settings["learning_rate"] * self.schedule(self.state.step)
+            group["lr"] = self.settings.learning_rate * self.schedule(self.state.step)
         self.adam.step()
         self.adam.zero_grad()
-        # added up where it is: to ask for the number would make a GPU wait each step
+        # summed on the device: to ask for the number would make a GPU wait in every step
         self.loss, self.chosen = self.loss + loss.detach(), self.chosen + chosen
 
     def _loss(self, batch: Batch) -> Tensor:
-        accelerator = self.accelerator
-        share = batch.share(accelerator.process_index, accelerator.num_processes)
-        return self.masked_genes(*share.inputs(accelerator.device))
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.masked_genes(*batch.inputs(self.device))
 
     def _add_row(self) -> None:
-        loss = float(self.accelerator.reduce(self.loss)) / self.chosen
+        state, loss = self.state, float(self.loss) / self.chosen
         self._check(loss)
-        self.state.history.append(
-            {
-                "step": self.state.step,
-                "epoch": self.state.epoch + 1,
-                "loss": loss,
-                "validation_loss": math.nan,
-                "learning_rate": self.adam.param_groups[0]["lr"],
-                "seconds": time.monotonic() - self.start,
-            }
-        )
-        self._forget_losses()
+        rate = self.adam.param_groups[0]["lr"]
+        state.history.append(history_row("pretrain", state.step - 1, state.epoch, loss, rate, self.start))
+        self._reset_losses()
 
-    def _forget_losses(self) -> None:
-        self.loss, self.chosen = torch.zeros((), device=self.accelerator.device), 0
+    def _reset_losses(self) -> None:
+        self.loss, self.chosen = torch.zeros((), device=self.device), 0
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -340,46 +319,37 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Return the mean negative log likelihood of a hidden gene of the validation cells, in nats."""
+        """Return the mean negative log likelihood per hidden gene of the validation cells, in nats."""
         self.masked_genes.eval()
         order = np.argsort(self.validation.lengths, kind="stable")
-        total, chosen = torch.zeros((), device=self.accelerator.device), 0
-        parts = math.ceil(len(order) / self.settings["batch_cells"])
+        total, chosen = torch.zeros((), device=self.device), 0
+        parts = math.ceil(len(order) / self.settings.batch_cells)
         for part, rows in enumerate(np.array_split(order, parts)):
             batch = Batch.of(self.validation, rows, self.special, np.random.default_rng([self.seed, part, 2]))
             total, chosen = total + self._loss(batch), chosen + int(batch.chosen.sum())
-        return float(self.accelerator.reduce(total)) / chosen
+        return float(total) / chosen
 
     def write_checkpoint(self) -> None:
-        """Write weights, optimiser and progress, whole, in the place of the last checkpoint."""
-        if self.accelerator.is_main_process:
-            tensors = {f"weight.{name}": value.detach() for name, value in self.parameters.items()}
-            tensors |= {f"best.{name}": value for name, value in self.best.items()}
-            for name, value in self.parameters.items():
-                tensors |= {f"{key}.{name}": moment for key, moment in self.adam.state[value].items()}
-            metadata = {"fingerprint": self.fingerprint, "state": json.dumps(asdict(self.state))}
-            with whole_file(self.checkpoint_file) as unfinished:
-                save_file(tensors, unfinished, metadata=metadata)
-        self.accelerator.wait_for_everyone()
+        """Write weights, optimiser and progress in place of the last checkpoint."""
+        tensors = {f"weight.{name}": value.detach() for name, value in self.parameters.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for name, value in self.parameters.items():
+            tensors |= {f"{key}.{name}": moment for key, moment in self.adam.state[value].items()}
+        write_checkpoint(self.checkpoint_file, tensors, asdict(self.state), self.fingerprint)
 
-    def take_up_checkpoint(self) -> None:
-        """Go back to the last checkpoint, where there is one of this very run."""
-        if not self.checkpoint_file.is_file():
+    def resume(self) -> None:
+        """Take over the last checkpoint, if there is one of this very run."""
+        found = read_checkpoint(self.checkpoint_file, self.fingerprint)
+        if found is None:
             return
-        with safe_open(self.checkpoint_file, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["fingerprint"] != self.fingerprint:
-                log.info("the checkpoint belongs to other settings or data: starting anew")
-                return
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        device = self.accelerator.device
-        self.state = State(**json.loads(metadata["state"]))
+        state, tensors = found
+        self.state = State(**state)
         for name, value in self.parameters.items():
             with torch.no_grad():
                 value.copy_(tensors[f"weight.{name}"])
             self.adam.state[value] = {
-                key: tensors[f"{key}.{name}"].to(device) for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
             if f"best.{name}" in tensors:
-                self.best[name] = tensors[f"best.{name}"].to(device)
-        log.info("going on from step %d of epoch %d", self.state.step, self.state.epoch + 1)
+                self.best[name] = tensors[f"best.{name}"].to(self.device)
+        log.info("resuming from step %d of epoch %d", self.state.step, self.state.epoch + 1)

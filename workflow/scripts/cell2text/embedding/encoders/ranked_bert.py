@@ -1,4 +1,4 @@
-"""BERT over ranked genes, frozen: Geneformer's way from a cell to vectors (Theodoris et al., Nature 2023)."""
+"""A frozen BERT over ranked genes, as in Geneformer (Theodoris et al., Nature 2023)."""
 
 import logging
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.encoders")
 
-CPU_TOKENS = 2048  # of a batch: more do not stay in the caches
-GPU_TOKENS = 1 << 18  # of a batch at most: a GPU is no faster with more
+CPU_TOKENS = 2048  # per batch; larger batches do not fit in the caches
+GPU_TOKENS = 1 << 18  # maximum per batch; larger batches are no faster on a GPU
 
 
 @dataclass(frozen=True)
 class Special:
-    """Tokens that are no genes; those that a model does not know are None.
+    """Special tokens; None for those that a model does not have.
 
     Parameters
     ----------
     pad, mask, cls, eos
-        Behind short cells, in the place of a gene to guess, before the first gene, behind the last.
+        Padding of short cells, replacement of masked genes, token before the first gene, token after the last gene.
     """
 
     pad: int
@@ -40,33 +40,33 @@ class Special:
 
     @property
     def around(self) -> int:
-        """How many stand around a cell's genes."""
+        """Number of special tokens around a cell's genes."""
         return (self.cls is not None) + (self.eos is not None)
 
 
 class RankedBert:
-    """A frozen BERT that reads a cell's genes in the order of their ranks.
+    """A frozen BERT that reads a cell's genes in rank order.
 
     Parameters
     ----------
     bert
-        With all its layers; those behind ``layer`` are dropped.
+        The model with all layers; layers after ``layer`` are dropped.
     special
-        Its special tokens.
+        Special tokens of the model.
     layer
-        Whose output is taken, counted from the end as in a list: -1 is the last layer, -2 the one before it.
+        Layer whose output is used, counted from the end: -1 is the last layer, -2 the second to last.
 
     Attributes
     ----------
     budget
-        Tokens of a batch. On a GPU found from its free memory, and halved when that proves too small.
+        Tokens per batch. On a GPU it is derived from the free memory, and halved if memory runs out.
     """
 
     kind: ClassVar[str]
 
     def __init__(self, bert: BertModel, special: Special, layer: int):
         self.special, self.layer, self.dimensions = special, layer, bert.config.hidden_size
-        self.room = bert.config.max_position_embeddings - special.around
+        self.max_genes = bert.config.max_position_embeddings - special.around
         layers = bert.encoder.layer
         if not -len(layers) <= layer <= -1:
             raise InputError("config: encoder.layer", f"{layer} of {len(layers)} layers", "Count from -1, the last one")
@@ -77,90 +77,90 @@ class RankedBert:
         self.budget = _find_budget(bert)
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
-        """Return gene vectors of the ``top_k`` highest ranked genes and the mean over all genes that were read.
+        """Return gene vectors of the ``top_k`` highest ranked genes and the mean over all genes in the input.
 
-        Cells are read in batches of like lengths, so that little is padded. What a cell holds beyond the model's
-        longest input is left out, as Geneformer does.
+        Cells are batched by length to reduce padding. Genes beyond the model's maximum input length are truncated, as
+        in Geneformer.
 
         Returns
         -------
         dict
-            ``gene_vectors`` float16 (cells, top_k, dimensions), zeros behind short cells; ``lengths`` int32 (cells,);
-            ``pooled`` float32 (cells, dimensions); and ``cls`` alike, where the model has that token.
+            ``gene_vectors`` float16 (cells, top_k, dimensions), zero-padded; ``lengths`` int32 (cells,); ``pooled``
+            float32 (cells, dimensions); and ``cls``, of the same shape, if the model has that token.
         """
-        known = np.minimum(cells.lengths, self.room)
+        lengths = np.minimum(cells.lengths, self.max_genes)
         tensors = {
             "gene_vectors": np.zeros((len(cells), top_k, self.dimensions), dtype=np.float16),
-            "lengths": np.minimum(known, top_k).astype(np.int32),
+            "lengths": np.minimum(lengths, top_k).astype(np.int32),
             "pooled": np.zeros((len(cells), self.dimensions), dtype=np.float32),
         }
         if self.special.cls is not None:
             tensors["cls"] = np.zeros_like(tensors["pooled"])
-        for rows, vectors in self._read(cells, np.argsort(-known, kind="stable"), known, top_k):
+        for rows, vectors in self._read(cells, np.argsort(-lengths, kind="stable"), lengths, top_k):
             kept = vectors["gene_vectors"]
             tensors["gene_vectors"][rows, : kept.shape[1]] = kept.half().cpu().numpy()
             for name in tensors.keys() & {"pooled", "cls"}:
                 tensors[name][rows] = vectors[name].cpu().numpy()
             if progress:
-                progress.advance(len(rows), f"{self.bert.dtype}, {self.budget} tokens a batch")
+                progress.advance(len(rows), f"{self.bert.dtype}, {self.budget} tokens per batch")
         return tensors
 
     def _read(
-        self, cells: RankedCells, order: np.ndarray, known: np.ndarray, top_k: int
+        self, cells: RankedCells, order: np.ndarray, lengths: np.ndarray, top_k: int
     ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
         start = 0
         while start < len(order):
-            longest = int(known[order[start]]) + self.special.around
+            longest = int(lengths[order[start]]) + self.special.around
             if not longest:
-                return  # without a gene there is nothing to read
+                return  # the remaining cells have no genes
             rows = order[start : start + max(1, self.budget // longest)]
             try:
-                vectors = self._vectors(*self._inputs(cells, rows, known[rows]), top_k)
+                vectors = self._vectors(*self._inputs(cells, rows, lengths[rows]), top_k)
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
                 torch.cuda.empty_cache()
                 self.budget //= 2
-                log.info("the GPU's memory is too small: batches of %d tokens from here on", self.budget)
+                log.info("out of GPU memory: continuing with batches of %d tokens", self.budget)
                 continue
             yield rows, vectors
             start += len(rows)
 
-    def _inputs(self, cells: RankedCells, rows: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return input ids, int64 (cells, tokens), and the number of genes of each cell."""
+    def _inputs(self, cells: RankedCells, rows: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return input ids, int64 (cells, tokens), and the number of genes of each cell, int64 (cells,)."""
         before = int(self.special.cls is not None)
-        ids = np.full((len(rows), known.max(initial=0) + self.special.around), self.special.pad, dtype=np.int64)
-        there = np.arange(known.max(initial=0)) < known[:, None]
-        genes = cells.offsets[rows][:, None] + np.arange(there.shape[1])
-        ids[:, before : before + there.shape[1]][there] = cells.tokens[genes[there]]
+        ids = np.full((len(rows), lengths.max(initial=0) + self.special.around), self.special.pad, dtype=np.int64)
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        genes = cells.offsets[rows][:, None] + np.arange(mask.shape[1])
+        ids[:, before : before + mask.shape[1]][mask] = cells.tokens[genes[mask]]
         if before:
             ids[:, 0] = self.special.cls
         if self.special.eos is not None:
-            ids[np.arange(len(rows)), before + known] = self.special.eos
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(known).to(self.device)
+            ids[np.arange(len(rows)), before + lengths] = self.special.eos
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(lengths).to(self.device)
 
     @torch.inference_mode()
-    def _vectors(self, ids: Tensor, known: Tensor, top_k: int) -> dict[str, Tensor]:
-        before, places = int(self.special.cls is not None), torch.arange(ids.shape[1], device=self.device)
-        attended = places < known[:, None] + self.special.around
-        # without padding there is nothing to mask, and attention is faster without one
+    def _vectors(self, ids: Tensor, lengths: Tensor, top_k: int) -> dict[str, Tensor]:
+        before, positions = int(self.special.cls is not None), torch.arange(ids.shape[1], device=self.device)
+        attended = positions < lengths[:, None] + self.special.around
+        # without padding no mask is needed, and attention is faster without one
         mask = None if bool(attended.all()) else attended.long()
         states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-        genes = ((places >= before) & (places < known[:, None] + before))[..., None]
+        genes = ((positions >= before) & (positions < lengths[:, None] + before))[..., None]
         total = (states * genes).sum(1, dtype=torch.float32)
         kept = slice(before, before + top_k)
         vectors = {
             "gene_vectors": states[:, kept] * genes[:, kept],
-            "pooled": total / known.clamp(min=1)[:, None],
+            "pooled": total / lengths.clamp(min=1)[:, None],
         }
         return vectors | ({"cls": states[:, 0].float()} if before else {})
 
     def save(self, directory: Path) -> None:
-        """Write the model and what must be known to use it."""
+        """Write the model and ``encoder.json``, which says how to use it."""
         self.bert.save_pretrained(directory)
-        write_json(self._about() | {"layer": -1}, directory / "encoder.json")  # the layers behind it are gone
+        write_json(self._metadata() | {"layer": -1}, directory / "encoder.json")  # later layers were dropped
 
-    def _about(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "layer": self.layer,
@@ -170,23 +170,23 @@ class RankedBert:
 
     @classmethod
     def load(cls, directory: Path, precision: torch.dtype | None = None, layer: int | None = None) -> "RankedBert":
-        """Read what :meth:`save` wrote, or an official checkpoint that ``model_sources`` laid down.
+        """Load a model written by :meth:`save`, or an official checkpoint written by ``models.fetch_encoder``.
 
         Parameters
         ----------
         directory
-            Holds ``config.json``, ``model.safetensors`` and ``encoder.json``.
+            Contains ``config.json``, ``model.safetensors`` and ``encoder.json``.
         precision
-            bfloat16 where the device has it, by default.
+            By default, bfloat16 if the device supports it at full speed, otherwise float32.
         layer
-            In the place of the one that ``encoder.json`` names.
+            Overrides the layer in ``encoder.json``.
 
         Raises
         ------
         InputError
             If weights are missing.
         """
-        about, device = read_json(directory / "encoder.json"), pick_device()
+        metadata, device = read_json(directory / "encoder.json"), pick_device()
         bert, loading = BertModel.from_pretrained(
             directory,
             add_pooling_layer=False,
@@ -196,16 +196,16 @@ class RankedBert:
             output_loading_info=True,
         )
         if loading["missing_keys"]:
-            some = sorted(loading["missing_keys"])[0]
-            raise InputError(directory, f"weights are missing, such as {some}", "Fetch the checkpoint again")
-        return cls(bert.to(device), Special(**about["special"]), about["layer"] if layer is None else layer)
+            first = sorted(loading["missing_keys"])[0]
+            raise InputError(directory, f"weights are missing, such as {first}", "Fetch the checkpoint again")
+        return cls(bert.to(device), Special(**metadata["special"]), metadata["layer"] if layer is None else layer)
 
 
 def _find_budget(bert: BertModel) -> int:
-    """Return how many tokens a batch may hold."""
+    """Return the maximum number of tokens per batch."""
     if bert.device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(bert.device)
-    # queries, keys, values, states before and after, and what the feed-forward layer widens a token to
-    a_token = bert.dtype.itemsize * (8 * bert.config.hidden_size + 2 * bert.config.intermediate_size)
-    return max(1, min(GPU_TOKENS, free // 2 // a_token))
+    # queries, keys, values, hidden states before and after, and the feed-forward activations
+    bytes_per_token = bert.dtype.itemsize * (8 * bert.config.hidden_size + 2 * bert.config.intermediate_size)
+    return max(1, min(GPU_TOKENS, free // 2 // bytes_per_token))

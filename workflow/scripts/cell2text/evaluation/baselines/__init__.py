@@ -1,1 +1,1 @@
-"""Simple methods that describe the same cells, so that every score of the model has a neighbour."""
+"""Simple methods that describe the same cells, so that every score of the model can be compared."""

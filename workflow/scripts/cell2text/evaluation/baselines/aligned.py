@@ -1,4 +1,4 @@
-"""Baseline of the language half: the label whose name a cell's soft tokens are nearest to."""
+"""Baseline from the projector alone: the label nearest to a cell's soft tokens."""
 
 import math
 
@@ -26,16 +26,16 @@ def predict_aligned(
     predictions: str,
     splits: list[str],
 ) -> None:
-    """Say of each cell the labels whose words its soft tokens are nearest to: what the projector alone knows.
+    """Predict for each slot the label whose words are nearest to the cell's soft tokens, with the projector alone.
 
-    The confidence is the softmax over a slot's labels. Of gene sets nothing is said. Parameters are those of
-    :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
+    The confidence is the softmax over the labels of a slot. Gene sets are not predicted. The parameters are those
+    of :func:`generate_descriptions`, except ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
     loaded, table = load(model, language_model), TERMS.read(terms)
-    # in the order in which slots have their soft tokens; the file has them by name
-    labels = {slot: loaded.settings["labels"][slot] for slot in TERM_SLOTS if slot in loaded.settings["labels"]}
+    # In TERM_SLOTS order, which assigns soft tokens to slots; the JSON file sorts its keys.
+    labels = {slot: loaded.about["labels"][slot] for slot in TERM_SLOTS if slot in loaded.about["labels"]}
     known = Terms(table)
-    to_descriptions = loaded.settings["finetune"].get("align_to") == "descriptions"
+    to_descriptions = loaded.about["finetune"]["align_to"] == "descriptions"
     targets_of = LabelTargets.of_sentences if to_descriptions else LabelTargets.of_labels
     targets = targets_of(labels, table, loaded)
     tables = []
@@ -44,16 +44,16 @@ def predict_aligned(
         vectors = embeddings.vectors(cells.tolist(), loaded.projector.reads)
         for rows in np.array_split(np.arange(len(cells)), math.ceil(len(cells) / CELLS_AT_ONCE)):
             batch = [part.to(loaded.device) for part in vectors[rows]]
-            said = {"cell_id": cells[rows], "split": split, "status": "parsed", "pathway_ids": [[]] * len(rows)}
+            predicted = {"cell_id": cells[rows], "split": split, "status": "parsed", "pathway_ids": [[]] * len(rows)}
             for (slot, ids), scores in zip(labels.items(), targets.scores(*loaded.projector(*batch)), strict=True):
                 confidence, best = scores.softmax(-1).cpu().max(-1)
-                said[f"{slot}_id"] = np.array(ids, dtype=object)[best.numpy()]
-                said[f"{slot}_confidence"] = confidence.numpy()
-            tables.append(pd.DataFrame(said).reindex(columns=list(PREDICTIONS.columns)))
-    told = pd.concat(tables, ignore_index=True)
-    slots = told[[f"{slot}_id" for slot in TERM_SLOTS]].astype(object).where(told.notna(), None)
-    told["text"] = [
+                predicted[f"{slot}_id"] = np.array(ids, dtype=object)[best.numpy()]
+                predicted[f"{slot}_confidence"] = confidence.numpy()
+            tables.append(pd.DataFrame(predicted).reindex(columns=list(PREDICTIONS.columns)))
+    result = pd.concat(tables, ignore_index=True)
+    slots = result[[f"{slot}_id" for slot in TERM_SLOTS]].astype(object).where(result.notna(), None)
+    result["text"] = [
         render(with_definition(Slots(**dict(zip(TERM_SLOTS, row, strict=True))), known), known)
         for row in slots.itertuples(index=False, name=None)
     ]
-    PREDICTIONS.write(told, predictions)
+    PREDICTIONS.write(result, predictions)

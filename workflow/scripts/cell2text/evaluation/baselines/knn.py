@@ -1,4 +1,4 @@
-"""Baseline: the vote of the nearest training cells."""
+"""Baseline: vote of the nearest training cells."""
 
 import numpy as np
 import scipy.sparse
@@ -11,9 +11,9 @@ NEIGHBOURS = 15
 
 
 def predict_knn(descriptions: str, terms: str, embeddings: list[str], predictions: str) -> None:
-    """Predict each slot by the vote of the 15 training cells with the nearest pooled embeddings.
+    """Predict each slot by a vote of the 15 training cells with the nearest pooled embeddings.
 
-    The confidence is the share of the votes; a neighbour without a known label has none.
+    The confidence is the share of the votes; neighbours without a known label do not vote.
     """
     described = DESCRIPTIONS.read(descriptions)
     pooled = read_pooled(embeddings, described["cell_id"])

@@ -8,17 +8,19 @@ from cell2text.evaluation.baselines.slots import cells_to_describe, training_row
 
 
 def predict_majority(descriptions: str, terms: str, predictions: str) -> None:
-    """Call every cell by the most frequent training label; its share of the training cells is its confidence.
+    """Predict the most frequent training label of each slot for every cell.
 
-    Of gene sets it says the most frequent combination. Of equally frequent ones it says the first by id.
+    The confidence is the label's share of the labelled training cells. For gene sets, the most frequent
+    combination is predicted. Ties are resolved by id, the first in sorted order.
     """
     cells = DESCRIPTIONS.read(descriptions)
-    training, told = training_rows(cells), cells_to_describe(cells)
+    training, predicted = training_rows(cells), cells_to_describe(cells)
     for slot in TERM_SLOTS:
         shares = training[f"{slot}_id"].value_counts(normalize=True)
         likely = min(shares.index[shares == shares.max()], default=None)
-        told[f"{slot}_id"] = likely
-        told[f"{slot}_confidence"] = shares.get(likely, np.nan)
+        predicted[f"{slot}_id"] = likely
+        predicted[f"{slot}_confidence"] = shares.get(likely, np.nan)
     combinations = pd.Series([tuple(sorted(sets)) for sets in training["pathway_ids"]]).value_counts()
-    told["pathway_ids"] = [list(min(combinations.index[combinations == combinations.max()]))] * len(told)
-    write_predictions(told, terms, predictions)
+    likely = min(combinations.index[combinations == combinations.max()])
+    predicted["pathway_ids"] = [list(likely)] * len(predicted)
+    write_predictions(predicted, terms, predictions)

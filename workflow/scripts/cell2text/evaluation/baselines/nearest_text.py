@@ -7,16 +7,16 @@ from cell2text.evaluation.baselines.slots import cells_to_describe, is_training,
 
 
 def predict_nearest_text(descriptions: str, embeddings: list[str], predictions: str) -> None:
-    """Say of each cell what the reference says of the training cell with the nearest pooled embedding.
+    """Copy the reference description of the training cell with the nearest pooled embedding.
 
-    Nearest by cosine; there is no confidence.
+    Nearest by cosine similarity. This baseline gives no confidence.
     """
     described = DESCRIPTIONS.read(descriptions)
     pooled = read_pooled(embeddings, described["cell_id"])
-    training, told = training_rows(described), cells_to_describe(described)
+    training, predicted = training_rows(described), cells_to_describe(described)
     nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(pooled[is_training(described)])
     chosen = nearest.kneighbors(pooled[~is_training(described)], return_distance=False)[:, 0]
     copied = [*(f"{slot}_id" for slot in TERM_SLOTS), "pathway_ids", "text"]
-    told[copied] = training[copied].iloc[chosen].to_numpy()
-    told = told.assign(status="parsed").reindex(columns=list(PREDICTIONS.columns))
-    PREDICTIONS.write(told, predictions)
+    predicted[copied] = training[copied].iloc[chosen].to_numpy()
+    predicted = predicted.assign(status="parsed").reindex(columns=list(PREDICTIONS.columns))
+    PREDICTIONS.write(predicted, predictions)

@@ -20,24 +20,24 @@ from cell2text.evaluation.baselines.slots import (
 
 log = logging.getLogger("cell2text.baselines")
 
-DIMENSIONS = 50  # of the principal components
+COMPONENTS = 50
 
 
 def predict_pca_logistic(descriptions: str, terms: str, cells: list[str], predictions: str, seed: int) -> None:
-    """Predict each slot by logistic regression on the principal components of log-normalised counts.
+    """Predict each slot by logistic regression on principal components of log-normalised counts.
 
-    Counts are scaled to 10,000 a cell and log1p is taken; the components are fitted on the training cells.
+    Counts are scaled to 10,000 per cell and log1p-transformed; the components are fitted on the training cells.
 
     Parameters
     ----------
     descriptions, terms
         Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
     cells
-        h5ad files of raw counts; genes are matched by id and a gene that a study lacks counts 0.
+        h5ad files of raw counts; genes are matched by id, and genes that a study lacks get count 0.
     predictions
-        Where the predictions go.
+        The file of ``contracts.PREDICTIONS`` to write.
     seed
-        Of the principal components' solver.
+        Seed of the PCA solver.
 
     Raises
     ------
@@ -49,10 +49,10 @@ def predict_pca_logistic(descriptions: str, terms: str, cells: list[str], predic
     sc.pp.normalize_total(counts, target_sum=1e4)
     sc.pp.log1p(counts)
     training = counts[training_rows(described)["cell_id"]].X
-    components = PCA(min(DIMENSIONS, *(np.array(training.shape) - 1)), svd_solver="arpack", random_state=seed)
+    components = PCA(min(COMPONENTS, *(np.array(training.shape) - 1)), svd_solver="arpack", random_state=seed)
     known = components.fit_transform(training)
     new = components.transform(counts[cells_to_describe(described)["cell_id"]].X)
-    log.info("%d components of %d genes, from %d cells", known.shape[1], counts.n_vars, len(known))
+    log.info("PCA: %d components of %d genes, fitted on %d training cells", known.shape[1], counts.n_vars, len(known))
 
     def classify(rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
         return LogisticRegression(max_iter=5000).fit(known[rows], codes).predict_proba(new)
@@ -61,9 +61,9 @@ def predict_pca_logistic(descriptions: str, terms: str, cells: list[str], predic
 
 
 def read_raw_counts(files: list[str], cell_ids: pd.Series) -> ad.AnnData:
-    """Return the raw counts of the given cells, sparse, over the genes of all files; absent genes count 0.
+    """Return the raw counts of the given cells, sparse, over the union of genes; absent genes get count 0.
 
-    The cells keep the order of the files: to sort them would hold the matrix twice.
+    The cells stay in the order of the files, because sorting them would take twice the memory.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Control of the language half: the fine-tuned model, each cell given another cell's embedding."""
+"""Negative control: the fine-tuned model reads the embedding of another cell."""
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ from cell2text.embedding.vectors import Embeddings
 from cell2text.generation.describe import cells_in, describe_cells
 from cell2text.grammar import Terms
 from cell2text.model.bundle import load
+from cell2text.settings import GenerateSettings
 
 
 def predict_shuffled(
@@ -18,23 +19,24 @@ def predict_shuffled(
     embeddings: Embeddings,
     predictions: str,
     splits: list[str],
-    settings: dict,
+    settings: GenerateSettings,
     seed: int,
 ) -> None:
     """Describe each cell from the embedding of another cell of its split, chosen at random.
 
-    A model that reads its cells falls to chance; one that does not, betrays itself by staying. Parameters are
-    those of :func:`generate_descriptions`, but for ``predictions``, a table of ``contracts.PREDICTIONS``.
+    A model that uses its input drops to chance level; a model that ignores its input scores as before. The
+    parameters are those of :func:`generate_descriptions`, except ``predictions``: the file of
+    ``contracts.PREDICTIONS`` to write.
     """
     loaded, known = load(model, language_model).ready_to_write(), Terms(TERMS.read(terms))
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()
-        # Moved on by one along a random order, no cell keeps its own embedding.
+        # A shift by one along a random order: no cell keeps its own embedding.
         order = np.random.default_rng(seed).permutation(len(cells))
         others = np.empty_like(cells)
         others[order] = cells[np.roll(order, 1)]
         vectors = embeddings.vectors(others.tolist(), loaded.projector.reads)
-        said = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
-        tables.append(said.assign(cell_id=cells, split=split))
+        described = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
+        tables.append(described.assign(cell_id=cells, split=split))
     PREDICTIONS.write(pd.concat(tables, ignore_index=True)[list(PREDICTIONS.columns)], predictions)

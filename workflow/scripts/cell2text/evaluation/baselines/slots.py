@@ -1,7 +1,7 @@
-"""What simple methods say of the same cells, so that every figure of the language model has a neighbour.
+"""Helpers of the baselines.
 
-Each learns from the training cells alone and writes ``contracts.PREDICTIONS`` for the validation and test
-cells, text included.
+Each baseline learns from the training cells alone and writes ``contracts.PREDICTIONS`` for the validation and
+test cells, including the text.
 """
 
 from collections.abc import Callable
@@ -14,29 +14,36 @@ from cell2text.contracts import EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
 from cell2text.grammar import Slots, Terms, render, with_definition
 
-# From the rows of the training cells with a known label, and the code of each label, to the probability of
-# each code in each cell to be described. A row of zeros abstains.
+# Takes the rows of the training cells with a known label, and the code of each label. Returns the probability of
+# each code for each cell to describe, shape (cells, codes); a row of zeros is an abstention.
 Classifier = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def predict_slots(described: pd.DataFrame, classify: Classifier) -> pd.DataFrame:
-    """Return ids, confidences and gene sets of the cells to be described.
+    """Return predicted ids, confidences and gene sets of the validation and test cells.
 
-    A slot with one label in training gets that label with confidence 1, a slot with none gets nothing. Gene
-    sets are predicted one against the rest, and as many told as a training cell has at most.
+    A slot with a single training label gets that label with confidence 1; a slot without labels stays empty.
+    Gene sets are predicted one-vs-rest, and their number per cell is capped at the maximum over training cells.
+
+    Parameters
+    ----------
+    described
+        Rows of ``contracts.DESCRIPTIONS``.
+    classify
+        The baseline's classifier, fitted and applied once per slot and gene set.
     """
-    training, told = training_rows(described), cells_to_describe(described)
+    training, predicted = training_rows(described), cells_to_describe(described)
     for slot in TERM_SLOTS:
-        probabilities, labels = _predict(training[f"{slot}_id"], len(told), classify)
+        probabilities, labels = _predict(training[f"{slot}_id"], len(predicted), classify)
         confidence, best = probabilities.max(axis=1, initial=0), probabilities.argmax(axis=1)
-        told[f"{slot}_id"] = np.where(confidence > 0, labels[best], None)
-        told[f"{slot}_confidence"] = np.where(confidence > 0, confidence, np.nan)
-    told["pathway_ids"] = _predict_pathways(training["pathway_ids"], len(told), classify)
-    return told
+        predicted[f"{slot}_id"] = np.where(confidence > 0, labels[best], None)
+        predicted[f"{slot}_confidence"] = np.where(confidence > 0, confidence, np.nan)
+    predicted["pathway_ids"] = _predict_pathways(training["pathway_ids"], len(predicted), classify)
+    return predicted
 
 
 def _predict(labels: pd.Series, cells: int, classify: Classifier) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probability of each label in each cell, (cells, labels), and the labels, sorted."""
+    """Return the probability of each label for each cell, shape (cells, labels), and the sorted labels."""
     codes, names = pd.factorize(labels, sort=True)
     names = np.array(names, dtype=object)
     if len(names) == 0:
@@ -48,7 +55,7 @@ def _predict(labels: pd.Series, cells: int, classify: Classifier) -> tuple[np.nd
 
 
 def _predict_pathways(sets: pd.Series, cells: int, classify: Classifier) -> list[list[str]]:
-    """Return the most probable gene sets of each cell, most probable first."""
+    """Return the most probable gene sets of each cell, in descending order of probability."""
     sets = sets.reset_index(drop=True)
     members = sets.explode().dropna()
     most, names = int(sets.map(len).max()), np.array(sorted(members.unique()), dtype=object)
@@ -63,7 +70,7 @@ def _predict_pathways(sets: pd.Series, cells: int, classify: Classifier) -> list
 
 
 def read_pooled(files: list[str], cell_ids: pd.Series) -> np.ndarray:
-    """Return the pooled embedding of the given cells, in their order, shape (cells, dimensions).
+    """Return the pooled embeddings of the given cells in the given order, float32 (cells, dimensions).
 
     Raises
     ------
@@ -74,18 +81,18 @@ def read_pooled(files: list[str], cell_ids: pd.Series) -> np.ndarray:
 
 
 def refuse_missing(wanted: pd.Series, given: pd.Index, files: list[str]) -> None:
-    """Raise an InputError that names the files if a wanted cell is not among the given ones."""
+    """Raise an InputError that names the files if a wanted cell is missing from the given ones."""
     missing = pd.Index(wanted).difference(given)
     if len(missing):
         raise InputError(
             ", ".join(map(str, files)),
-            f"{len(missing)} described cells are missing, such as {missing[0]}",
+            f"cells with a description are missing ({len(missing)}, such as {missing[0]})",
             "Delete the files and run the workflow again",
         )
 
 
 def is_training(described: pd.DataFrame) -> np.ndarray:
-    """Return which rows of ``contracts.DESCRIPTIONS`` are training cells: bool (cells,)."""
+    """Return a mask of the training cells among rows of ``contracts.DESCRIPTIONS``, bool (cells,)."""
     return (described["split"] == "train").to_numpy()
 
 
@@ -95,11 +102,11 @@ def training_rows(described: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells_to_describe(described: pd.DataFrame) -> pd.DataFrame:
-    """Return id and split of the validation and test cells, which every baseline describes."""
+    """Return id and split of the validation and test cells, the cells that every baseline describes."""
     return described.loc[~is_training(described), ["cell_id", "split"]].reset_index(drop=True)
 
 
-def write_predictions(told: pd.DataFrame, terms: str, predictions: str) -> None:
+def write_predictions(predicted: pd.DataFrame, terms: str, predictions: str) -> None:
     """Render the text of each cell from its slots and write the predictions."""
     names = Terms(TERMS.read(terms))
 
@@ -109,6 +116,8 @@ def write_predictions(told: pd.DataFrame, terms: str, predictions: str) -> None:
             with_definition(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names), names
         )
 
-    ids = told[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
-    told["text"] = [text(*row, pathways=tuple(sets)) for row, sets in zip(ids, told["pathway_ids"], strict=True)]
-    PREDICTIONS.write(told.assign(status="parsed")[list(PREDICTIONS.columns)], predictions)
+    ids = predicted[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
+    predicted["text"] = [
+        text(*row, pathways=tuple(sets)) for row, sets in zip(ids, predicted["pathway_ids"], strict=True)
+    ]
+    PREDICTIONS.write(predicted.assign(status="parsed")[list(PREDICTIONS.columns)], predictions)

@@ -1,1 +1,115 @@
-"""Faster training of common language models, with the same result; a newcomer may skip this folder."""
+"""Training made faster for common language models, with the result of plain transformers and PEFT.
+
+A newcomer may skip this folder: ``finetune.fast: false`` trains without it, and :func:`check` compares the two before
+each run. ``docs/finetuning.md`` says what each part gains.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from cell2text.model.fast.attention import NAME, Row, attend
+from cell2text.model.fast.layers import fuse_gates, fuse_lora, fuse_norms
+from cell2text.model.fast.loss import TextLoss
+
+if TYPE_CHECKING:
+    from cell2text.model.cell2text import Cell2Text
+
+log = logging.getLogger("cell2text.model")
+
+TOLERANCE = 1e-4  # relative difference of the two losses in float32; with other weights they differ in every digit
+
+
+def speed_up(model: Cell2Text) -> None:
+    """Put the fast layers and the fast attention into a model; names and values of its weights stay as they are."""
+    AttentionInterface.register(NAME, attend)
+    model.base_model.set_attn_implementation(NAME)
+    fuse_norms(model.base_model)
+    fuse_gates(model.base_model)
+    fuse_lora(model.language_model)
+    model.fast = True
+
+
+def text_loss(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """Return the summed loss of ``Cell2Text.text_loss``; logits are computed for a few tokens at a time."""
+    return _loss_of(model, _states_before(model, soft, present, text, text_mask), text[text_mask])
+
+
+def judge_text(
+    model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the most likely token at each judged place, see ``Cell2Text.judge_text``."""
+    states = _states_before(model, soft, present, text, text_mask)
+    best = model.language_model.get_output_embeddings()(states[judged[text_mask]]).argmax(-1)
+    return _loss_of(model, states, text[text_mask]), best
+
+
+def _states_before(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """Return the hidden state before each token of the texts, (tokens, width).
+
+    The prompt before the soft tokens is the same for all cells and computed once, and padding is not computed at all.
+    """
+    before, after = (model.embed_tokens(half.to(soft.device)) for half in (model.prompt.before, model.prompt.after))
+    of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), model.embed_tokens(text)], dim=1)
+    mask = torch.cat([present, present.new_ones(len(soft), len(after)), text_mask], dim=1)
+    row = Row.of(len(before), mask, before.dtype)
+    hidden = (
+        model.base_model.get_decoder()(
+            inputs_embeds=row.join(before, of_cells), position_ids=row.positions(), use_cache=False, row=row
+        )
+    ).last_hidden_state
+    # the hidden state before a token predicts it
+    of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
+    return hidden[0, row.prompt - 1 :].index_select(0, of_text.nonzero().squeeze(1))
+
+
+def _loss_of(model: Cell2Text, states: Tensor, targets: Tensor) -> Tensor:
+    head = model.language_model.get_output_embeddings()
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # an autograd function cannot see this, and would compute the head's gradients
+        weight, bias = weight.detach(), bias if bias is None else bias.detach()
+    return TextLoss.apply(states, weight, bias, targets)
+
+
+@torch.no_grad()
+def check(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> bool:
+    """Speed a model up and return whether it still computes the loss of the plain one; a line in the log if not.
+
+    A model that does not must be built anew. The losses of a batch are compared in float32, to which the weights are
+    cast and back, so that rounding hides no difference; 4-bit weights stay as they are.
+
+    Parameters
+    ----------
+    model
+        As ``bundle.build`` returns it.
+    soft, present, text, text_mask
+        A batch as in ``Cell2Text.text_loss``.
+    """
+    language_model, training = model.language_model, model.training
+    dtype, quantised = language_model.dtype, getattr(model.base_model, "is_quantized", False)
+    model.eval()
+    if not quantised:
+        language_model.float()
+    expected, tokens = (float(value) for value in model.text_loss(soft, present, text, text_mask))
+    try:
+        speed_up(model)
+        found = float(model.text_loss(soft, present, text, text_mask)[0])
+        reason = f"its loss is {found / tokens:.5f} nats per token, not {expected / tokens:.5f}"
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        found, reason = math.nan, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if not quantised:
+        language_model.to(dtype)
+    model.train(training)
+    same = math.isclose(found, expected, rel_tol=0.02 if quantised else TOLERANCE)
+    if not same:
+        log.info(
+            "the fast path cannot train %s (%s): training with plain transformers and PEFT",
+            type(model.base_model).__name__, reason,
+        )  # fmt: skip
+    return same

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
-
-from cell2text.errors import InputError
 
 NAME = "shared_prompt"
 # Lines of scores of a multiple of so many numbers fill a CPU's vectors, and those of so many cells its cache.
@@ -242,18 +239,13 @@ def attend(
 
     Raises
     ------
-    InputError
-        If a text is longer than the window of a layer that looks back only so far.
+    ValueError
+        If the model's layers do not pass the row on, or a text is longer than a layer's sliding window.
     """
-    row: Row = kwargs["row"]
+    row: Row | None = kwargs.get("row")
+    if row is None:
+        raise ValueError("its layers do not hand the row to the attention")
     window, length = kwargs.get("sliding_window"), row.prompt + row.there.shape[1]
     if window and length > window:
-        raise InputError(
-            "config: language_model",
-            f"its attention looks {window} tokens back and a description with its prompt has {length}",
-            "Choose fewer soft tokens or another model",
-        )
+        raise ValueError(f"its attention looks {window} tokens back, and a description with its prompt has {length}")
     return SharedPromptAttention.apply(query, key, value, row, scaling), None
-
-
-AttentionInterface.register(NAME, attend)

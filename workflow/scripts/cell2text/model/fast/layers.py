@@ -115,7 +115,7 @@ class FusedLora(lora.Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """Return what PEFT's layer returns."""
         layers = self.siblings or (self,)
-        if args or kwargs or not all(layer._is_plain(x.dtype) for layer in layers):
+        if args or kwargs or not all(layer.is_plain(x.dtype) for layer in layers):
             return super().forward(x, *args, **kwargs)
         first = layers[0]
         if first.waiting is None or first.waiting[0] is not x or self is first:
@@ -135,7 +135,8 @@ class FusedLora(lora.Linear):
             first.waiting = None
         return product
 
-    def _is_plain(self, dtype: torch.dtype) -> bool:
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Return whether the layer is LoRA and nothing else, on input of this type."""
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
         return (
             name in self.lora_A
@@ -148,8 +149,14 @@ class FusedLora(lora.Linear):
         )
 
 
-def join_siblings(model: nn.Module) -> None:
-    """Tell the LoRA layers that read the same input of one another."""
+def fuse_lora(model: nn.Module) -> None:
+    """Let PEFT's plain LoRA layers compute as :class:`FusedLora`; only their class changes.
+
+    Layers that read the same input learn of one another, so that the first computes for all.
+    """
+    for layer in model.modules():
+        if type(layer) is lora.Linear:
+            layer.__class__ = FusedLora
     for module in list(model.modules()):
         for names in SIBLINGS:
             layers = tuple(getattr(module, name, None) for name in names)
@@ -315,9 +322,10 @@ def fuse_gates(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if [part for part, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
             continue
-        if type(module.gate_proj) is not nn.Linear:  # as one of 4 bits, whose weight cannot be asked for its inputs
+        linear = getattr(module.gate_proj, "base_layer", module.gate_proj)  # inside PEFT's layer
+        if type(linear) is not nn.Linear:  # such as one of 4 bits, whose weight does not show its inputs
             continue
-        fused, probe = FusedGate(module), _probe(module.gate_proj.weight)
+        fused, probe = FusedGate(module), _probe(linear.weight)
         with torch.no_grad():
             expected = module(probe)
             same = torch.allclose(fused(probe), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))

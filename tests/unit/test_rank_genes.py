@@ -1,4 +1,4 @@
-"""Genes are measured in training alone and ranked as a plain loop would rank them."""
+"""Medians come from training cells only, and genes are ranked as in a plain loop."""
 
 import anndata as ad
 import numpy as np
@@ -28,7 +28,7 @@ def write_cells(path, dataset, counts, genes):
 
 
 def write_corpus(path, splits):
-    """Write the corpus of ``cell id -> split``."""
+    """Write a corpus with the given ``cell id -> split``."""
     table = pd.DataFrame({"cell_id": list(splits), "split": list(splits.values())})
     for column in CELLS.columns:
         table[column] = table.get(column)
@@ -41,7 +41,7 @@ def read_genes_table(path):
 
 
 def rank_by_loop(counts, token, median):
-    """Rank one cell after another, gene after gene."""
+    """Rank the genes of each cell with plain Python loops."""
     ranked = []
     for row in counts.toarray().astype(float):
         scaled = {token[i]: row[i] / row.sum() * 1e4 for i in range(len(row)) if row[i] and token[i] >= 0}
@@ -49,7 +49,7 @@ def rank_by_loop(counts, token, median):
     return ranked
 
 
-def test_medians_are_those_of_expressing_training_cells(tmp_path):
+def test_medians_are_over_training_cells_that_express_the_gene(tmp_path):
     a = write_cells(tmp_path / "a.h5ad", "a", [[1, 0, 3], [6, 2, 2], [5, 5, 0]], ["B", "A", "C"])
     b = write_cells(tmp_path / "b.h5ad", "b", [[1, 1], [0, 7]], ["D", "B"])
     splits = {"a|0": "train", "a|1": "train", "a|2": "test", "b|0": "train", "b|1": "validation"}
@@ -63,7 +63,7 @@ def test_medians_are_those_of_expressing_training_cells(tmp_path):
     assert genes["median"].tolist() == [2000, 5000, 4750, 5000]
 
 
-def test_a_gene_without_a_count_in_training_has_no_token(tmp_path):
+def test_a_gene_without_counts_in_training_has_no_token(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 0, 1], [1, 4, 0]], ["A", "B", "C"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train", "a|1": "test"})
     measure_genes(corpus, [cells], tmp_path / "genes.tsv")
@@ -71,7 +71,7 @@ def test_a_gene_without_a_count_in_training_has_no_token(tmp_path):
     rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet")
     assert [list(tokens) for tokens in ranked["tokens"]] == [[0, 1], [0]]
-    # The total of a cell counts genes without a token, too.
+    # The total of a cell includes genes without a token.
     assert ranked["expression"][1] == pytest.approx([np.log1p(2000)])
 
 
@@ -82,12 +82,12 @@ def test_ranks_by_hand():
     # First cell: token 2 4000/1000 = 4, token 0 1000/500 = 2, token 1 5000/5000 = 1.
     assert tokens[: ends[0]].tolist() == [2, 0, 1]
     assert expression[: ends[0]] == pytest.approx(np.log1p([4000, 1000, 5000]), rel=1e-6)
-    # Second cell: 2500 over 500, 1000, 2500, 5000.
+    # Second cell: 2500 divided by 500, 1000, 2500, 5000.
     assert tokens[ends[0] :].tolist() == [0, 2, 3, 1]
     assert expression.dtype == np.float32 and tokens.dtype == np.int32
 
 
-def test_of_equal_quotients_the_lower_token_stands_first():
+def test_ties_go_to_the_lower_token():
     counts = sparse.csr_matrix(np.array([[2, 1, 2, 1]], dtype=np.float32))
     tokens, _, _ = rank_counts(counts, np.array([3, 1, 0, 2], dtype=np.int32), np.array([2.0, 1, 1, 2]))
     # 2/2 for token 3, 1/1 for token 1, 2/2 for token 0, 1/1 for token 2
@@ -100,7 +100,7 @@ def test_of_equal_quotients_the_lower_token_stands_first():
     median=hnp.arrays(float, 6, elements=st.sampled_from([500.0, 1000, 2000])),
     token=st.permutations([0, 1, 2, 3, -1, -1]),
 )
-def test_ranks_are_those_of_a_plain_loop(counts, median, token):
+def test_ranks_equal_those_of_a_plain_loop(counts, median, token):
     counts[:, 0] += 1
     matrix, token = sparse.csr_matrix(counts), np.array(token, dtype=np.int32)
     tokens, _, ends = rank_counts(matrix, token, median)
@@ -115,7 +115,7 @@ def test_ranks_are_those_of_a_plain_loop(counts, median, token):
     ),
     seed=st.integers(0, 9),
 )
-def test_quotients_far_apart_and_next_to_each_other_are_in_order(quotients, seed):
+def test_distant_and_nearly_equal_quotients_are_in_order(quotients, seed):
     medians = 1 / np.array(quotients, dtype=float)
     counts = sparse.csr_matrix(np.ones((1, len(medians)), dtype=np.float32))
     token = np.random.default_rng(seed).permutation(len(medians)).astype(np.int32)
@@ -124,8 +124,8 @@ def test_quotients_far_apart_and_next_to_each_other_are_in_order(quotients, seed
     assert tokens.tolist() == sorted(range(len(medians)), key=lambda gene: (-(scaled / medians[gene]), gene))
 
 
-def test_threads_change_nothing(monkeypatch):
-    monkeypatch.setattr(ranking, "CELLS_A_RUN", 7)
+def test_the_number_of_threads_does_not_change_the_result(monkeypatch):
+    monkeypatch.setattr(ranking, "CELLS_PER_CHUNK", 7)
     rng = np.random.default_rng(0)
     counts = sparse.random(300, 500, 0.3, "csr", np.float32, rng, lambda size: rng.integers(1, 9, size))
     token, median = rng.permutation(500).astype(np.int32), rng.integers(1, 4, 500).astype(float)
@@ -134,7 +134,7 @@ def test_threads_change_nothing(monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_count_that_is_stored_as_nought_is_none():
+def test_stored_zeros_are_ignored():
     counts = sparse.csr_matrix(np.array([[2, 1, 3], [4, 5, 6]], dtype=np.float32))
     counts.data[[1, 3]] = 0
     tokens, _, ends = rank_counts(counts, np.arange(3, dtype=np.int32), np.ones(3))
@@ -151,7 +151,7 @@ def test_a_count_that_is_stored_as_nought_is_none():
     ),
     st.integers(1, 7),
 )
-def test_medians_are_exact_whatever_the_blocks(values, at_once):
+def test_medians_are_exact_for_any_blocks(values, at_once):
     gene = np.repeat(np.arange(len(values), dtype=np.int32), [len(of_one) for of_one in values])
     flat = np.array([value for of_one in values for value in of_one], dtype=np.float32)
     order = np.random.default_rng(0).permutation(len(flat))
@@ -165,7 +165,7 @@ def test_medians_are_exact_whatever_the_blocks(values, at_once):
     assert median_of_each(read, len(values)).tolist() == expected
 
 
-def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, monkeypatch):
+def test_real_cells_are_ranked_as_in_a_plain_loop_for_any_blocks(tmp_path, monkeypatch):
     logs = sc.datasets.pbmc68k_reduced()
     counts = np.rint(np.expm1(logs.raw.X[:60].toarray()) * logs.obs["n_counts"].to_numpy()[:60, None] / 1e4)
     cells = write_cells(tmp_path / "a.h5ad", "a", counts, list(logs.var_names))
@@ -197,7 +197,7 @@ def test_real_cells_are_ranked_as_by_a_plain_loop_whatever_the_blocks(tmp_path, 
     ]
 
 
-def test_a_dataset_without_cells_in_the_corpus_has_an_empty_table(tmp_path):
+def test_a_dataset_without_cells_in_the_corpus_gives_an_empty_table(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 2]], ["A", "B"])
     other = write_cells(tmp_path / "b.h5ad", "b", [[1, 2]], ["A", "B"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train"})
@@ -206,7 +206,7 @@ def test_a_dataset_without_cells_in_the_corpus_has_an_empty_table(tmp_path):
     assert len(TOKENS.read(tmp_path / "tokens.parquet")) == 0
 
 
-def test_a_gene_called_nan_keeps_its_name(tmp_path):
+def test_genes_named_na_or_nan_keep_their_names(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 2]], ["NA", "nan"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train"})
     measure_genes(corpus, [cells], tmp_path / "genes.tsv")
@@ -219,7 +219,7 @@ def write_dictionary(path, *rows):
     return path
 
 
-def test_genes_of_one_token_are_summed_and_the_total_stays(tmp_path):
+def test_genes_with_the_same_token_are_summed_and_the_total_is_unchanged(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 4, 3, 2, 0], [0, 5, 0, 5, 9]], ["old", "B", "new", "C", "none"])
     rows = [(7, "new", "N", 2.0), (7, "old", "N", 2.0), (4, "B", "B", 1.0), (5, "C", "C", 1.0), (6, "D", "D", 9.0)]
     look_up_genes(write_dictionary(tmp_path / "d.tsv", *rows), [cells], tmp_path / "genes.tsv")
@@ -227,13 +227,13 @@ def test_genes_of_one_token_are_summed_and_the_total_stays(tmp_path):
     write_corpus(tmp_path / "corpus.parquet", {"a|0": "train", "a|1": "test"})
     rank_genes(tmp_path / "corpus.parquet", cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet").set_index("cell_id")
-    # (1 + 3) / 2 ties with 2 / 1: the lower token first; the counts of "none" count in the total
+    # (1 + 3) / 2 ties with 2 / 1, so the lower token comes first; the total includes the counts of "none"
     assert ranked["tokens"]["a|0"].tolist() == [4, 5, 7] and ranked["tokens"]["a|1"].tolist() == [4, 5]
     assert ranked["expression"]["a|0"] == pytest.approx(np.log1p([4e3, 2e3, 4e3]))
     assert ranked["expression"]["a|1"][0] == pytest.approx(np.log1p(5e4 / 19))
 
 
-def test_genes_with_tokens_of_their_own_are_left_alone():
+def test_genes_with_unique_tokens_are_unchanged():
     counts = sparse.random(20, 9, 0.5, "csr", random_state=0)
     assert join_genes(counts, np.array([3, -1, 2, -1, 0, 7, 9, -1, 1])) is counts
     joined = join_genes(counts, np.array([3, -1, 2, -1, 3, 7, 2, -1, 3]))
@@ -242,9 +242,9 @@ def test_genes_with_tokens_of_their_own_are_left_alone():
     assert not dense[:, [4, 6, 8]].any() and np.array_equal(dense[:, [1, 3, 5, 7]], whole[:, [1, 3, 5, 7]])
 
 
-def test_a_dataset_that_the_encoder_does_not_know_is_told(tmp_path):
+def test_a_dataset_with_too_few_known_genes_is_an_error(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1] * 12], [f"mouse{i}" for i in range(12)])
     dictionary = write_dictionary(tmp_path / "d.tsv", (0, "mouse3", "mouse3", 1.0))
-    with pytest.raises(InputError, match=r"a.h5ad: var: the encoder knows 8.3% of the genes \(mouse0"):
+    with pytest.raises(InputError, match=r"a.h5ad: var: the encoder knows only 8.3% of the genes \(mouse0"):
         look_up_genes(dictionary, [cells], tmp_path / "genes.tsv")
     assert not (tmp_path / "genes.tsv").exists()

@@ -1,0 +1,115 @@
+"""What each part of the fast path gains: the time of a training step with one part switched off at a time.
+
+    .venv/bin/python tests/benchmarks/fast_parts.py results/pbmc68k resources/models/smollm2-135m-instruct
+
+All variants train the same LoRA model on the same batches of a finished run and take turns, so that a machine whose
+speed drifts slows all of them. A step is a forward and a backward pass; the ratio is that of the step without the part
+to the step with all parts, the median over the rounds. `plain` is the model without the fast path.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cell2text.contracts import DESCRIPTIONS
+from cell2text.embedding.vectors import Embeddings
+from cell2text.finetuning.data import BatchSize, find_classes, plan_epoch, read_cells
+from cell2text.model import bundle, fast, language_model
+from cell2text.model.fast import attention, layers
+from default_settings import finetune_settings, projector_settings
+
+CPU = torch.device("cpu")
+
+
+class PlainLoss:
+    """Cross-entropy by torch, with all logits in memory."""
+
+    @staticmethod
+    def apply(states, weight, bias, targets):
+        return functional.cross_entropy(functional.linear(states, weight, bias).float(), targets, reduction="sum")
+
+
+def build(directory: str, dimensions: int, off: str):
+    """Return a model of which one part is switched off while it is built."""
+    torch.manual_seed(0)
+    model = bundle.build(directory, projector_settings(), dimensions, finetune_settings(), CPU).train()
+    if off == "plain":
+        return model
+    kept = {name: getattr(fast, name) for name in ("fuse_norms", "fuse_gates", "fuse_lora")}
+    if off in kept:
+        setattr(fast, off, lambda model: None)
+    fast.speed_up(model)
+    for name, function in kept.items():
+        setattr(fast, name, function)
+    if off == "siblings":
+        for layer in model.modules():
+            if type(layer) is layers.FusedLora:
+                object.__setattr__(layer, "siblings", ())
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="a finished run, as results/pbmc68k")
+    parser.add_argument("language_model", help="a model directory, as resources/models/smollm2-135m-instruct")
+    parser.add_argument("--batch-cells", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="that of this CPU by default")
+    given = parser.parse_args()
+    if given.precision:
+        language_model.pick_precision = lambda device: getattr(torch, given.precision)
+
+    texts = DESCRIPTIONS.read(given.results / "corpus/descriptions.parquet")
+    embeddings = Embeddings(sorted(map(str, given.results.glob("embeddings/*/*.safetensors"))))
+    off = ["nothing", "fuse_norms", "fuse_gates", "fuse_lora", "siblings", "compile", "loss", "filling", "parts"]
+    off += ["plain"]
+    models = {name: build(given.language_model, embeddings.dimensions(), name) for name in off}
+    cells = read_cells(texts, "train", embeddings, find_classes(texts), models["nothing"])
+    steps = [rows for (rows,) in plan_epoch(cells.text_lengths, BatchSize(given.batch_cells), 1, 0, 0)]
+    own = fast.TextLoss, attention.TOKENS, attention.CELLS_IN_CACHE, layers.can_compile
+
+    def step(name: str, rows: np.ndarray) -> tuple[float, float]:
+        fast.TextLoss = PlainLoss if name == "loss" else own[0]
+        attention.TOKENS = 1 if name == "filling" else own[1]
+        attention.CELLS_IN_CACHE = 10**6 if name == "parts" else own[2]
+        layers.can_compile = (lambda: False) if name == "compile" else own[3]
+        rows = rows[np.argsort(cells.text_lengths[rows], kind="stable")]
+        start, model = time.perf_counter(), models[name]
+        vectors, lengths, text, mask, _ = cells.batch(rows, CPU)
+        loss, _ = model.text_loss(*model.projector(vectors, lengths), text, mask)
+        loss.backward()
+        seconds = time.perf_counter() - start
+        model.zero_grad()
+        return seconds, float(loss.detach())
+
+    for name in off:
+        step(name, steps[-1])
+    seconds: dict[str, list[float]] = {name: [] for name in off}
+    losses = {}
+    for _ in range(given.rounds):
+        for name in off:
+            timed = [step(name, rows) for rows in steps[: given.steps]]
+            seconds[name].append(sum(time for time, _ in timed))
+            losses[name] = sum(loss for _, loss in timed)
+    dtype = models["nothing"].language_model.dtype
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {dtype}, "
+          f"{given.batch_cells} cells per step")  # fmt: skip
+    for name, values in seconds.items():
+        ratio = statistics.median(value / all_ for value, all_ in zip(values, seconds["nothing"], strict=True))
+        print(f"without {name:12s} {statistics.median(values) / given.steps:6.3f} s per step   "
+              f"{ratio:5.3f} times the step with all parts   loss {losses[name]:.4f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
