@@ -1,6 +1,7 @@
 # make demo: from a fresh clone to results/pbmc68k/report.html.   make test: every check that CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+UV := 0.13.9
 export PYTHONHASHSEED ?= 0
 export MPLBACKEND = Agg
 
@@ -8,14 +9,17 @@ export MPLBACKEND = Agg
 
 demo: .venv/ready
 	$(BIN)/snakemake --cores all
-	@echo "Open results/pbmc68k/report.html"
+	@echo "Done: open results/pbmc68k/report.html in a browser"
 
 test: lint dry-run unit workflow
 
+# uv installs the same pins as pip in a fraction of the time and shows what it does. It does not read pip's settings, so
+# wheels that PIP_FIND_LINKS names are handed on. UV_TORCH_BACKEND=cpu avoids the CUDA libraries on machines without a GPU.
 .venv/ready: requirements.txt
+	@echo "Setting up .venv: about 180 packages, 2.5 GB (6 GB with CUDA)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	$(BIN)/python -m uv pip install --python $(BIN)/python $(addprefix --find-links ,$(PIP_FIND_LINKS)) --requirement requirements.txt
 	touch $@
 
 lint: .venv/ready

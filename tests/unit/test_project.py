@@ -1,14 +1,17 @@
 """The project agrees with itself: pins, schema, documentation, and two halves that stay apart."""
 
+import dataclasses
 import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cell2text import settings
 from cell2text.config import check_config
 from cell2text.provenance import library_version
 
@@ -43,6 +46,20 @@ def test_installed_packages_are_the_required_ones():
     installed = requirements_module().installed()
     differing = {name: installed.get(name) for name in required if installed.get(name) != required[name]}
     assert differing == {}
+
+
+@pytest.mark.parametrize("extra", ["cells", "language", "report"])
+def test_an_extra_of_the_package_names_what_its_environment_pins(extra):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"][extra]
+    file = {"language": "llm"}.get(extra, extra)
+    dependencies = yaml.safe_load((ROOT / f"envs/{file}.yaml").read_text())["dependencies"]
+    pinned = {pin.partition("==")[0] for pin in next(entry["pip"] for entry in dependencies if isinstance(entry, dict))}
+    assert pinned <= {re.match(r"[a-z0-9-]+", name)[0] for name in wanted}
+    assert (
+        f"cell2text[{','.join(sorted(project['optional-dependencies'])[1:])}]"
+        in project["optional-dependencies"]["all"]
+    )
 
 
 def test_rules_name_environments_and_scripts_that_exist():
@@ -92,6 +109,13 @@ def test_every_key_is_explained():
     sheet = yaml.safe_load((ROOT / "workflow/schemas/datasets.schema.yaml").read_text())
     assert set(sheet["properties"]) <= named
     assert named <= set(keys(schema)) | set(sheet["properties"])
+
+
+@pytest.mark.parametrize("section", ["qc", "sample", "census", "encoder", "projector", "finetune", "generate"])
+def test_settings_have_the_keys_of_the_schema(section):
+    name = {"qc": "QcSettings"}.get(section, f"{section.capitalize()}Settings")
+    fields = {field.name for field in dataclasses.fields(getattr(settings, name))}
+    assert fields == set(yaml.safe_load(SCHEMA.read_text())["properties"][section]["properties"])
 
 
 @pytest.mark.parametrize(
