@@ -11,7 +11,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cell2text.errors import InputError
-from cell2text.model import fast
 
 INSTRUCTION = "Describe the cell."
 _CELL = "\N{BLACK SQUARE}"  # marks the place of the soft tokens while the prompt is still text
@@ -62,8 +61,10 @@ class Cell2Text(nn.Module):
     Attributes
     ----------
     fast
-        Whether training takes the fast path (``fast.speed_up``) or plain transformers and PEFT.
+        Whether training takes the fast path (``model.fast``) or plain transformers and PEFT.
     """
+
+    fast = False
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Cell2Text(nn.Module):
     ):
         super().__init__()
         self.language_model, self.tokenizer, self.projector = language_model, tokenizer, projector
-        self.about, self.fast = about, False
+        self.about = about
         self.prompt = Prompt.of(tokenizer)
 
     @property
@@ -143,8 +144,6 @@ class Cell2Text(nn.Module):
             Token ids of the description and the end token, int64 (cells, text), padded on the right; which of
             them are no padding, bool.
         """
-        if self.fast:
-            return fast.text_loss(self, soft, present, text, text_mask), text_mask.sum()
         logits = self._text_logits(soft, present, text, text_mask)
         return functional.cross_entropy(logits, text[text_mask], reduction="sum"), text_mask.sum()
 
@@ -168,15 +167,18 @@ class Cell2Text(nn.Module):
         chosen
             bool (cells, text); true also where no token is judged.
         """
-        if self.fast:
-            loss, best = fast.judge_text(self, soft, present, text, text_mask, judged)
-        else:
-            logits = self._text_logits(soft, present, text, text_mask)
-            loss = functional.cross_entropy(logits, text[text_mask], reduction="sum")
-            best = logits.argmax(-1)[judged[text_mask]]
+        loss, best = self._judge(soft, present, text, text_mask, judged)
         chosen = torch.ones_like(text_mask)
         chosen[judged] = best == text[judged]
         return loss, chosen
+
+    def _judge(
+        self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and the most likely token at each judged place, int64 (judged,)."""
+        logits = self._text_logits(soft, present, text, text_mask)
+        loss = functional.cross_entropy(logits, text[text_mask], reduction="sum")
+        return loss, logits.argmax(-1)[judged[text_mask]]
 
     def _text_logits(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Return the logits at each token of the texts, float32 (tokens, vocabulary), by transformers alone."""
@@ -212,11 +214,9 @@ class Cell2Text(nn.Module):
         model.activation_checkpointing_enable({"use_reentrant": False})
 
     def ready_to_write(self) -> "Cell2Text":
-        """Merge the adapter into the language model's weights and choose the attention that decodes fastest."""
+        """Merge the adapter into the language model's weights, and switch to evaluation mode."""
         if self.about["finetune"]["mode"] == "lora":  # merged into 4-bit weights, the sum would be rounded again
             self.language_model = self.language_model.merge_and_unload()
-        if self.fast:
-            self.language_model.set_attn_implementation("sdpa")
         return self.eval()
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -4,77 +4,73 @@ A newcomer may skip this folder: ``finetune.fast: false`` trains without it, and
 each run. ``docs/finetuning.md`` says what each part gains.
 """
 
-from __future__ import annotations
-
 import logging
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from cell2text.model.cell2text import Cell2Text
 from cell2text.model.fast.attention import NAME, Row, attend
 from cell2text.model.fast.layers import fuse_gates, fuse_lora, fuse_norms
 from cell2text.model.fast.loss import TextLoss
-
-if TYPE_CHECKING:
-    from cell2text.model.cell2text import Cell2Text
 
 log = logging.getLogger("cell2text.model")
 
 TOLERANCE = 1e-4  # relative difference of the two losses in float32; with other weights they differ in every digit
 
 
+class FastCell2Text(Cell2Text):
+    """The model with a forward pass that computes the shared prompt once and no padding."""
+
+    fast = True
+
+    def text_loss(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``Cell2Text.text_loss`` returns; logits are computed for a few tokens at a time."""
+        return self._loss_of(self._states_before(soft, present, text, text_mask), text[text_mask]), text_mask.sum()
+
+    def _judge(
+        self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        states = self._states_before(soft, present, text, text_mask)
+        best = self.language_model.get_output_embeddings()(states[judged[text_mask]]).argmax(-1)
+        return self._loss_of(states, text[text_mask]), best
+
+    def _states_before(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Return the hidden state before each token of the texts, (tokens, width)."""
+        before, after = (self.embed_tokens(half.to(soft.device)) for half in (self.prompt.before, self.prompt.after))
+        of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), self.embed_tokens(text)], dim=1)
+        mask = torch.cat([present, present.new_ones(len(soft), len(after)), text_mask], dim=1)
+        row = Row.of(len(before), mask, before.dtype)
+        output = self.base_model.get_decoder()(
+            inputs_embeds=row.join(before, of_cells), position_ids=row.positions(), use_cache=False, row=row
+        )
+        # the hidden state before a token predicts it
+        of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
+        return output.last_hidden_state[0, row.prompt - 1 :].index_select(0, of_text.nonzero().squeeze(1))
+
+    def _loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
+        head = self.language_model.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        if not torch.is_grad_enabled():  # an autograd function cannot see this, and would compute the head's gradients
+            weight, bias = weight.detach(), bias if bias is None else bias.detach()
+        return TextLoss.apply(states, weight, bias, targets)
+
+    def ready_to_write(self) -> Cell2Text:
+        """Merge the adapter, and take an attention that decodes one token at a time."""
+        super().ready_to_write().language_model.set_attn_implementation("sdpa")
+        return self
+
+
 def speed_up(model: Cell2Text) -> None:
-    """Put the fast layers and the fast attention into a model; names and values of its weights stay as they are."""
+    """Turn a model into a fast one: its layers and itself change class, its weights keep names and values."""
     AttentionInterface.register(NAME, attend)
     model.base_model.set_attn_implementation(NAME)
     fuse_norms(model.base_model)
     fuse_gates(model.base_model)
     fuse_lora(model.language_model)
-    model.fast = True
-
-
-def text_loss(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-    """Return the summed loss of ``Cell2Text.text_loss``; logits are computed for a few tokens at a time."""
-    return _loss_of(model, _states_before(model, soft, present, text, text_mask), text[text_mask])
-
-
-def judge_text(
-    model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and the most likely token at each judged place, see ``Cell2Text.judge_text``."""
-    states = _states_before(model, soft, present, text, text_mask)
-    best = model.language_model.get_output_embeddings()(states[judged[text_mask]]).argmax(-1)
-    return _loss_of(model, states, text[text_mask]), best
-
-
-def _states_before(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-    """Return the hidden state before each token of the texts, (tokens, width).
-
-    The prompt before the soft tokens is the same for all cells and computed once, and padding is not computed at all.
-    """
-    before, after = (model.embed_tokens(half.to(soft.device)) for half in (model.prompt.before, model.prompt.after))
-    of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), model.embed_tokens(text)], dim=1)
-    mask = torch.cat([present, present.new_ones(len(soft), len(after)), text_mask], dim=1)
-    row = Row.of(len(before), mask, before.dtype)
-    hidden = (
-        model.base_model.get_decoder()(
-            inputs_embeds=row.join(before, of_cells), position_ids=row.positions(), use_cache=False, row=row
-        )
-    ).last_hidden_state
-    # the hidden state before a token predicts it
-    of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
-    return hidden[0, row.prompt - 1 :].index_select(0, of_text.nonzero().squeeze(1))
-
-
-def _loss_of(model: Cell2Text, states: Tensor, targets: Tensor) -> Tensor:
-    head = model.language_model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
-    if not torch.is_grad_enabled():  # an autograd function cannot see this, and would compute the head's gradients
-        weight, bias = weight.detach(), bias if bias is None else bias.detach()
-    return TextLoss.apply(states, weight, bias, targets)
+    model.__class__ = FastCell2Text
 
 
 @torch.no_grad()

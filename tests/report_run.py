@@ -1,0 +1,219 @@
+"""The files of a run, as the report reads them, written without running anything."""
+
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
+from cell2text.files import write_json, write_jsonl
+from cell2text.grammar import Slots, Terms, render
+from cell2text.report.render_report import render_report
+from cell2text.report.results import CALIBRATION, CONFUSION, PER_CLASS, RunFiles
+
+RULES = Path(__file__).parents[1] / "workflow/rules"
+METHODS = ["cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
+TYPES = {"CL:0000236": "B cell", "CL:0000624": "CD4-positive, alpha-beta T cell", "CL:0000623": "NK cell"}
+PATHWAYS = {"GLYCOLYSIS": "glycolysis", "HYPOXIA": "hypoxia"}
+HOSTILE = "</script><img src=x onerror=\"alert('1')\">\u2028&amp;<!--{{ 7 * 7 }}"
+
+
+def term_table():
+    rows = [("cell_type", key, name, f"A {name}.") for key, name in TYPES.items()]
+    rows += [("pathway", key, name, "") for key, name in PATHWAYS.items()]
+    rows += [("tissue", "UBERON:0000178", "blood", "")]
+    return pd.DataFrame(rows, columns=["slot", "id", "name", "definition"]).assign(depth=None)
+
+
+def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run_text=""):
+    """Write the results of a run with three cell types; every fourth test cell is wrong, cell 7 has no prediction."""
+    table = term_table()
+    terms = Terms(table)
+    TERMS.write(table, folder / "terms.parquet")
+    rng = np.random.default_rng(0)
+    ids = [f"{cell_name}{i:03d}" for i in range(cells + 6)]
+    truth = [list(TYPES)[i % 3] for i in range(cells + 6)]
+    split = ["test"] * cells + ["train"] * 6
+
+    def describe(term, pathways):
+        return render(Slots(term, None, "UBERON:0000178", None, None, None, tuple(pathways)), terms)
+
+    reference = pd.DataFrame(
+        {
+            "cell_id": ids,
+            "split": split,
+            "cell_type_id": truth,
+            "tissue_id": "UBERON:0000178",
+            "disease_id": None,
+            "sex_id": None,
+            "stage_id": None,
+            "pathway_ids": [["GLYCOLYSIS"]] * len(ids),
+            "definition": None,
+            "text": [describe(term, ["GLYCOLYSIS"]) for term in truth],
+        }
+    )
+    DESCRIPTIONS.write(reference, folder / "descriptions.parquet")
+    corpus = pd.DataFrame({name: [None] * len(ids) for name in CELLS.columns})
+    CELLS.write(corpus.assign(cell_id=ids, dataset_id="study", donor=donor, split=split), folder / "cells.parquet")
+
+    predicted = [list(TYPES)[(i + (i % 4 == 3)) % 3] for i in range(cells)]
+    rows = []
+    for i in range(cells):
+        term, pathways = (None, []) if i == 7 else (predicted[i], ["HYPOXIA" if i == 0 else "GLYCOLYSIS"])
+        text = "words" if term is None else describe(term, pathways)
+        rows.append(
+            {"cell_id": ids[i], "split": "test", "text": text + run_text, "pathway_ids": pathways}
+            | {f"{slot}_id": None for slot in TERM_SLOTS}
+            | {f"{slot}_confidence": None for slot in TERM_SLOTS}
+            | {"cell_type_id": term, "tissue_id": term and "UBERON:0000178"}
+            | {"cell_type_confidence": term and 0.875, "status": "parsed" if term else "failed"}
+        )
+    write_jsonl(rows[: cells // 2], folder / "0.jsonl")
+    write_jsonl(rows[cells // 2 :], folder / "1.jsonl")
+
+    tensors = {
+        "gene_vectors": np.zeros((len(ids), 1, 2), np.float16),
+        "lengths": np.ones(len(ids), np.int32),
+        "pooled": (rng.normal(size=(len(ids), 5)) + 9 * np.arange(len(ids))[:, None] % 3).astype(np.float32),
+    }
+    EMBEDDINGS.write(tensors, ids, folder / "0.safetensors")
+
+    metrics = [("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("pathways", "jaccard")]
+    metrics += [("text", "bleu"), ("text", "parsed")]
+    rows = [
+        ("test", method, *metric, 0.75 - 0.1 * i, 0.7 - 0.1 * i, 0.8 - 0.1 * i, cells)
+        for i, method in enumerate(METHODS)
+        for metric in metrics
+    ]
+    rows.append(("validation", "cell2text", "cell_type", "accuracy", 0.111, 0.1, 0.12, 9))
+    write_tsv(rows, METRICS, folder / "metrics.tsv")
+    scores = [("test", "cell2text", "cell_type", key, name, 8, math.nan, 0.5, 0.6) for key, name in TYPES.items()]
+    write_tsv(scores, PER_CLASS, folder / "per_class.tsv")
+    counts = pd.DataFrame({"true": truth[:cells], "predicted": [term or "" for term in predicted]}).value_counts()
+    names = {**TYPES, "": "not determined"}
+    confused = [
+        ("test", "cell2text", "cell_type", true, names[true], guess, names[guess], n)
+        for (true, guess), n in sorted(counts.items())
+    ]
+    write_tsv(confused, CONFUSION, folder / "confusion.tsv")
+    bins = [("test", "cell2text", "cell_type", 0.8, 0.9, 0.875, 0.75, cells - 1)]
+    write_tsv(bins, CALIBRATION, folder / "calibration.tsv")
+
+    svg = '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><circle id="p1" r="4"/></svg>'
+    for name in ("comparison.svg", "study.svg"):
+        (folder / name).write_text(svg)
+    guarantee = {"claim": "No donor is in two splits", "holds": False, "detail": "1 of 1"}
+    sizes = {"train": 6, "validation": 0, "test": cells}
+    write_json(
+        {
+            "split": "cells",
+            "cells": sizes,
+            "guarantees": [guarantee],
+            "limits": ["One donor only."],
+            "diversity": [
+                {
+                    "slot": "cell_type",
+                    "values_before": 1234,
+                    "values_after": 567,
+                    "diversity_before": 0.61,
+                    "diversity_after": 0.7894,
+                }
+            ],
+            "more": 1,
+        },
+        folder / "audit.json",
+    )
+    summary = {"dataset_id": "study", "cells": 40, "kept": 30, "dropped": {"too few genes": 10}, "genes": 765}
+    samples = [{"donor": f"study|{n}", "cells": 20, "kept": 15, "min_genes": float(n)} for n in (1234, 200)]
+    write_json({**summary, "samples": samples, "more": 1}, folder / "study.json")
+    provenance = {
+        "config": "a" * 64,
+        "seed": 1,
+        "packages": {"numpy": "2.0"},
+        "files": {"x.h5ad": "b" * 64},
+    }
+    write_json(
+        {**provenance, "bootstrap": {"replicates": 100, "splits": {"test": {"unit": "cell"}}}},
+        folder / "provenance.json",
+    )
+    model = {
+        "language_model": {"source": "hf://org/Tiny@main", "licence": "<own>"},
+        "projector": {"kind": "perceiver"},
+        "finetune": {"mode": "full", "lora_rank": 4},
+        "labels": {"cell_type": ["CL:0000236", "CL:0000576"]},
+        "dimensions": 8,
+        "trainable_parameters": 1234567,
+        "validation_loss": 0.25,
+        "best_epoch": 2,
+        "seed": 7,
+    }
+    write_json(model, folder / "cell2text.json")
+    HISTORY.write(history(), folder / "history.parquet")
+    return RunFiles(
+        **{name: folder / f"{name}.tsv" for name in ("metrics", "per_class", "confusion", "calibration")},
+        **{name: folder / f"{name}.json" for name in ("provenance", "audit")},
+        **{name: folder / f"{name}.parquet" for name in ("descriptions", "terms")},
+        comparison=folder / "comparison.svg",
+        generations=[folder / "0.jsonl", folder / "1.jsonl"],
+        corpus=folder / "cells.parquet",
+        qc=[folder / "study.json"],
+        qc_plots=[folder / "study.svg"],
+        embeddings=[folder / "0.safetensors"],
+        encoder=folder / "encoder",
+        model=folder,
+    )
+
+
+def write_tsv(rows, columns, path):
+    pd.DataFrame(rows, columns=list(columns)).to_csv(path, sep="\t", index=False)
+
+
+def history():
+    rows = [("align", step, 0, 2.0, 2.0, math.nan, math.nan, 1e-3, 0, 0.1 * step) for step in range(3)]
+    for step in range(4):
+        validation = 0.2 if step == 3 else math.nan
+        rows.append(("finetune", step, step // 2, 1 / (1 + step), 0.5, validation, math.nan, 1e-4, 100, 1.0 * step))
+    table = pd.DataFrame(rows, columns=list(HISTORY.columns))
+    return table.astype({"step": "int32", "epoch": "int32"})
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the content of scripts, and the visible text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.scripts, self.text, self._in = [], [], "", None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("td", "th"):
+            self.text += " "
+        if tag not in ("meta", "img", "link"):
+            self._in = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._in = None
+
+    def handle_data(self, data):
+        if self._in == "script":
+            self.scripts[-1] += data
+        elif self._in != "style":
+            self.text += data
+
+
+def render_page(files, tmp_path, seed=3):
+    render_report(
+        files,
+        tmp_path / "report.html",
+        tmp_path / "model_card.md",
+        run="demo",
+        seed=seed,
+        benchmarks=tmp_path / "none",
+        notes={"study": "its labels are <approximate>"},
+    )
+    return (tmp_path / "report.html").read_text()

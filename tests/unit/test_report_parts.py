@@ -1,0 +1,276 @@
+"""The parts of the report: map, comparison of methods, confusions, examples, charts and limits."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cell2text.contracts import HISTORY
+from cell2text.evaluation import methods
+from cell2text.evaluation.methods import title_of
+from cell2text.grammar import Terms
+from cell2text.report import cell_map
+from cell2text.report.cell_map import COLOURS, GRID, colours, lay_out, sample_cells
+from cell2text.report.charts import Axis, reliability, training_curve
+from cell2text.report.examples import choose_examples, mark_text
+from cell2text.report.limits import list_limits
+from cell2text.report.results import CALIBRATION, read_results
+from cell2text.report.tables import best_baseline, clearly_best, compare_methods, confusion_matrix, lost_slots
+from report_run import (
+    METHODS,
+    TYPES,
+    Page,
+    history,
+    render_page,
+    term_table,
+    write_run,
+    write_tsv,
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_run(tmp_path)
+
+
+def test_the_layout_separates_groups_and_is_reproducible():
+    rng = np.random.default_rng(0)
+    pooled = np.concatenate([rng.normal(size=(30, 8)), rng.normal(size=(30, 8)) + 20]).astype(np.float32)
+    places = lay_out(pooled, seed=1)
+    np.testing.assert_array_equal(places, lay_out(pooled, seed=1))
+    assert places.min() == 0 and places.max() == GRID
+    centres = places[:30].mean(axis=0), places[30:].mean(axis=0)
+    spread = np.linalg.norm(places[:30] - centres[0], axis=1).max()
+    assert np.linalg.norm(centres[0] - centres[1]) > 2 * spread
+
+
+@pytest.mark.parametrize("cells", [1, 2, 5])
+def test_the_layout_of_few_cells(cells):
+    places = lay_out(np.random.default_rng(0).normal(size=(cells, 4)).astype(np.float32), seed=0)
+    assert places.shape == (cells, 2) and places.min() == 0 and places.max() <= GRID
+
+
+def test_the_map_samples_large_test_splits(files, tmp_path, monkeypatch):
+    rows = sample_cells(50_000, seed=2)
+    assert len(rows) == len(set(rows)) == 20_000 and (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, sample_cells(50_000, seed=2))
+    np.testing.assert_array_equal(sample_cells(7, seed=2), np.arange(7))
+    monkeypatch.setattr(cell_map, "sample_cells", lambda cells, seed: np.arange(1, 11))
+    page = Page(render_page(files, tmp_path))
+    assert "The map shows 10 of 24 cells, drawn at random (seed 3)" in page.text
+    assert json.loads(page.scripts[0])["cell"] == [f"study|cell{i:03d}" for i in range(1, 11)]
+
+
+def test_every_class_has_its_own_colour():
+    assert len(set(colours(60))) == 60
+    assert colours(3) == list(COLOURS[:3])
+
+
+def test_a_score_is_best_only_if_intervals_do_not_overlap():
+    def score(value, low, high):
+        return {"value": value, "low": low, "high": high, "n": 10}
+
+    assert clearly_best([score(0.5, 0.4, 0.6), None, score(0.9, 0.7, 1.0)]) == 2
+    assert clearly_best([score(0.5, 0.4, 0.7), score(0.9, 0.7, 1.0)]) is None
+    assert clearly_best([score(0.9, math.nan, math.nan), score(0.5, 0.4, 0.6)]) is None
+    assert clearly_best([None, score(0.9, 0.7, 1.0)]) is None
+
+
+def test_methods_outside_the_registry_are_shown(files):
+    results = read_results(files)
+    extra = results.metrics.assign(method=results.metrics["method"].replace("knn", "celltypist"))
+    rows = compare_methods(replace(results, metrics=extra))
+    assert [row["method"] for row in rows][-1] == "celltypist"
+    assert [row["method"] for row in rows][0] == "cell2text"
+
+
+def test_confusion_matrix_counts_every_cell(files):
+    results = read_results(files)
+    rows = [("A", "A", 8), ("A", "B", 2), ("B", "B", 5), ("C", "C", 1), ("B", "X", 3), ("C", "", 1)]
+    table = pd.DataFrame(rows, columns=["true_id", "predicted_id", "n"])
+    table = table.assign(method="cell2text", slot="cell_type", true_name=table["true_id"])
+    table["predicted_name"] = table["predicted_id"]
+    results = replace(results, confusion=table)
+    whole = confusion_matrix(results)
+    by_name = {row["name"]: row for row in whole["rows"]}
+    columns = {column["name"]: i for i, column in enumerate(whole["columns"])}
+    assert by_name["A"]["cells"][columns["B"]] == (2, 0.2)
+    assert by_name["B"]["cells"][columns["X"]] == (3, 0.375)
+    assert by_name["C"]["cells"][columns["not determined"]] == (1, 0.5)
+    assert [column["name"] for column in whole["columns"][:3]] == [row["name"] for row in whole["rows"]]
+    assert abs(columns["A"] - columns["B"]) == 1  # confused types are adjacent
+    merged = confusion_matrix(results, most=2)
+    assert [row["name"] for row in merged["rows"]][-1] == "1 rarer types"
+    assert sum(n for row in merged["rows"] for n, _ in row["cells"]) == table["n"].sum()
+
+
+def test_examples_are_compared_by_id(files):
+    results = read_results(files)
+    examples = {example["cell"]: example for example in choose_examples(results, seed=0, examples=24)}
+    swapped = examples["study|cell000"]  # correct type, wrong gene programme
+    assert swapped["correct"]
+    assert [row["slot"] for row in swapped["differing"]] == ["pathways"]
+    assert [text for text, differs in swapped["predicted"] if differs] == ["hypoxia"]
+    assert [text for text, differs in swapped["true"] if differs] == ["glycolysis"]
+    wrong = examples["study|cell003"]  # a B cell predicted as a T cell
+    assert not wrong["correct"]
+    assert [text for text, differs in wrong["predicted"] if differs] == [TYPES["CL:0000624"]]
+    assert wrong["differing"][0]["true"] == [("B cell", "CL:0000236")]
+    unparsed = examples["study|cell007"]
+    assert not unparsed["correct"] and unparsed["differing"][0]["predicted"] == [("not determined", None)]
+    assert "".join(text for text, _ in unparsed["predicted"]) == "words"
+
+
+def test_marking_keeps_the_whole_text():
+    terms = Terms(term_table())
+    text = "This is a B cell. The sample is blood. Most active gene programmes: hypoxia; then glycolysis."
+    pieces = mark_text(text, {"cell_type", "tissue"}, {"GLYCOLYSIS"}, terms)
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [piece for piece, differs in pieces if differs] == ["B cell", "blood", "glycolysis"]
+
+
+def test_the_choice_of_examples_is_seeded(files):
+    results = read_results(files)
+    chosen = [[example["cell"] for example in choose_examples(results, seed)] for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 20
+
+
+def test_an_axis_maps_values_to_positions():
+    assert Axis(0, 10, 100, 200).place(2.5) == 125
+    assert Axis(0.01, 100, 200, 0, logarithmic=True).place(1) == 100
+    assert [tick["label"] for tick in Axis(0, 1, 0, 100).ticks()] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+
+
+def test_training_curves_of_fine_tuning():
+    curve = training_curve(history(), "finetune")
+    assert curve["steps"] == 4 and curve["first"] == 1.0 and curve["last"] == 0.25
+    assert [(point["epoch"], point["loss"]) for point in curve["validation"]] == [(2, 0.2)]
+    assert curve["validation"][0]["x"] == 560  # at the last step, the right end
+    assert curve["line"].count("L") == 3
+    assert training_curve(history(), "align")["last"] == 2.0
+    table = history()
+    table.loc[3:4, "stage"] = "openings"
+    openings, whole = (training_curve(table, stage) for stage in ("openings", "finetune"))
+    assert (openings["steps"], openings["seconds"]) == (2, 1.0) and (whole["steps"], whole["seconds"]) == (2, 2.0)
+    assert openings["line"].startswith("M54 ") and whole["line"].startswith("M54 ")
+    assert training_curve(history().iloc[:0], "align") is None
+    many = pd.concat([history().iloc[3:]] * 1000, ignore_index=True).assign(step=range(4000))
+    assert training_curve(many, "finetune")["line"].count("L") < 600
+
+
+def test_the_curve_of_pre_training_starts_at_zero_and_ignores_the_openings():
+    table = history()
+    table.loc[3:4, "stage"] = "openings"
+    # one row for every five steps, as pre-training writes them
+    rows = [("pretrain", step, 0, 6.0, math.nan, math.nan, math.nan, 1e-3, 0, 8.0 + step) for step in range(4, 50, 5)]
+    pretraining = pd.DataFrame(rows, columns=list(HISTORY.columns))
+    pretraining.loc[9, ["loss", "validation_loss"]] = 5.0, 5.5
+    curve = training_curve(pd.concat([table, pretraining], ignore_index=True), "pretrain")
+    assert (curve["steps"], curve["seconds"], curve["tokens"], curve["averaged"]) == (50, 57.0, 0, 5)
+    assert (curve["first"], curve["last"]) == (6.0, 5.0)
+    assert [(point["epoch"], point["loss"], point["x"]) for point in curve["validation"]] == [(1, 5.5, 560)]
+
+
+def test_pre_training_is_drawn_first_and_only_if_there_was_any(files, tmp_path):
+    stages = ["Alignment, loss in nats per cell", "Fine-tuning on whole texts, loss in nats per token"]
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert text.index(stages[0]) < text.index(stages[1])
+    assert "nats per masked gene" not in text and "masked genes" not in text
+    rows = [("pretrain", step, 0, 6.0, math.nan, 5.5, math.nan, 1e-3, 0, 1.0 + step) for step in range(3)]
+    table = pd.DataFrame(rows, columns=list(HISTORY.columns)).astype({"step": "int32", "epoch": "int32"})
+    HISTORY.write(table, files.encoder / "history.parquet")
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert "First, the encoder learned to predict masked genes of the training cells." in text
+    pretraining = (
+        "Pre-training of the encoder, loss in nats per masked gene: from 6 to 6. 3 steps, 0:03. Validation loss"
+    )
+    places = [text.index(caption) for caption in (pretraining, *stages)]
+    assert places == sorted(places)
+    assert "4 steps, 400 tokens, 0:03." in text
+
+
+def test_whiskers_are_wilson_intervals(files):
+    bins = [(0.4, 0.5, 0.45, 0.5, 10), (0.9, 1.0, 0.95, 1.0, 10)]
+    write_tsv([("test", "cell2text", "cell_type", *row) for row in bins], CALIBRATION, files.calibration)
+    drawn = reliability(read_results(files), "cell_type")["bins"]
+    low, high = ([(290 - bin[end]) / 280 for bin in drawn] for end in ("low", "high"))  # positions to shares
+    # by hand with z = 1.96: (5 + z^2/2 -+ z sqrt(10/4 + z^2/4)) / (10 + z^2), and 10 / (10 + z^2) to 1
+    np.testing.assert_allclose(low, [0.2366, 0.7225], atol=1e-3)
+    np.testing.assert_allclose(high, [0.7634, 1.0], atol=1e-3)
+
+
+def test_limits_follow_the_scores(files):
+    results = read_results(files)
+    limits = " ".join(list_limits(results, {"study": "a note"}))
+    assert "One donor only." in limits
+    assert "study: a note" in limits
+    assert "resampling cells, not donors" in limits
+    assert "3 of 3 cell types have fewer than 10 test cells" in limits
+    assert f"intervals of Cell2Text and {title_of('majority')} overlap" in limits
+    metrics = results.metrics.copy()
+    metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.9, 0.85, 0.95]
+    limits = " ".join(list_limits(replace(results, metrics=metrics), {}))
+    assert f"{title_of('majority')} is more accurate than Cell2Text" in limits
+    metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.1, 0.05, 0.15]
+    metrics.loc[metrics["method"] == "pca_logistic", ["value", "low", "high"]] = [0.6, 0.5, 0.69]
+    limits = " ".join(list_limits(replace(results, metrics=metrics), {}))
+    assert "overlap" not in limits and "is more accurate than" not in limits
+
+
+def test_the_best_baseline_of_each_score(files):
+    results = read_results(files)
+    baseline = best_baseline(results, "pathways", "jaccard")
+    assert baseline == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7, "n": 24, "name": title_of("majority")})
+    assert best_baseline(results, "sex", "accuracy") is None
+    own = results.metrics[results.metrics["method"] == "cell2text"]
+    assert best_baseline(replace(results, metrics=own), "pathways", "jaccard") is None
+
+
+def test_the_first_screen_names_each_slot_in_which_a_baseline_scores_higher(files, tmp_path):
+    assert lost_slots(read_results(files)) == []
+    assert "scores higher than" not in Page(render_page(files, tmp_path)).text
+    table = pd.read_csv(files.metrics, sep="\t")
+    scores = ["value", "low", "high"]
+    knn = (table["method"] == "knn") & (table["split"] == "test")
+    table.loc[knn & (table["metric"] == "accuracy"), scores] = [0.78, 0.71, 0.85]
+    table.loc[knn & (table["metric"] == "jaccard"), scores] = [0.9, 0.85, 0.95]
+    table.loc[knn & (table["metric"] == "parsed"), scores] = [0.75, 0.7, 0.8]  # equal, not higher
+    table.to_csv(files.metrics, sep="\t", index=False)
+    sentences = lost_slots(read_results(files))
+    assert sentences == [
+        f"Cell type: {title_of('knn')} scores higher than Cell2Text "
+        "(accuracy 78.0% vs. 75.0%; the 95% intervals overlap).",
+        f"Gene programmes: {title_of('knn')} scores higher than Cell2Text "
+        "(Jaccard index 90.0% vs. 75.0%; the 95% intervals do not overlap).",
+    ]
+    header = " ".join(Page(render_page(files, tmp_path)).text.split()).split("Map of the test cells")[0]
+    assert all(sentence in header for sentence in sentences)
+    card = (tmp_path / "model_card.md").read_text()
+    assert all(sentence in card for sentence in sentences)
+
+
+def test_scores_that_were_not_computed_are_absent(files, tmp_path):
+    table = pd.read_csv(files.metrics, sep="\t")
+    table[table["slot"] != "pathways"].to_csv(files.metrics, sep="\t", index=False)
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert "Gene programmes (Jaccard)" not in text and "Texts parsed 75.0%" in text
+    values = "0.750 [0.700, 0.800]"
+    assert f"| Cell2Text | {values} | {values} | – | {values} |" in (tmp_path / "model_card.md").read_text()
+
+
+def test_names_of_methods_come_from_the_registry(files, tmp_path, monkeypatch):
+    for number, name in enumerate(METHODS):
+        monkeypatch.setitem(methods.METHODS, name, methods.Method(f"title-{number}", f"summary-{number}"))
+    page = Page(render_page(files, tmp_path)).text
+    card = (tmp_path / "model_card.md").read_text()
+    for number in range(len(METHODS)):
+        assert f"title-{number}" in page and f"summary-{number}" in page and f"| title-{number} |" in card
+    # Cell2Text is left only as the name of the project
+    named = {line.strip() for line in page.splitlines() if "Cell2Text" in line}
+    assert named == {"demo · Cell2Text", "Cell2Text", "Cell2Text run"}
+    assert re.findall(r".*Cell2Text.*", card) == ["# Cell2Text model of run demo"]
