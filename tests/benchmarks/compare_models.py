@@ -1,12 +1,12 @@
-"""Fine-tuned models that differ in some settings or in the seed, on the same test cells as the baselines of a run.
+"""Compare fine-tuned models with different settings or seeds, and the baselines of a run, on the same test cells.
 
     .venv/bin/snakemake --cores all models embeddings \\
         results/studies-2000/baselines/{majority,knn,pca_logistic}.parquet --configfile tests/config/studies_2000.yaml
     .venv/bin/python tests/benchmarks/compare_models.py tests/config/studies_2000.yaml models.tsv \\
         --variants "" "projector.kind=mlp" "finetune.balance=true finetune.epochs=2" --seeds 42 1
 
-The run's corpus and embeddings are used as they are; the seed draws weights, batches and noise alone. A line is added
-to the table as soon as a model is scored, and models that the table has are not trained again.
+All models use the run's corpus and embeddings; the seed determines only weights, batches and noise. Each model is added
+to the table when it is scored, and models in the table are not trained again.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.settings import FinetuneSettings, GenerateSettings, ProjectorSettings
 
 ROOT = Path(__file__).parents[2]
-FIGURES = (("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("tissue", "accuracy"), ("pathways", "jaccard"))
-COLUMNS = ["variant", "seed", "method", *(f"{slot} {metric}" for slot, metric in FIGURES), "parsed"]
+METRICS = (("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("tissue", "accuracy"), ("pathways", "jaccard"))
+COLUMNS = ["variant", "seed", "method", *(f"{slot} {metric}" for slot, metric in METRICS), "parsed"]
 COLUMNS += ["weights to train", "tokens/s", "minutes", "best epoch", "validation accuracy of each epoch"]
 
 
 def settings_of(config: str, variant: str) -> dict:
-    """Return the default configuration with that of a file and then a variant's keys put over it."""
+    """Return the default configuration, updated with a file and then with the keys of a variant."""
     merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     update_config(merged, yaml.safe_load(Path(config).read_text()))
     for change in variant.split():
@@ -48,20 +48,20 @@ def settings_of(config: str, variant: str) -> dict:
     return check_config(merged, ROOT / "workflow/schemas/config.schema.yaml", config)
 
 
-def score(told: pd.DataFrame, truth: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, str]:
-    """Return the figures of a method on the test cells, as text with their intervals."""
-    told = told.set_index("cell_id").loc[truth["cell_id"]].reset_index()
-    told = told.assign(**{f"{slot}_id": known(told[f"{slot}_id"]) for slot in TERM_SLOTS})
-    rows = {(row["slot"], row["metric"]): row for row in score_method(truth, told, {}, bootstrap)}
-    found = {f"{key[0]} {key[1]}": "{value:.3f} [{low:.3f}, {high:.3f}]".format(**rows[key]) for key in FIGURES}
-    return found | {"parsed": f"{(told['status'] == 'parsed').sum()}/{len(told)}"}
+def score(predictions: pd.DataFrame, truth: pd.DataFrame, bootstrap: Bootstrap) -> dict[str, str]:
+    """Return the metrics of a method on the test cells, as text with their confidence intervals."""
+    predictions = predictions.set_index("cell_id").loc[truth["cell_id"]].reset_index()
+    predictions = predictions.assign(**{f"{slot}_id": known(predictions[f"{slot}_id"]) for slot in TERM_SLOTS})
+    rows = {(row["slot"], row["metric"]): row for row in score_method(truth, predictions, {}, bootstrap)}
+    found = {f"{key[0]} {key[1]}": "{value:.3f} [{low:.3f}, {high:.3f}]".format(**rows[key]) for key in METRICS}
+    return found | {"parsed": f"{(predictions['status'] == 'parsed').sum()}/{len(predictions)}"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="of a run whose corpus, embeddings and baselines are there")
-    parser.add_argument("table", type=Path, help="lines are added to it; the models go beside it")
-    parser.add_argument("--variants", nargs="+", default=[""], help='as "projector.kind=mlp finetune.epochs=2"')
+    parser.add_argument("config", help="configuration of a run with corpus, embeddings and baselines")
+    parser.add_argument("table", type=Path, help="rows are added to it; models go to a folder of the same name")
+    parser.add_argument("--variants", nargs="+", default=[""], help='such as "projector.kind=mlp finetune.epochs=2"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -78,20 +78,20 @@ def main() -> None:
     truth = truth.assign(**{f"{slot}_id": known(truth[f"{slot}_id"]) for slot in TERM_SLOTS})
     bootstrap = Bootstrap(truth["donor"], config["evaluate"]["bootstrap"], 42)
 
-    def add(variant: str, seed: int | str, method: str, told: pd.DataFrame, **about: str) -> None:
-        row = {"variant": variant, "seed": seed, "method": method, **score(told, truth, bootstrap), **about}
+    def add(variant: str, seed: int | str, method: str, predictions: pd.DataFrame, **about: str) -> None:
+        row = {"variant": variant, "seed": seed, "method": method, **score(predictions, truth, bootstrap), **about}
         line = pd.DataFrame([row]).reindex(columns=COLUMNS)
         line.to_csv(arguments.table, sep="\t", index=False, mode="a", header=not arguments.table.exists())
         print(line.to_string(index=False), flush=True)
 
-    there = (
+    table = (
         pd.read_csv(arguments.table, sep="\t", dtype=str, keep_default_na=False) if arguments.table.exists() else None
     )
-    done = set() if there is None else set(zip(there["variant"], there["seed"], strict=True))
+    done = set() if table is None else set(zip(table["variant"], table["seed"], strict=True))
     if not done:
         for path in sorted(results.glob("baselines/*.parquet")):
-            told = PREDICTIONS.read(path)
-            add("", "", path.stem, told[told["split"] == "test"])
+            predictions = PREDICTIONS.read(path)
+            add("", "", path.stem, predictions[predictions["split"] == "test"])
     for seed in arguments.seeds:
         for variant in arguments.variants:
             if (variant, str(seed)) in done:

@@ -1,10 +1,10 @@
-"""What each part of the fast path gains: the time of a training step with one part switched off at a time.
+"""Speed-up by each part of the fast path: the time of a training step with one part switched off at a time.
 
     .venv/bin/python tests/benchmarks/fast_parts.py results/pbmc68k resources/models/smollm2-135m-instruct
 
-All variants train the same LoRA model on the same batches of a finished run and take turns, so that a machine whose
-speed drifts slows all of them. A step is a forward and a backward pass; the ratio is that of the step without the part
-to the step with all parts, the median over the rounds. `plain` is the model without the fast path.
+All variants train the same LoRA model on the same batches of a finished run and take turns, so that changes in the
+machine's speed affect all of them. A step is a forward and a backward pass; the ratio is the time without the part
+divided by the time with all parts, the median over the rounds. `plain` is the model without the fast path.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class PlainLoss:
-    """Cross-entropy by torch, with all logits in memory."""
+    """Cross-entropy of torch, with all logits in memory."""
 
     @staticmethod
     def apply(states, weight, bias, targets):
@@ -40,7 +40,7 @@ class PlainLoss:
 
 
 def build(directory: str, dimensions: int, off: str):
-    """Return a model of which one part is switched off while it is built."""
+    """Return a model with one part of the fast path switched off."""
     torch.manual_seed(0)
     model = bundle.build(directory, projector_settings(), dimensions, finetune_settings(), CPU).train()
     if off == "plain":
@@ -60,12 +60,12 @@ def build(directory: str, dimensions: int, off: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="a finished run, as results/pbmc68k")
-    parser.add_argument("language_model", help="a model directory, as resources/models/smollm2-135m-instruct")
+    parser.add_argument("results", type=Path, help="a finished run, such as results/pbmc68k")
+    parser.add_argument("language_model", help="a model directory, such as resources/models/smollm2-135m-instruct")
     parser.add_argument("--batch-cells", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="that of this CPU by default")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="by default that of the model on this CPU")
     given = parser.parse_args()
     if given.precision:
         language_model.pick_precision = lambda device: getattr(torch, given.precision)

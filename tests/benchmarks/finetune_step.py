@@ -1,11 +1,11 @@
-"""Tokens per second of a fine-tuning step beside a stock transformers Trainer with a PEFT adapter.
+"""Tokens per second of a fine-tuning step, compared with a stock transformers Trainer and a PEFT adapter.
 
     .venv/bin/python tests/benchmarks/finetune_step.py results/pbmc68k resources/models/smollm2-135m-instruct
 
 Both train LoRA of the same rank on every linear layer of the same model, in the precision of this machine, on the same
 batches: the texts of a finished run, each after a prompt of the same length. The stock model gets placeholder tokens
-where ours gets soft tokens, computes logits everywhere and keeps PEFT's default float32 adapters. The two take turns,
-and each value is the median over the rounds.
+instead of soft tokens, computes logits for all tokens and keeps PEFT's default float32 adapters. All methods take
+turns, and each value is the median over the rounds.
 """
 
 import argparse
@@ -69,9 +69,9 @@ def stock_batches(work: Finetuning, steps: list) -> list[dict]:
     before = torch.cat([prompt.before, torch.full((soft,), 5), prompt.after])
     made = []
     for (batch,) in steps:
-        _, _, text, there, _ = work.train.batch(batch, CPU)
+        _, _, text, text_mask, _ = work.train.batch(batch, CPU)
         ids = torch.cat([before.expand(len(batch), -1), text], 1)
-        mask = torch.cat([torch.ones(len(batch), len(before), dtype=torch.bool), there], 1)
+        mask = torch.cat([torch.ones(len(batch), len(before), dtype=torch.bool), text_mask], 1)
         labels = torch.where(mask, ids, -100)
         labels[:, : len(before)] = -100
         made.append({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
@@ -85,7 +85,7 @@ def stock_seconds(directory: str, made: list[dict], float32_adapters: bool) -> l
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            per_device_train_batch_size=1,  # an item of the data is a whole batch
+            per_device_train_batch_size=1,  # one item of the dataset is a whole batch
             max_steps=len(made),
             learning_rate=1e-3,
             use_cpu=True,
@@ -109,10 +109,10 @@ def stock_seconds(directory: str, made: list[dict], float32_adapters: bool) -> l
 def main() -> None:
     logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="a finished run, as results/pbmc68k")
-    parser.add_argument("language_model", help="a model directory, as resources/models/smollm2-135m-instruct")
+    parser.add_argument("results", type=Path, help="a finished run, such as results/pbmc68k")
+    parser.add_argument("language_model", help="a model directory, such as resources/models/smollm2-135m-instruct")
     parser.add_argument("--batch-cells", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps per round, after two to warm up")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per round, after two warm-up steps")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""Whether a model can memorise 64 cells: one that cannot is broken.
+"""Check that a model can memorise 64 cells: a model that cannot is broken.
 
     .venv/bin/python tests/benchmarks/overfit.py results/pbmc68k resources/models/smollm2-135m-instruct
 
 Trains on 64 training cells of a finished run until the loss is low, describes the same cells, and counts the correct
-ones for each slot. Takes some minutes on two cores.
+predictions for each slot. Takes a few minutes on two cores.
 """
 
 import argparse
@@ -69,13 +69,13 @@ def main() -> None:
         truth = texts[f"{slot}_id"].to_list()
         known = [i for i, label in enumerate(truth) if label is not None]
         if known:
-            right = sum(described[i][f"{slot}_id"] == truth[i] for i in known)
-            print(f"  {slot}: {right} of {len(known)} correct")
+            correct = sum(described[i][f"{slot}_id"] == truth[i] for i in known)
+            print(f"  {slot}: {correct} of {len(known)} correct")
     sets = sum(
         set(row["pathway_ids"]) == set(truth) for row, truth in zip(described, texts["pathway_ids"], strict=True)
     )
-    whole = sum(row["text"] == truth for row, truth in zip(described, texts["text"], strict=True))
-    print(f"  gene programmes: {sets} of {len(described)} correct; texts: {whole} identical")
+    identical = sum(row["text"] == truth for row, truth in zip(described, texts["text"], strict=True))
+    print(f"  gene programmes: {sets} of {len(described)} correct; texts: {identical} identical")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Families of language models, tiny, with random weights: trained on the fast path, the plain one, or refused."""
+"""Tiny random models of many families: trained on the fast path, on the plain one, or rejected."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ FEW_HEADS = {
 }
 OLD_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-# what each family needs beyond the vocabulary, and the path on which it trains
+# settings of each family besides the vocabulary, and the path on which it is trained
 FAMILIES = {
     "gpt2": (OLD_NAMES, "fast"),
     "gpt_neox": (SMALL | {"intermediate_size": 64}, "fast"),
@@ -42,7 +42,7 @@ FAMILIES = {
     "gemma2": (FEW_HEADS | {"head_dim": 8}, "plain"),
     "gemma3_text": (FEW_HEADS | {"head_dim": 8}, "fast"),
     "biogpt": (SMALL | {"intermediate_size": 64}, "fast"),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "refused"),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "rejected"),
 }
 TEXT = torch.randint(5, 300, (4, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
@@ -62,7 +62,7 @@ def write_model(folder, tiny_model, family, **settings):
     with torch.no_grad():
         for value in model.parameters():
             if value.dim() > 1:
-                value.normal_(0, 0.3)  # far from uniform, so that what a token sees matters
+                value.normal_(0, 0.3)  # large, so that the output depends on what a token attends to
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -75,10 +75,10 @@ def build(folder, **changes):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_each_family_trains_and_writes_as_transformers_does(tmp_path, tiny_model, family, caplog):
+def test_each_family_trains_and_generates_as_in_transformers(tmp_path, tiny_model, family, caplog):
     settings, path = FAMILIES[family]
     folder = write_model(tmp_path, tiny_model, family, **settings)
-    if path == "refused":
+    if path == "rejected":
         with pytest.raises(InputError, match="Choose "):
             build(folder)
         return
@@ -114,8 +114,8 @@ def test_each_family_trains_and_writes_as_transformers_does(tmp_path, tiny_model
         assert found == pytest.approx(loss, rel=1e-4)
 
 
-def test_an_encoder_decoder_is_refused_in_one_line(tmp_path, tiny_model):
+def test_an_encoder_decoder_is_rejected_in_one_line(tmp_path, tiny_model):
     settings = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64, "d_kv": 8}
     AutoConfig.for_model("t5", **settings).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="t5 is no causal language model. Choose another model$"):
+    with pytest.raises(InputError, match="t5 is not a causal language model. Choose another model$"):
         build(tmp_path)

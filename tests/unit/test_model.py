@@ -1,9 +1,6 @@
 """The path from vectors to text, on a tiny real language model."""
 
 import copy
-import sys
-from functools import partial
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,7 +17,7 @@ from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_l
 from cell2text.model.cell2text import INSTRUCTION
 from cell2text.model.fast import layers as fused
 from cell2text.model.fast.attention import CELLS_IN_CACHE, Row, SharedPromptAttention
-from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm, Rotation, fuse_norms, fuse_rotations, rotate
+from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm, fuse_norms
 from cell2text.model.fast.loss import TextLoss
 from cell2text.model.projectors import PROJECTORS
 from default_settings import finetune_settings, projector_settings
@@ -55,50 +52,44 @@ def cells(kind, count=4, seed=1):
     return vectors * (torch.arange(6) < lengths[:, None])[..., None], lengths
 
 
-def stock_rotation():
-    """Return transformers' own function, whether or not a model has been built that replaces it."""
-    function = modeling_llama.apply_rotary_pos_emb
-    return function.args[0] if isinstance(function, partial) else function
-
-
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
-def test_soft_tokens_have_the_length_of_the_models_own(build, kind):
+def test_soft_tokens_start_at_the_mean_norm_of_token_embeddings(build, kind):
     model = build(kind)
-    soft, there = model.projector(*cells(kind))
-    typical = model.language_model.get_input_embeddings().weight.norm(dim=-1).mean()
-    assert torch.allclose(soft[there].norm(dim=-1), typical.expand(int(there.sum())), rtol=1e-5)
+    soft, present = model.projector(*cells(kind))
+    norm = model.language_model.get_input_embeddings().weight.norm(dim=-1).mean()
+    assert torch.allclose(soft[present].norm(dim=-1), norm.expand(int(present.sum())), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
-def test_batch_mates_change_nothing(build, kind):
+def test_the_loss_of_a_cell_does_not_depend_on_its_batch(build, kind):
     model, (vectors, lengths) = build(kind), cells(kind)
     text = torch.randint(5, 300, (4, 9))
-    there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
     together = [
-        model.text_loss(*model.projector(vectors, lengths), text, there & (torch.arange(4) == i)[:, None])[0]
+        model.text_loss(*model.projector(vectors, lengths), text, mask & (torch.arange(4) == i)[:, None])[0]
         for i in range(4)
     ]
     for i in range(4):
         row = slice(i, i + 1)
-        width = int(there[i].sum())
-        # alone, and without any padding at all
+        width = int(mask[i].sum())
+        # alone and without padding
         short = vectors[row] if kind == "pooled" else vectors[row, : lengths[i]]
-        alone, tokens = model.text_loss(*model.projector(short, lengths[row]), text[row, :width], there[row, :width])
+        alone, tokens = model.text_loss(*model.projector(short, lengths[row]), text[row, :width], mask[row, :width])
         assert int(tokens) == width
         assert torch.allclose(alone, together[i], rtol=1e-4), kind
 
 
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
-def test_the_fast_path_gives_the_loss_and_gradients_of_the_plain_one(build, kind):
+def test_the_fast_path_equals_the_plain_path_in_loss_and_gradients(build, kind):
     (vectors, lengths), model, plain = cells(kind), build(kind), build(kind, speed_up=False)
     text = torch.randint(5, 300, (4, 9))
-    there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
     assert sum(type(part) is FusedLora for part in model.modules()) == 14
     assert sum(type(part) is FusedNorm for part in model.modules()) == 5
     assert sum(type(part) is FusedGate for part in model.modules()) == 2
     losses = []
     for one in (model, plain):
-        loss, tokens = one.text_loss(*one.projector(vectors, lengths), text, there)
+        loss, tokens = one.text_loss(*one.projector(vectors, lengths), text, mask)
         loss.backward()
         losses.append(loss)
         assert int(tokens) == 22
@@ -109,15 +100,15 @@ def test_the_fast_path_gives_the_loss_and_gradients_of_the_plain_one(build, kind
 
 
 @pytest.mark.parametrize("kind", sorted(PROJECTORS))
-def test_the_plain_path_gives_the_loss_of_transformers_one_cell_at_a_time(build, kind):
+def test_the_plain_path_equals_transformers_one_cell_at_a_time(build, kind):
     (vectors, lengths), model = cells(kind), build(kind, speed_up=False)
     text = torch.randint(5, 300, (4, 9))
-    there = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
-    ours, _ = model.text_loss(*model.projector(vectors, lengths), text, there)
+    mask = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    ours, _ = model.text_loss(*model.projector(vectors, lengths), text, mask)
     theirs = 0
     for i in range(4):
-        prompt, mask = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
-        prompt, words = prompt[:, mask[0]], text[i : i + 1][:, there[i]]
+        prompt, prompt_mask = model.read_cells(vectors[i : i + 1], lengths[i : i + 1])
+        prompt, words = prompt[:, prompt_mask[0]], text[i : i + 1][:, mask[i]]
         labels = torch.cat([torch.full((1, prompt.shape[1]), -100), words], 1)
         embeddings = torch.cat([prompt, model.embed_tokens(words)], 1)
         theirs = theirs + model.language_model(inputs_embeds=embeddings, labels=labels).loss * words.shape[1]
@@ -126,25 +117,25 @@ def test_the_plain_path_gives_the_loss_of_transformers_one_cell_at_a_time(build,
 
 def test_both_paths_judge_the_same_tokens(build):
     (vectors, lengths), judged = cells("pooled"), torch.arange(9) < torch.tensor([3, 0, 5, 2])[:, None]
-    text, there = torch.randint(5, 300, (4, 9)), torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+    text, mask = torch.randint(5, 300, (4, 9)), torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
     plain, found = build(speed_up=False), []
     text[0, :3] = torch.tensor(write_texts(plain, vectors[:1], lengths[:1], 3)[0].ids)
     for model in (build(), plain):
         soft = model.projector(vectors, lengths)
-        loss, chosen = model.judge_text(*soft, text, there, judged)
-        assert torch.allclose(loss, model.text_loss(*soft, text, there)[0], rtol=1e-5)
+        loss, chosen = model.judge_text(*soft, text, mask, judged)
+        assert torch.allclose(loss, model.text_loss(*soft, text, mask)[0], rtol=1e-5)
         assert chosen[0, :3].all() and chosen[~judged].all() and not chosen.all()
         found.append(chosen)
     assert torch.equal(*found)
 
 
-def test_a_model_that_differs_is_reported_and_not_sped_up(build, monkeypatch, caplog):
+def test_a_model_with_another_loss_on_the_fast_path_is_reported(build, monkeypatch, caplog):
     model, (vectors, lengths) = build(speed_up=False), cells("pooled")
-    text, there = torch.randint(5, 300, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    text, mask = torch.randint(5, 300, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
     soft, present = (part.detach() for part in model.projector(vectors, lengths))
     monkeypatch.setattr(fast, "fuse_norms", lambda model: model.get_decoder().norm.weight.data.mul_(1.01))
     with caplog.at_level("INFO", logger="cell2text.model"):
-        assert not fast.check(model, soft, present, text, there)
+        assert not fast.check(model, soft, present, text, mask)
     assert len(caplog.messages) == 1 and "nats per token, not" in caplog.text
 
 
@@ -161,7 +152,7 @@ def test_text_loss_is_cross_entropy(biased):
     assert torch.allclose(gradient, torch.autograd.grad(3 * theirs, states)[0], atol=1e-3, rtol=1e-4)
 
 
-def test_fused_norm_takes_the_place_of_its_equals_alone():
+def test_fused_norm_replaces_only_equivalent_layers():
     class OtherRMSNorm(LlamaRMSNorm):  # Gemma's adds 1 to the weight
         def forward(self, x):
             return super().forward(x) + x / x.pow(2).mean(-1, keepdim=True).add(self.variance_epsilon).sqrt()
@@ -178,7 +169,7 @@ def test_fused_norm_takes_the_place_of_its_equals_alone():
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_fused_gates_take_the_place_of_their_equals_alone():
+def test_fused_gate_replaces_only_equivalent_layers():
     torch.manual_seed(0)
     settings = {
         "hidden_size": 8,
@@ -203,7 +194,7 @@ def test_fused_gates_take_the_place_of_their_equals_alone():
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_what_is_compiled_computes_the_same(monkeypatch):
+def test_compiled_functions_compute_the_same(monkeypatch):
     torch.manual_seed(0)
     x, weight, d = torch.randn(3, 70, 64).bfloat16(), torch.randn(64).bfloat16(), torch.randn(3, 70, 64).bfloat16()
     inverse = fused.normalise(x, weight, 1e-5)[1]
@@ -225,7 +216,7 @@ def test_what_is_compiled_computes_the_same(monkeypatch):
             assert (a.float() - c).abs().mean() <= 1.01 * (b.float() - c).abs().mean(), function
 
 
-def test_without_a_compiler_a_step_is_as_it_is_written(monkeypatch, caplog):
+def test_a_missing_compiler_is_reported(monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no g++\nand a long story")
 
@@ -234,70 +225,35 @@ def test_without_a_compiler_a_step_is_as_it_is_written(monkeypatch, caplog):
     with caplog.at_level("INFO", logger="cell2text.model"):
         assert not fused.can_compile()
     fused.can_compile.cache_clear()
-    assert caplog.messages == ["torch cannot compile here, so a step takes a little longer (no g++)"]
+    assert caplog.messages == ["torch.compile does not work here, so training is slightly slower (no g++)"]
 
 
-def test_rotation_is_that_of_transformers():
-    torch.manual_seed(0)
-    q, k = (torch.randn(1, heads, 5, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
-    cos, sin = torch.randn(2, 1, 5, 8, dtype=torch.float64)  # no angles: every number has to be at its own place
-    general = stock_rotation()
-    for ours, theirs in zip(rotate(None, q, k, cos, sin), general(q, k, cos, sin), strict=True):
-        assert torch.allclose(ours, theirs)
-    assert torch.autograd.gradcheck(lambda q, k: Rotation.apply(cos[:, None], sin[:, None], q, k), (q, k))
-
-
-def test_rotations_that_differ_are_left_alone(monkeypatch):
-    home = ModuleType("home")
-    monkeypatch.setitem(sys.modules, "home", home)
-    layer = type("Layer", (torch.nn.Module,), {"__module__": "home"})()
-    general = stock_rotation()
-
-    def other(q, k, cos, sin, unsqueeze_dim=1):
-        return [-x for x in general(q, k, cos, sin, unsqueeze_dim)]
-
-    def further(q, k, cos, sin, positions, unsqueeze_dim=1):
-        return general(q, k, cos, sin, unsqueeze_dim)
-
-    for function in (other, further, general):
-        home.apply_rotary_pos_emb = function
-        fuse_rotations(layer)
-        assert isinstance(home.apply_rotary_pos_emb, partial) == (function is general)
-    fused = home.apply_rotary_pos_emb
-    fuse_rotations(layer)
-    assert home.apply_rotary_pos_emb is fused
-    # of a head that turns in part the general function is asked
-    home.apply_rotary_pos_emb = partial(rotate, lambda *arguments: arguments)
-    arguments = (torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 3, 4), torch.ones(1, 3, 4), 1)
-    assert home.apply_rotary_pos_emb(*arguments) == arguments
-
-
-def test_attention_of_a_row_is_that_of_one_large_mask():
+def test_attention_in_a_row_equals_attention_with_one_large_mask():
     torch.manual_seed(0)
     prompt, cells, length, heads, groups = 3, 2 * CELLS_IN_CACHE + 3, 40, 4, 2
-    there = torch.arange(length) < torch.randint(2, length + 1, (cells,))[:, None]
-    there[:, 1] = False  # as a projector leaves it that has fewer soft tokens for a cell
-    row = Row.of(prompt, there, torch.float64)
+    mask = torch.arange(length) < torch.randint(2, length + 1, (cells,))[:, None]
+    mask[:, 1] = False  # a gap, as between the soft tokens and the text of a cell with few genes
+    row = Row.of(prompt, mask, torch.float64)
     assert [part.cells for part in row.parts] == [CELLS_IN_CACHE, CELLS_IN_CACHE, 3]
-    tokens = prompt + int(there.sum())
+    tokens = prompt + int(mask.sum())
     filled = row.positions().shape[1]
     assert (filled % 32, filled - tokens) == (0, row.filling) and row.filling
     q, k, v = (
         torch.randn(1, filled, count, 6, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for count in (heads, groups, groups)
     )
-    # of which cell each token is; the prompt is of all
-    owner = torch.cat([torch.full((prompt,), -1), torch.arange(cells)[:, None].expand(-1, length)[there]])
+    # index of the cell of each token; -1 is the prompt, which all cells see
+    owner = torch.cat([torch.full((prompt,), -1), torch.arange(cells)[:, None].expand(-1, length)[mask]])
     seen = ((owner[None] == owner[:, None]) | (owner == -1)).tril()
     ours = SharedPromptAttention.apply(q, k, v, row, 0.3)
     without = (part[:, :, :tokens] for part in (q, k, v))
     theirs = functional.scaled_dot_product_attention(*without, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(ours[:, :tokens], theirs) and not ours[:, tokens:].any()
     direction = torch.randn_like(ours)
-    of_ours = torch.autograd.grad(ours, (q, k, v), direction)
-    of_theirs = torch.autograd.grad(theirs, (q, k, v), direction[:, :tokens])
-    for mine, other in zip(of_ours, of_theirs, strict=True):
-        assert torch.allclose(mine, other) and not mine[:, :, tokens:].any()
+    our_gradients = torch.autograd.grad(ours, (q, k, v), direction)
+    their_gradients = torch.autograd.grad(theirs, (q, k, v), direction[:, :tokens])
+    for our, their in zip(our_gradients, their_gradients, strict=True):
+        assert torch.allclose(our, their) and not our[:, :, tokens:].any()
 
 
 def test_prompt_is_the_chat_template_with_the_cell_in_it(build):
@@ -306,7 +262,7 @@ def test_prompt_is_the_chat_template_with_the_cell_in_it(build):
     assert before + after == f"<|start|>user\n{INSTRUCTION} <|end|>\n<|start|>assistant\n"
 
 
-def test_only_adapter_and_projector_learn(build):
+def test_only_adapter_and_projector_are_trained(build):
     model = build()
     assert model.trainable()
     assert all("lora_" in name or name.startswith("projector.") for name in model.trainable())
@@ -332,10 +288,10 @@ def test_log_probabilities_are_those_of_a_forward_pass(build):
     merged = copy.deepcopy(model).ready_to_write()
     written = write_texts(merged, vectors, lengths, 6)[0]
     soft = model.projector(vectors, lengths)
-    there = torch.ones(1, len(written.ids), dtype=torch.bool)
+    mask = torch.ones(1, len(written.ids), dtype=torch.bool)
     with torch.no_grad():
         sums = [
-            float(model.text_loss(*soft, torch.tensor([written.ids[:n]]), there[:, :n])[0])
+            float(model.text_loss(*soft, torch.tensor([written.ids[:n]]), mask[:, :n])[0])
             for n in range(1, len(written.ids) + 1)
         ]
     assert -np.cumsum(written.log_probabilities) == pytest.approx(np.array(sums), abs=1e-4)
@@ -368,53 +324,54 @@ def test_load_refuses_missing_weights(build, tiny_model, tmp_path):
 def test_alignment_scores_are_cosines_over_the_temperature():
     targets = LabelTargets([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, -1.0]])])
     soft = torch.tensor([[[3.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    there = torch.tensor([[True, False], [True, True]])
+    present = torch.tensor([[True, False], [True, True]])
     half = 2**-0.5
-    first, second = targets.scores(soft, there)
+    first, second = targets.scores(soft, present)
     assert torch.allclose(first, torch.tensor([[1.0, 0.0], [half, half]]) / 0.05)
     assert torch.allclose(second, torch.tensor([[0.0], [-half]]) / 0.05)
-    assert float(targets.loss(soft, there, torch.tensor([[-1, -1], [-1, -1]]))) == 0
-    # the second cell is as near to both labels of the first slot; a slot with one label costs nothing
-    assert float(targets.loss(soft, there, torch.tensor([[-1, 0], [1, -1]]))) == pytest.approx(np.log(2))
+    assert float(targets.loss(soft, present, torch.tensor([[-1, -1], [-1, -1]]))) == 0
+    # the second cell is equally near to both labels of the first slot; the loss of a slot with one label is zero
+    assert float(targets.loss(soft, present, torch.tensor([[-1, 0], [1, -1]]))) == pytest.approx(np.log(2))
     labels = {"cell_type": ["b", None, "a"], "sex": ["x", "x", "y"]}
     numbers = number_labels(labels, {"cell_type": ["a", "b"], "sex": ["x"]})
     assert numbers.tolist() == [[1, 0], [-1, 0], [0, -1]]
 
 
-def test_slots_have_soft_tokens_of_their_own_where_there_are_enough():
+def test_each_slot_has_its_own_soft_tokens_if_there_are_enough():
     directions = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]])]
     soft = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [9.0, 9.0]]])
-    there = torch.tensor([[True, True, True, False]])
-    soft = soft * there[..., None]
-    first, second = LabelTargets(directions, apart=True).scores(soft, there)  # of tokens 0 and 2, of 1 and 3
+    present = torch.tensor([[True, True, True, False]])
+    soft = soft * present[..., None]
+    first, second = LabelTargets(directions, apart=True).scores(soft, present)  # from tokens 0 and 2, and 1 and 3
     assert torch.allclose(first, torch.tensor([[1.0, 1.0]]) * 2**-0.5 / 0.05)
     assert torch.allclose(second, torch.tensor([[1.0]]) / 0.05)
-    shared = LabelTargets(directions).scores(soft, there)
-    for mean, one in zip(shared, LabelTargets(directions, apart=True).scores(soft[:, 1:2], there[:, 1:2]), strict=True):
+    shared = LabelTargets(directions).scores(soft, present)
+    single = LabelTargets(directions, apart=True).scores(soft[:, 1:2], present[:, 1:2])
+    for mean, one in zip(shared, single, strict=True):
         assert mean.shape == one.shape
     assert torch.allclose(shared[0], torch.tensor([[2.0, 4.0]]) / 20**0.5 / 0.05)
-    assert torch.allclose(one, torch.tensor([[1.0]]) / 0.05)  # too few tokens: both slots read the one there is
+    assert torch.allclose(one, torch.tensor([[1.0]]) / 0.05)  # fewer tokens than slots: both slots use the only one
 
 
-def test_cells_and_descriptions_are_told_apart_both_ways_and_duplicates_are_all_right():
+def test_the_description_loss_is_contrastive_both_ways_and_accepts_duplicates():
     targets = DescriptionTargets(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     soft = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]], [[0.6, 0.8], [0.6, 0.8]]])
-    there = torch.tensor([[True, False], [True, True], [True, True]])
-    # cosines over 0.05 of the cells with the texts of the cells, the first and the last of which are the same
+    present = torch.tensor([[True, False], [True, True], [True, True]])
+    # cosines / 0.05 of cells (rows) and their texts (columns); the first and the last text are the same
     scores = np.array([[20, 0, 20], [0, 20, 0], [12, 16, 12]])
-    shares = np.array([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
-    to_text = [np.log(np.exp(row).sum()) - share @ row for row, share in zip(scores, shares, strict=True)]
-    to_cell = [np.log(np.exp(row).sum()) - share @ row for row, share in zip(scores.T, shares, strict=True)]
+    matches = np.array([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
+    to_text = [np.log(np.exp(row).sum()) - match @ row for row, match in zip(scores, matches, strict=True)]
+    to_cell = [np.log(np.exp(row).sum()) - match @ row for row, match in zip(scores.T, matches, strict=True)]
     assert to_text == pytest.approx([np.log(2), 0, np.log(2 + np.exp(4))], abs=1e-8)
     assert to_cell == pytest.approx([4 + np.log1p(np.exp(-8)), np.log1p(np.exp(-4)), 4 + np.log1p(np.exp(-8))])
-    loss = targets.loss(soft, there, torch.tensor([0, 1, 0]))
+    loss = targets.loss(soft, present, torch.tensor([0, 1, 0]))
     assert float(loss) == pytest.approx((np.mean(to_text) + np.mean(to_cell)) / 2, rel=1e-5)
 
 
-def test_descriptions_point_where_they_differ_from_their_mean():
+def test_description_directions_are_centred():
     embeddings = torch.tensor([[3.0, 0.0], [0.0, 5.0], [4.0, -5.0]])
     targets = DescriptionTargets.of([torch.tensor([0]), torch.tensor([1]), torch.tensor([1, 2])], embeddings)
-    # unit vectors (1, 0), (0, 1), (1, 0), less their mean (2/3, 1/3)
+    # unit vectors (1, 0), (0, 1), (1, 0), minus their mean (2/3, 1/3)
     half = 2**-0.5
     assert torch.allclose(targets.directions, half * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]))
     only = DescriptionTargets.of([torch.tensor([0])], embeddings)
@@ -424,7 +381,7 @@ def test_descriptions_point_where_they_differ_from_their_mean():
     assert loss.item() == pytest.approx(np.log(4)) and not soft.grad.any()
 
 
-def test_labels_of_cells_aligned_to_descriptions_have_the_direction_of_their_sentence(build):
+def test_label_targets_of_sentences_are_the_centred_directions_of_sentences(build):
     from tests_terms import small_table
 
     model, labels = build(), {"cell_type": ["CL:0000236", "CL:0000623"], "tissue": ["UBERON:0000178"]}
@@ -438,10 +395,10 @@ def test_labels_of_cells_aligned_to_descriptions_have_the_direction_of_their_sen
     first, second = (embeddings[text].mean(0) / embeddings[text].mean(0).norm() for text in ids)
     assert torch.allclose(cell_types[0], (first - second) / (first - second).norm(), atol=1e-5)
     assert torch.allclose(cell_types[1], -cell_types[0], atol=1e-5)
-    assert not tissues.any()  # with one label there is nothing to tell apart
+    assert not tissues.any()  # a single label is its own mean
 
 
-def test_confidence_is_the_product_over_the_names_tokens(build):
+def test_confidence_is_the_product_over_the_tokens_of_the_name(build):
     from tests_terms import small_terms
 
     tokenizer, terms = build().tokenizer, small_terms()

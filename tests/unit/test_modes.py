@@ -1,4 +1,4 @@
-"""What of the language model learns: an adapter and its variants, or every weight; against transformers and PEFT."""
+"""Training modes: an adapter and its variants, or all weights, compared with plain transformers and PEFT."""
 
 import copy
 import sys
@@ -25,7 +25,7 @@ PROJECTOR = projector_settings(soft_tokens=3, hidden=16)
 FULL = {"mode": "full"}
 DORA, DROPOUT = SIZE | {"dora": True}, SIZE | {"lora_dropout": 0.4}
 TEXT = torch.randint(5, 300, (4, 9), generator=torch.Generator().manual_seed(2))
-THERE = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
+MASK = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def in_float32(monkeypatch):
 
 @pytest.fixture(scope="session")
 def models(tiny_model, tmp_path_factory):
-    """Directories: the head has weights of its own, those of the embeddings, or a bias and layers with biases."""
+    """Directories of models with an untied head, a tied head, and biases in the head and all layers."""
     tokenizer, found = AutoTokenizer.from_pretrained(tiny_model), {"untied": tiny_model}
     shape = {
         "vocab_size": len(tokenizer),
@@ -92,9 +92,9 @@ def gradients(model):
 @pytest.mark.parametrize(
     ("kind", "tuning", "trained", "fused"),
     [
-        ("untied", FULL, 21, 0),  # 9 weights a layer, the last norm, embeddings and head
+        ("untied", FULL, 21, 0),  # 9 weights per layer, the last norm, embeddings and head
         ("tied", FULL, 20, 0),
-        ("biased", FULL, 33, 0),  # 14 a layer, the last norm's two, embeddings, the head's two
+        ("biased", FULL, 33, 0),  # 14 per layer, 2 of the last norm, embeddings, 2 of the head
         ("untied", SIZE | {"rslora": True}, 28, 14),
         ("untied", SIZE | {"lora_targets": ["q_proj", "mlp.up_proj"]}, 8, 4),
         ("untied", DORA, 42, 0),
@@ -108,8 +108,8 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(models, kind, t
     assert sum(type(part) is FusedLora and part.is_plain(torch.float32) for part in model.modules()) == fused
     assert sum(type(part) is FusedNorm for part in model.modules()) == (0 if kind == "biased" else 5)
     assert not [part for part in plain.modules() if isinstance(part, FusedLora | FusedNorm)]
-    ours, _ = model.text_loss(*model.projector(*cells()), TEXT, THERE)
-    theirs, _ = plain.text_loss(*plain.projector(*cells()), TEXT, THERE)
+    ours, _ = model.text_loss(*model.projector(*cells()), TEXT, MASK)
+    theirs, _ = plain.text_loss(*plain.projector(*cells()), TEXT, MASK)
     assert torch.allclose(ours, theirs, rtol=1e-5)
     ours.backward()
     theirs.backward()
@@ -120,16 +120,16 @@ def test_loss_and_gradients_equal_those_of_transformers_and_peft(models, kind, t
         assert torch.allclose(found[name], expected, rtol=1e-3, atol=max(1e-4, 1e-4 * scale)), name
 
 
-def test_dropout_is_that_of_peft(models, monkeypatch):
-    """With one cell and no filling the row is the plain model's sequence: the same seed drops the same numbers."""
+def test_dropout_equals_that_of_peft(models, monkeypatch):
+    """With one cell and no filling, the row is the plain model's sequence: the same seed drops the same values."""
     monkeypatch.setattr(shared_prompt, "TOKENS", 1)
     model, plain = build(models["untied"], DROPOUT), build(models["untied"], DROPOUT, speed_up=False)
-    without = model.text_loss(*model.projector(*cells(1)), TEXT[:1], THERE[:1])[0].detach()
+    without = model.text_loss(*model.projector(*cells(1)), TEXT[:1], MASK[:1])[0].detach()
     losses = []
     for one in (model, plain):
         one.train()
         torch.manual_seed(3)
-        losses.append(one.text_loss(*one.projector(*cells(1)), TEXT[:1], THERE[:1])[0])
+        losses.append(one.text_loss(*one.projector(*cells(1)), TEXT[:1], MASK[:1])[0])
         losses[-1].backward()
     ours, theirs = losses
     found = gradients(model)
@@ -150,50 +150,50 @@ def test_dropout_is_that_of_peft(models, monkeypatch):
         ("biased", FULL),
     ],
 )
-def test_layers_computed_anew_give_the_same_gradients(models, kind, tuning):
+def test_checkpointed_activations_give_the_same_gradients(models, kind, tuning):
     model, computed, found, sizes = build(models[kind], tuning).train(), [], [], []
     layers, (vectors, lengths) = model.base_model.get_decoder().layers, cells()
     for number, layer in enumerate(layers):
         layer.input_layernorm.register_forward_hook(lambda *_, number=number: computed.append(number))
     vectors.requires_grad_()
-    for anew in (False, True):
-        if anew:
+    for checkpointed in (False, True):
+        if checkpointed:
             model.checkpoint_activations()
-        held = []
-        torch.manual_seed(3)  # of dropout
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.nbytes) or x, lambda x: x):
-            loss, _ = model.text_loss(*model.projector(vectors, lengths), TEXT, THERE)
-        sizes.append(sum(held))
+        saved = []
+        torch.manual_seed(3)  # for dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x):
+            loss, _ = model.text_loss(*model.projector(vectors, lengths), TEXT, MASK)
+        sizes.append(sum(saved))
         loss.backward()
         found.append({"loss": loss.detach(), "vectors": vectors.grad} | gradients(model))
         vectors.grad = None
     assert computed == [0, 1, 0, 1, 1, 0]
     assert sizes[1] < 0.2 * sizes[0]
-    held, anew = found
-    assert held["vectors"].abs().max() > 0
-    for name, expected in held.items():
-        assert torch.allclose(anew[name], expected, rtol=1e-5, atol=1e-6), name
+    stored, recomputed = found
+    assert stored["vectors"].abs().max() > 0
+    for name, expected in stored.items():
+        assert torch.allclose(recomputed[name], expected, rtol=1e-5, atol=1e-6), name
     assert not any(part.waiting for part in model.modules() if type(part) is FusedLora)
 
 
-def test_only_training_computes_layers_anew(models):
+def test_only_training_recomputes_activations(models):
     model, computed = build(models["untied"], SIZE), []
     model.checkpoint_activations()
     model.base_model.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: computed.append(0))
-    model.text_loss(*model.projector(*cells()), TEXT, THERE)[0].backward()
+    model.text_loss(*model.projector(*cells()), TEXT, MASK)[0].backward()
     assert computed == [0]
     merged = copy.deepcopy(model).ready_to_write()
     assert write_texts(merged, *cells(), 8) == write_texts(build(models["untied"], SIZE).ready_to_write(), *cells(), 8)
 
 
-def test_a_model_whose_layers_cannot_be_computed_anew_is_told(models):
+def test_a_model_without_activation_checkpointing_is_reported(models):
     model = build(models["untied"], SIZE)
     model.base_model.supports_gradient_checkpointing = False
     with pytest.raises(InputError, match=r"checkpoint_activations: LlamaForCausalLM cannot .* Set it to false$"):
         model.checkpoint_activations()
 
 
-def test_rslora_divides_by_the_root_of_the_rank(models):
+def test_rslora_divides_by_the_square_root_of_the_rank(models):
     plain, stabilised = (build(models["untied"], SIZE | {"rslora": use}) for use in (False, True))
     scalings = [
         {part.scaling["default"] for part in model.modules() if type(part) is FusedLora}
@@ -215,8 +215,8 @@ def test_text_loss_gives_the_gradients_of_the_head(dtype):
         assert (our.float() - their).norm() < (1e-5 if dtype == torch.float32 else 0.01) * their.norm()
 
 
-def test_text_loss_of_sure_tokens_still_teaches_the_head():
-    """Of a token with probability 0.999, bfloat16 would round what is left to learn to nothing."""
+def test_text_loss_of_confident_tokens_still_trains_the_head():
+    """In bfloat16, the gradient of a token with probability 0.999 would be rounded to zero."""
     states = torch.ones(1, 1, dtype=torch.bfloat16)
     weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16, requires_grad=True)
     TextLoss.apply(states, weight, None, torch.tensor([0])).backward()
@@ -225,24 +225,24 @@ def test_text_loss_of_sure_tokens_still_teaches_the_head():
 
 
 def test_validation_computes_no_gradient_of_the_head(models, monkeypatch):
-    model, asked = build(models["untied"], FULL), []
+    model, requested = build(models["untied"], FULL), []
     apply = TextLoss.apply
-    monkeypatch.setattr(TextLoss, "apply", lambda *parts: asked.append(parts[1].requires_grad) or apply(*parts))
+    monkeypatch.setattr(TextLoss, "apply", lambda *parts: requested.append(parts[1].requires_grad) or apply(*parts))
     soft = model.projector(*cells())
     with torch.no_grad():
-        without, _ = model.text_loss(*soft, TEXT, THERE)
-    assert torch.equal(without, model.text_loss(*soft, TEXT, THERE)[0].detach())
-    assert asked == [False, True]
+        without, _ = model.text_loss(*soft, TEXT, MASK)
+    assert torch.equal(without, model.text_loss(*soft, TEXT, MASK)[0].detach())
+    assert requested == [False, True]
 
 
-def test_full_fine_tuning_moves_every_weight(models):
+def test_full_fine_tuning_changes_every_weight(models):
     model = build(models["tied"], FULL)
     before = {name: value.detach().clone() for name, value in model.trainable().items()}
     assert {name for name, _ in model.named_parameters()} == set(before)
     optimiser, losses = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0), []
     for _ in range(8):
         optimiser.zero_grad()
-        loss, _ = model.text_loss(*model.projector(*cells()), TEXT, THERE)
+        loss, _ = model.text_loss(*model.projector(*cells()), TEXT, MASK)
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
@@ -257,7 +257,7 @@ def test_full_fine_tuning_moves_every_weight(models):
 )
 def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
     model = build(models[kind], tuning)
-    with torch.no_grad():  # other weights than those of the original
+    with torch.no_grad():  # weights that differ from those of the original
         for value in model.trainable().values():
             value.add_(0.02 * torch.randn_like(value))
     bundle.save(model, tmp_path, {"seed": 1})
@@ -277,7 +277,7 @@ def test_saved_and_loaded_model_writes_the_same(models, kind, tuning, tmp_path):
     assert [one.ids for one in before] != [one.ids for one in original]
 
 
-def test_targets_are_written_in_order(models, tmp_path):
+def test_saved_targets_are_sorted(models, tmp_path):
     bundle.save(build(models["untied"], SIZE), tmp_path, {})
     targets = read_json(tmp_path / "adapter/adapter_config.json")["target_modules"]
     assert len(targets) == 14
@@ -304,15 +304,15 @@ def test_load_refuses_missing_and_surplus_weights(models, tmp_path, mode, file, 
     ("targets", "named"),
     [(["q_proj", "qproj"], "qproj"), (["lm_head"], "lm_head"), (["norm"], "norm"), ([], r"\(empty list\)")],
 )
-def test_targets_that_are_no_layers_are_told(models, targets, named):
+def test_targets_that_are_not_layers_are_reported(models, targets, named):
     with pytest.raises(
         InputError, match=rf"finetune.lora_targets: .* is named {named}\. .* has down_proj, .*, v_proj$"
     ):
         build(models["untied"], SIZE | {"lora_targets": targets})
 
 
-def test_modes_that_cannot_run_are_told(models, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"^config: finetune.mode: lor is none of lora, full, qlora\. "):
+def test_modes_that_cannot_run_are_reported(models, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"^config: finetune.mode: lor is not one of lora, full, qlora\. "):
         build(models["untied"], SIZE | {"mode": "lor"})
     with pytest.raises(InputError, match=r"^config: finetune.mode: qlora needs a GPU\. Set `mode: lora`$"):
         build(models["untied"], SIZE | {"mode": "qlora"})

@@ -1,4 +1,4 @@
-"""Pretraining: which genes are masked, that the model learns, resumes after a kill, and is saved whole."""
+"""Pretraining: which genes are masked, and that the model learns, resumes after a kill and can be saved."""
 
 import math
 
@@ -24,7 +24,7 @@ SETTINGS = {"kind": "pretrain", "size": "tiny", "epochs": 2, "batch_cells": 8, "
 
 
 def write_corpus(folder, cells=64):
-    """Write cells of two kinds: one has genes 0 to 19 alone, the other 20 to 39, each 8 to 14 of them."""
+    """Write cells of two kinds: one has 8 to 14 of the genes 0 to 19, the other as many of the genes 20 to 39."""
     random = np.random.default_rng(0)
     ids = [f"c{i}" for i in range(cells)]
     lists = [(random.permutation(20) + 20 * (i % 2))[: random.integers(8, 15)].astype(np.int32) for i in range(cells)]
@@ -72,7 +72,7 @@ def losses_of(model, batch):
     return float(MaskedGenes(model)(*batch.inputs(torch.device("cpu"))).detach())
 
 
-def test_the_longest_inputs_fill_the_model_and_empty_cells_are_left_out(tmp_path):
+def test_long_cells_are_truncated_and_empty_cells_are_excluded(tmp_path):
     lists = [[5, 3, 1, 0], [], [2, 4], [7, 6, 5]]
     table = {"cell_id": list("abcd"), "tokens": lists, "expression": [np.ones(len(genes)) for genes in lists]}
     TOKENS.write(pd.DataFrame(table), tmp_path / "tokens.parquet")
@@ -84,11 +84,11 @@ def test_the_longest_inputs_fill_the_model_and_empty_cells_are_left_out(tmp_path
     assert cells.offsets.tolist() == [0, 3, 6]
 
 
-def test_hidden_genes_are_a_share_of_each_cell_and_the_rest_is_untouched():
+def test_a_share_of_each_cells_genes_is_masked_and_the_rest_is_unchanged():
     lengths = [1, 3, 10, 20, 40, 33]
     cells = cells_of(lengths)
     batch = make_batch(cells, [4, 0, 5, 1, 2, 3])
-    # 15 % rounded, one at least
+    # 15 % rounded, at least one
     assert batch.chosen.sum(1).tolist() == [6, 1, 5, 1, 2, 3]
     for row, cell in enumerate([4, 0, 5, 1, 2, 3]):
         genes = cells.tokens[cells.offsets[cell] : cells.offsets[cell + 1]].tolist()
@@ -99,27 +99,27 @@ def test_hidden_genes_are_a_share_of_each_cell_and_the_rest_is_untouched():
     assert (batch.genes[batch.chosen] < GENES).all()
 
 
-def test_eight_of_ten_hidden_genes_become_the_mask_and_one_another_gene():
+def test_eight_of_ten_chosen_genes_become_the_mask_and_one_another_gene():
     batch = make_batch(cells_of([40] * 3000), range(3000))
     ids, genes = batch.ids[batch.chosen], batch.genes[batch.chosen]
     assert len(ids) == 18000
     replaced = (ids != genes) & (ids != SPECIAL.mask)
-    # four standard deviations of 18,000 draws; one in forty random genes is the gene itself
+    # within four standard deviations of 18,000 draws; one of forty random genes is the gene itself
     assert (ids == SPECIAL.mask).mean() == pytest.approx(0.8, abs=0.012)
     assert replaced.mean() == pytest.approx(0.1 * 39 / 40, abs=0.009)
     assert set(ids[replaced]) == set(range(GENES))
-    # every rank is as likely to be chosen
+    # all ranks are equally likely to be chosen
     assert batch.chosen[:, 1:-1].mean(0) == pytest.approx(0.15, abs=0.03)
 
 
-def test_the_same_step_hides_the_same_genes_and_another_step_others():
+def test_the_same_step_masks_the_same_genes_and_another_step_others():
     cells = cells_of([30, 20, 25])
     one, same, other = (make_batch(cells, [0, 1, 2], seed) for seed in ([0, 5, 1], [0, 5, 1], [0, 6, 1]))
     assert (one.ids == same.ids).all()
     assert (one.chosen != other.chosen).any()
 
 
-def test_the_loss_is_that_of_full_logits_at_hidden_genes_alone():
+def test_the_loss_equals_that_of_full_logits_at_masked_genes():
     model, batch = make_model(), make_batch(cells_of([30, 12, 25]), [0, 1, 2])
     labels = torch.from_numpy(np.where(batch.chosen, batch.genes, -100))
     plain = model(
@@ -127,7 +127,7 @@ def test_the_loss_is_that_of_full_logits_at_hidden_genes_alone():
     ).loss
     chosen = batch.chosen.sum()
     assert losses_of(model, batch) / chosen == pytest.approx(float(plain.detach()), rel=1e-5)
-    # what was not chosen is not asked for
+    # genes that were not chosen do not change the loss
     other = Batch(batch.ids, batch.attended, batch.chosen, np.where(batch.chosen, batch.genes, 0))
     assert losses_of(model, other) == losses_of(model, batch)
 
@@ -143,7 +143,7 @@ def test_padding_changes_nothing():
     assert losses_of(model, first) == pytest.approx(losses_of(model, alone), rel=1e-5)
 
 
-def test_batches_hold_every_cell_once_and_similar_lengths():
+def test_batches_have_every_cell_once_and_similar_lengths():
     lengths = np.random.default_rng(0).integers(10, 1000, size=1003)
     found = batches(lengths, 8, seed=0, epoch=0)
     assert sorted(np.concatenate(found).tolist()) == list(range(1003))
@@ -158,13 +158,13 @@ def test_batches_hold_every_cell_once_and_similar_lengths():
 def test_it_learns_which_genes_go_together(tmp_path):
     encoder = fit(tmp_path, cells=1600, epochs=4, learning_rate=0.001)
     history = pd.DataFrame(encoder.history)
-    # who sees the kind of a cell guesses among 20 genes, not 40: 0.69 nats less
+    # a model that recognises the kind of a cell chooses among 20 genes, not 40: 0.69 nats less
     assert history["loss"][0] > math.log(GENES) - 0.1
     assert history["loss"][-20:].mean() < math.log(GENES) - 0.5
     assert history["validation_loss"].iloc[-1] < math.log(GENES) - 0.5
 
 
-def test_validation_hides_the_same_genes_each_epoch(tmp_path):
+def test_validation_masks_the_same_genes_each_epoch(tmp_path):
     history = pd.DataFrame(fit(tmp_path, learning_rate=1e-30).history)
     first, last = history["validation_loss"].dropna()
     assert first == last
@@ -197,7 +197,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
 
 
 class Killed(Exception):
-    """Raised in the middle of a training."""
+    """Raised in the middle of training."""
 
 
 @pytest.mark.parametrize("after", [3, 5, 8, 11])
@@ -219,7 +219,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, after):
     taken.clear()
     monkeypatch.setattr(masked_genes.Training, "_step", lambda *call: (taken.append(call[0].state.step), step(*call)))
     encoder = fit(tmp_path / "killed", epochs=3)
-    # four steps per epoch, so checkpoints after 3, 4, 6, 8, 9 and 12
+    # four steps per epoch, so checkpoints after steps 3, 4, 6, 8, 9 and 12
     assert taken == list(range({3: 3, 5: 4, 8: 8, 11: 9}[after], 12))
     assert_same_weights(weights_of(encoder), weights_of(whole))
     assert [row["loss"] for row in encoder.history] == [row["loss"] for row in whole.history]
@@ -251,7 +251,7 @@ def test_a_saved_encoder_embeds_as_before(tmp_path):
     assert before["pooled"].std(0).min() > 0
 
 
-def test_cells_longer_than_the_model_reads_are_cut(tmp_path):
+def test_cells_longer_than_the_models_input_are_truncated(tmp_path):
     genes = 300
     TOKENS.write(
         pd.DataFrame(
@@ -272,7 +272,7 @@ def test_cells_longer_than_the_model_reads_are_cut(tmp_path):
     assert encoder.embed(cells, 260)["lengths"].tolist() == [254]
 
 
-def test_the_stage_writes_the_model_and_the_course_of_its_training(tmp_path):
+def test_the_rule_writes_the_model_and_its_history(tmp_path):
     write_corpus(tmp_path)
     paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.tsv", "tokens.parquet", "encoder")]
     fit_encoder(paths[0], paths[1], [paths[2]], paths[3], encoder_settings(**SETTINGS | {"top_k": 4}), seed=0)
@@ -288,12 +288,12 @@ def test_the_stage_writes_the_model_and_the_course_of_its_training(tmp_path):
     assert (encoder.layer, encoder.special, len(encoder.bert.encoder.layer)) == (-1, SPECIAL, 1)
 
 
-def test_a_loss_that_is_not_finite_names_the_setting(tmp_path):
+def test_a_loss_that_is_not_finite_is_reported_with_the_setting(tmp_path):
     with pytest.raises(InputError, match="encoder.learning_rate: the loss is not finite.*Lower the learning rate"):
         fit(tmp_path, learning_rate=1e38)
 
 
-def test_a_layer_that_the_model_lacks_is_reported_before_training(tmp_path, monkeypatch):
+def test_a_layer_that_does_not_exist_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "Training", None)
     with pytest.raises(InputError, match="encoder.layer: -3 of 2 layers"):
         fit(tmp_path, layer=-3)

@@ -1,8 +1,8 @@
 """
-The projector is aligned to the words for a cell, then learns with the language model's adapter to write descriptions.
+The projector is aligned to the words for a cell, then trained with the language model's adapter to write descriptions.
 
 Inputs: <resources>/models/, <results>/embeddings/, <results>/corpus/descriptions.parquet.
-Outputs: <results>/model/. Checkpoints live in <results>/model.checkpoints/ until the run is done.
+Outputs: <results>/model/. Checkpoints are in <results>/model.checkpoints/ until training is finished.
 """
 
 

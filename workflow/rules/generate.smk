@@ -1,5 +1,5 @@
 """
-Each cell of a split described by the fine-tuned model.
+The fine-tuned model describes each cell of a split.
 
 Inputs: <results>/model/, <results>/embeddings/. Outputs: <results>/generations/{split}/{shard}.jsonl.
 """

@@ -1,4 +1,4 @@
-"""What every rule's script does around its work: a log, seeds, and errors a user can read."""
+"""Shared by the scripts of all rules: logging, seeds, and errors that a user can read."""
 
 import ctypes
 import logging
@@ -20,15 +20,15 @@ MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run a script's ``main`` with its log file open.
 
-    Messages go to the rule's log and to the terminal. A mistake of the user's ends the job with one line
-    and exit code 1; anything else leaves its traceback in the log and is raised.
+    Messages go to the rule's log and to the terminal. An ``InputError`` ends the job with one line and exit code 1; any
+    other exception is logged with its traceback and raised.
 
     Parameters
     ----------
     main
         Called with the ``snakemake`` object.
     snakemake
-        What Snakemake hands to a script. ``params.seed``, where the rule has it, seeds Python and numpy.
+        The object that Snakemake passes to a script. ``params.seed``, if the rule has it, seeds Python and numpy.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if snakemake.log:
@@ -44,7 +44,7 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     for noisy in ("fontTools", "httpx", "numba", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     seed_everything(snakemake.params.get("seed", 0))
-    if "cell2text.cells.h5ad" in sys.modules:  # only jobs that read counts: it slows torch on CPUs by a fifth
+    if "cell2text.cells.h5ad" in sys.modules:  # only in jobs that read counts: it makes torch on CPUs a fifth slower
         give_memory_back()
     log = logging.getLogger("cell2text")
     try:
@@ -58,23 +58,23 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's and numpy's global generators; code that uses torch seeds it where it is used."""
+    """Seed the global generators of Python and numpy; code that uses torch seeds it itself."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries such as umap read the global generator
 
 
 def give_memory_back() -> None:
-    """Return the memory of a freed block to the operating system at once, if the C library is glibc.
+    """Make glibc return the memory of large freed blocks to the operating system at once; no effect elsewhere.
 
     By default glibc keeps freed memory. It becomes fragmented, the next block may not fit into any gap, and the
-    process grows with each block that it reads.
+    process grows with each block of counts that it reads.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
 
 
 def stay_offline() -> None:
-    """Keep Hugging Face libraries off the network: only the fetch rules may use it."""
+    """Stop Hugging Face libraries from using the network: only the fetch rules may."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,4 +1,4 @@
-"""Several processes that train one model, each on its own share of every step."""
+"""Training with several processes, each of which computes its own share of every step."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ class Team:
     Parameters
     ----------
     rank, size
-        Its number, from 0, and how many there are.
+        Number of this process, from 0, and number of all processes.
     """
 
     rank: int = 0
@@ -36,24 +36,24 @@ class Team:
         """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes, in its place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes, and return it."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def add_up_for(self, owner: int, tensor: Tensor) -> None:
-        """Put the sum of a tensor over all processes in its place in one of them; in the others it is spoilt."""
+    def reduce(self, owner: int, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all processes in one of them; in the others it becomes undefined."""
         if self.size > 1:
             distributed.reduce(tensor, owner)
 
-    def send(self, owner: int, tensor: Tensor) -> None:
-        """Put the tensor of one process, contiguous, in its place in all."""
+    def broadcast(self, owner: int, tensor: Tensor) -> None:
+        """Replace a contiguous tensor by that of one process, in all processes."""
         if self.size > 1:
             distributed.broadcast(tensor, owner)
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes reach this call."""
         if self.size > 1:
             distributed.barrier()
 
@@ -62,16 +62,18 @@ ALONE = Team()
 
 
 def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) -> None:
-    """Call a function of a module with a team and arguments, in so many processes; in this one if it is one.
+    """Call a function in ``size`` new processes, or in this process if ``size`` is 1.
 
-    Each process has a GPU of its own, or else an equal share of the CPU's threads. What ends one of them ends all.
+    Each process has its own GPU, or an equal share of the CPU's threads. If one of them stops, all stop.
 
     Parameters
     ----------
     function
-        Takes a :class:`Team` and the arguments, which can be pickled.
+        A function of a module, called with a :class:`Team` and the arguments.
     size
         Number of processes.
+    arguments
+        Must be picklable.
     """
     if size == 1:
         function(ALONE, *arguments)
@@ -80,28 +82,28 @@ def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) 
         handler.baseFilename for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        meeting = Path(folder, "meeting").as_uri()
+        address = Path(folder, "meeting").as_uri()
         threads = max(1, torch.get_num_threads() // size)
         try:
-            spawn(_run, (function, size, meeting, threads, files, arguments), nprocs=size)
+            spawn(_run, (function, size, address, threads, files, arguments), nprocs=size)
         except ProcessExitedException as error:
             sys.exit(error.exit_code)
 
 
 def _run(
-    rank: int, function: Callable[..., None], size: int, meeting: str, threads: int, files: list[str], arguments: tuple
+    rank: int, function: Callable[..., None], size: int, address: str, threads: int, files: list[str], arguments: tuple
 ) -> None:
     handlers = [logging.StreamHandler(sys.stderr), *map(logging.FileHandler, files)]
-    form = f"%(asctime)s process {rank}: %(message)s"
+    line = f"%(asctime)s process {rank}: %(message)s"
     logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.ERROR, handlers=handlers, format=form, datefmt="%H:%M:%S"
+        level=logging.INFO if rank == 0 else logging.ERROR, handlers=handlers, format=line, datefmt="%H:%M:%S"
     )
     torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(rank)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size)
+    distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size)
     try:
         function(Team(rank, size), *arguments)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What every training loop needs: a schedule of learning rates, rows of history, and checkpoints to resume from."""
+"""Shared by all training loops: a learning rate schedule, rows of history, and checkpoints to resume from."""
 
 import json
 import logging
@@ -24,14 +24,14 @@ WARM_UP = 0.05  # share of the steps in which the learning rate rises
 def warm_up_then_decay(optimiser: Optimizer, steps: int) -> Callable[[int], float]:
     """Return the factor of the learning rate at each step: a linear rise, then a linear fall to zero.
 
-    A function of the step and not a scheduler with a state of its own, so that a resumed run needs nothing else.
+    It depends on the step alone, unlike a scheduler with a state, so a resumed run needs nothing else.
 
     Parameters
     ----------
     optimiser
-        Whose rates are to be scaled.
+        Optimiser whose learning rates are scaled.
     steps
-        Steps of the whole training.
+        Number of training steps.
     """
     warm_up = max(1, round(WARM_UP * steps))
     factor = get_linear_schedule_with_warmup(optimiser, warm_up, steps + 1).lr_lambdas[0]
@@ -48,9 +48,9 @@ def history_row(stage: str, step: int, epoch: int, loss: float, rate: float, sta
     rate
         The learning rate.
     start
-        The monotonic clock at the beginning of the stage.
+        Value of the monotonic clock at the start of the stage.
     further
-        Other columns; those not given are missing, and ``tokens`` is 0.
+        Other columns; by default they are missing, and ``tokens`` is 0.
     """
     return {
         "stage": stage,
@@ -68,16 +68,16 @@ def history_row(stage: str, step: int, epoch: int, loss: float, rate: float, sta
 
 
 def write_checkpoint(file: Path, tensors: dict[str, Tensor], state: dict[str, Any], fingerprint: str) -> None:
-    """Replace the last checkpoint by a new one, which appears whole or not at all.
+    """Replace the last checkpoint by a new one, atomically.
 
     Parameters
     ----------
     file
-        Of the checkpoint.
+        Path of the checkpoint.
     tensors
-        Weights and the state of the optimiser, by name.
+        Weights and optimiser state, by name.
     state
-        Progress of the training, as JSON takes it.
+        Progress of the training, JSON serialisable.
     fingerprint
         Hash of everything that the result depends on.
     """
@@ -87,7 +87,7 @@ def write_checkpoint(file: Path, tensors: dict[str, Tensor], state: dict[str, An
 
 
 def read_checkpoint(file: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return state and tensors of a checkpoint; None where there is none with this fingerprint."""
+    """Return state and tensors of a checkpoint; None if there is none with this fingerprint."""
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as opened:

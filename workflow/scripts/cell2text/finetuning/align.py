@@ -1,4 +1,4 @@
-"""Alignment: the projector alone learns to place each cell at the words for it."""
+"""Alignment: the projector alone learns to place each cell near the words that describe it."""
 
 import time
 
@@ -29,7 +29,7 @@ def align(
     Returns
     -------
     list of dict
-        Rows of ``contracts.HISTORY``, one for every tenth step.
+        Rows of ``contracts.HISTORY``, one for every tenth step and the last.
     """
     projector = model.projector
     adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01)
@@ -50,11 +50,11 @@ def align(
             value = float(loss.detach())
             rate = adam.param_groups[0]["lr"]
             history.append(history_row("align", step, 0, value, rate, start, align_loss=value))
-    adam.zero_grad()  # or the first step of fine-tuning would add the last gradient to its own
+    adam.zero_grad()  # otherwise the first step of fine-tuning would add this gradient to its own
     return history
 
 
 def add_noise(vectors: Tensor, lengths: Tensor, projector: torch.nn.Module, random: torch.Generator) -> Tensor:
-    """Return the vectors with normal noise, drawn on the CPU so that every device gets the same."""
+    """Return the vectors with Gaussian noise, drawn on the CPU so that it is the same on every device."""
     noise = torch.randn(vectors.shape, generator=random).to(vectors.device)
     return vectors + INPUT_NOISE * projector.spread * noise

@@ -1,4 +1,4 @@
-"""Training and validation cells as the model takes them, and their order in each epoch."""
+"""Training and validation cells in the form that the model takes, and their order in each epoch."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,23 +17,23 @@ from cell2text.model.cell2text import Cell2Text
 
 @dataclass
 class Cells:
-    """Cells of one split, as the model takes them.
+    """Cells of one split, in the form that the model takes.
 
     Parameters
     ----------
     vectors
-        What the projector reads.
+        Input of the projector.
     texts
         Token ids of each description with the end token, int64.
     labels
         Class numbers, see ``alignment.number_labels``; int64 (cells, slots).
     ids
-        Of the cells.
+        Cell ids.
     openings
-        How many tokens of each text its opening has, which names the cell type; 0 where none is named. int64 (cells,).
+        Number of tokens in the opening of each text, the sentence that names the cell type; 0 if the text names none.
+        int64 (cells,).
     aligned_to
-        What the targets of alignment take: the labels, or the number of each text among the different ones, int64
-        (cells,).
+        Input of the alignment loss: the labels, or the index of each text among the distinct texts, int64 (cells,).
     """
 
     vectors: Vectors
@@ -44,36 +44,36 @@ class Cells:
     aligned_to: Tensor
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return vectors, lengths, texts padded on the right, which tokens are there, and what to align to."""
+        """Return vectors, lengths, texts padded on the right, their mask, and the input of the alignment loss."""
         texts = [self.texts[row] for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        there = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        parts = (*self.vectors[rows], padded, there, self.aligned_to[rows])
+        mask = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
+        parts = (*self.vectors[rows], padded, mask, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
     @cached_property
     def text_lengths(self) -> np.ndarray:
-        """The number of tokens of each text, int64 (cells,)."""
+        """Number of tokens of each text, int64 (cells,)."""
         return np.array([len(text) for text in self.texts])
 
     def openings_alone(self) -> "Cells":
-        """Return the cells with the opening of their text alone, the whole text where it has none."""
+        """Return the cells with only the opening of each text, or the whole text if it has no opening."""
         cut = [text[:end] if end else text for text, end in zip(self.texts, self.openings.tolist(), strict=True)]
         return replace(self, texts=cut)
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How many cells a process reads at once.
+    """Size of a micro-batch.
 
     Parameters
     ----------
     cells
-        So many, where ``tokens`` is None.
+        Number of cells, if ``tokens`` is None.
     tokens
-        Else as many as fit into so many tokens, prompts counted in; at least one.
+        Maximum number of tokens, including prompts; a micro-batch has at least one cell.
     prompt
-        Tokens of a cell's prompt, soft ones counted in.
+        Number of prompt tokens per cell, including soft tokens.
     """
 
     cells: int
@@ -81,7 +81,7 @@ class BatchSize:
     prompt: int = 0
 
     def cut(self, rows: np.ndarray, text_lengths: np.ndarray) -> list[np.ndarray]:
-        """Return rows, in their order, as batches."""
+        """Split rows, in the given order, into micro-batches."""
         if self.tokens is None:
             return [rows[start : start + self.cells] for start in range(0, len(rows), self.cells)]
         found, start = [], 0
@@ -102,27 +102,26 @@ def plan_epoch(
     weights: np.ndarray | None = None,
     depths: np.ndarray | None = None,
 ) -> list[list[np.ndarray]]:
-    """Return the steps of an epoch, each the rows of its batches.
+    """Return the steps of an epoch, each a list with the rows of each micro-batch.
 
-    Cells are mixed, whatever the length of their text: texts of like length mostly tell of like cells, and the model
-    reads no padding in any case.
+    Cells are shuffled regardless of the length of their texts: texts of similar length mostly describe similar cells,
+    and the fast path computes no padding anyway.
 
     Parameters
     ----------
     text_lengths
-        Tokens of each text, (cells,).
+        Number of tokens of each text, (cells,).
     size
-        Of a batch.
+        Size of a micro-batch.
     step_batches
-        Batches of a step; the last of an epoch may have fewer.
+        Micro-batches per step; the last step of an epoch may have fewer.
     seed, epoch
         The same pair gives the same steps.
     weights
-        How likely each cell is drawn, (cells,), for an epoch of as many cells drawn with replacement; None for each
-        cell once.
+        Sampling weight of each cell, (cells,), to draw as many cells with replacement; None to take each cell once.
     depths
-        Of each cell's type in the Cell Ontology, (cells,), if the first epoch is to go from general to special types
-        (curriculum learning, Bengio et al. 2009, doi 10.1145/1553374.1553380).
+        Depth of each cell's type in the Cell Ontology, (cells,), if the first epoch goes from general to specific
+        types (curriculum learning, Bengio et al. 2009, doi 10.1145/1553374.1553380); else None.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(text_lengths))
@@ -135,40 +134,40 @@ def plan_epoch(
 
 
 def balance(labels: np.ndarray) -> np.ndarray:
-    """Return weights with which all labels are drawn as often; -1, for none, counts as a label.
+    """Return sampling weights that draw all labels equally often; -1, no label, counts as a label.
 
     Examples
     --------
     >>> balance(np.array([0, 0, 1])).tolist()
     [0.5, 0.5, 1.0]
     """
-    _, number, cells = np.unique(labels, return_inverse=True, return_counts=True)
-    return 1 / cells[number]
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return 1 / counts[inverse]
 
 
 def read_cells(
     descriptions: pd.DataFrame, split: str, embeddings: Embeddings, classes: dict[str, list[str]], model: Cell2Text
 ) -> Cells:
-    """Return the cells of one split, their texts as tokens.
+    """Return the cells of one split with tokenised texts.
 
     Parameters
     ----------
     descriptions
         Rows of ``contracts.DESCRIPTIONS``.
     split
-        Which split to take.
+        Name of the split.
     embeddings
-        Of the cells.
+        Embeddings of the cells.
     classes
-        As :func:`find_classes` gives them.
+        As :func:`find_classes` returns them.
     model
-        Its projector says which vectors to read, its tokenizer makes the tokens.
+        Its projector determines which vectors to read; its tokenizer tokenises the texts.
     """
     rows = descriptions[descriptions["split"] == split]
     encoded = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)
     end = model.tokenizer.eos_token_id
     openings = [find_opening(text) for text in rows["text"]]
-    # up to the token that holds the last letter, which is the full stop
+    # up to the token with the last character, the full stop
     ends = [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
     labels = number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes)
     return Cells(
@@ -182,7 +181,7 @@ def read_cells(
 
 
 def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the sorted ids that each slot of training cells takes; slots without any are left out.
+    """Return the sorted ids of each slot in the training cells, without the slots that have none.
 
     Parameters
     ----------
@@ -194,12 +193,12 @@ def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def find_depths(cell_types: pd.Series, terms: pd.DataFrame) -> np.ndarray:
-    """Return how many is_a steps each cell type is away from the root of the Cell Ontology, float64 (cells,).
+    """Return the number of is_a steps from each cell type to the root of the Cell Ontology, float64 (cells,).
 
     Parameters
     ----------
     cell_types
-        Id of each cell's type; a cell without one is but a cell, the root.
+        Ontology id of each cell's type; None or an unknown id counts as the root, ``cell``.
     terms
         A table of ``contracts.TERMS``.
     """

@@ -1,7 +1,7 @@
-"""Fine-tuning: the projector aligned to the words for a cell, then projector and language model trained on the texts.
+"""Fine-tuning: the projector is aligned to the words for a cell, then trained on the texts with the language model.
 
-The first epochs read only the opening of each text, the sentence that names the cell type: a pass over the openings
-costs a quarter, and telling cells apart takes many passes, while the words that follow a name take few.
+The first epochs read only the opening of each text, the sentence that names the cell type: learning to distinguish
+cells takes many epochs, and an epoch of openings costs a quarter of one of whole texts. The rest of a text takes few.
 
 Every random choice is drawn from the seed and the number of the step, so a run that was killed resumes from its last
 checkpoint through the same batches to the same weights.
@@ -32,8 +32,8 @@ from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 log = logging.getLogger("cell2text.finetuning")
 
-CELLS_TO_SCALE_BY = 4096  # whose vectors give the projector its centre and spread
-CELLS_TO_CHECK = 4  # on whose texts the fast path is compared with the plain one
+CELLS_TO_SCALE_BY = 4096  # number of cells from which the projector's centre and spread are computed
+CELLS_TO_CHECK = 4  # number of cells on which the fast path is compared with the plain one
 
 
 def finetune(
@@ -57,9 +57,9 @@ def finetune(
     descriptions, terms
         Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
     embeddings
-        Of the cells.
+        Embeddings of the cells.
     directory
-        Where the model goes. Checkpoints lie next to it, in ``{directory}.checkpoints``, until it is finished.
+        Output directory of the model. Checkpoints are in ``{directory}.checkpoints`` until training is finished.
     projector, settings
         The config's ``projector`` and ``finetune`` sections.
     seed
@@ -67,7 +67,7 @@ def finetune(
     library
         Version of the code, part of the checkpoint's fingerprint.
     processes
-        How many train together, each on a GPU of its own.
+        Number of processes that train together, each on its own GPU.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def _finetune(
         targets = LabelTargets.of_labels(classes, table, model)
     else:
         numbers = pd.factorize(training_rows["text"])[0]
-        first = np.unique(numbers, return_index=True)[1]  # a cell of each text
+        first = np.unique(numbers, return_index=True)[1]  # one cell per distinct text
         tokens = model.language_model.get_input_embeddings().weight.detach()
         train.aligned_to = torch.from_numpy(numbers)
         targets = DescriptionTargets.of([train.texts[row] for row in first], tokens)
@@ -150,7 +150,7 @@ def _finetune(
 
 
 def _fit_inputs(model: Cell2Text, train: Cells, seed: int) -> None:
-    """Give the projector the centre and spread of the vectors of some training cells."""
+    """Set the projector's centre and spread from the vectors of some training cells."""
     some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
     vectors, lengths = train.vectors[np.sort(some)]
     if model.projector.reads == "gene_vectors":
@@ -159,7 +159,7 @@ def _fit_inputs(model: Cell2Text, train: Cells, seed: int) -> None:
 
 
 def _is_fast(model: Cell2Text, train: Cells) -> bool:
-    """Speed the model up; return whether it still computes the same loss, on the longest texts among others."""
+    """Speed the model up, and return whether it still computes the same loss, also on the longest texts."""
     rows = np.argsort(-train.text_lengths, kind="stable")[: CELLS_TO_CHECK // 2]
     rows = np.unique(np.concatenate([rows, np.arange(min(len(train.texts), CELLS_TO_CHECK // 2))]))
     vectors, lengths, text, text_mask, _ = train.batch(rows, model.device)

@@ -33,7 +33,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit code of a run that received SIGTERM an
 
 @dataclass(frozen=True)
 class Stage:
-    """What some epochs of fine-tuning read.
+    """Cells and micro-batch size of a stage of fine-tuning.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ class Finetuning:
     Parameters
     ----------
     model
-        With its projector aligned.
+        Model with an aligned projector.
     targets
         Targets of alignment, which stays as an auxiliary loss.
     train, validation
@@ -134,7 +134,7 @@ class Finetuning:
         self.texts = Stage("finetune", train, validation, size)
         self.epochs = [self.texts] * settings.epochs
         if settings.opening_epochs:
-            # as many cells at once as have the tokens of a micro-batch of whole texts
+            # as many cells as have the tokens of a micro-batch of whole texts
             size = replace(size, tokens=size.tokens or round(size.cells * (size.prompt + train.text_lengths.mean())))
             openings = Stage("openings", train.openings_alone(), validation.openings_alone(), size)
             self.epochs = [openings] * settings.opening_epochs + self.epochs
@@ -157,7 +157,7 @@ class Finetuning:
         return len(prompt.before) + soft.shape[1] + len(prompt.after)
 
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
-        # micro-batches of a step add to the gradient one after another, so memory is that of one
+        # micro-batches of a step accumulate gradients in turn, so only one is in memory
         step_batches = self.settings.accumulate * self.team.size
         stage = self.epochs[epoch]
         lengths = stage.train.text_lengths
@@ -165,7 +165,7 @@ class Finetuning:
 
     @property
     def stage(self) -> Stage:
-        """What the current epoch reads; whole texts once all epochs are done."""
+        """Stage of the current epoch; that of whole texts once all epochs are done."""
         return self.epochs[self.state.epoch] if self.state.epoch < len(self.epochs) else self.texts
 
     def run(self) -> State:
@@ -205,7 +205,7 @@ class Finetuning:
             loss, accuracy,
         )  # fmt: skip
         better = loss < state.best_loss
-        if self.settings.keep_best == "cell_type_accuracy":  # with few cells, it is often equal
+        if self.settings.keep_best == "cell_type_accuracy":  # with few cells, accuracies are often equal
             better = (accuracy, -loss) > (state.best_accuracy, -state.best_loss)
         if better and self.stage is self.texts:
             state.best_loss, state.best_accuracy, state.best_epoch = loss, accuracy, state.epoch
@@ -214,13 +214,13 @@ class Finetuning:
         self.write_checkpoint()
 
     def _step(self, batches: list[np.ndarray], stop: Event) -> dict:
-        """Learn from the micro-batches of a step; the loss is the mean over the tokens of all of them."""
+        """Train on the micro-batches of a step; the loss is the mean over the tokens of all of them."""
         state = self.state
-        sums = torch.zeros(5, dtype=torch.float64, device=self.model.device)  # see _learn; whether to stop
+        sums = torch.zeros(5, dtype=torch.float64, device=self.model.device)  # those of _learn, and whether to stop
         for number in range(self.team.rank, len(batches), self.team.size):
             sums[:4] += self._learn(batches[number], number)
         sums[4] = stop.is_set()
-        loss, tokens, align_loss, size, stopping = self.team.add_up(sums).tolist()
+        loss, tokens, align_loss, size, stopping = self.team.all_reduce(sums).tolist()
         if stopping:  # one process may receive the signal a step before the others
             stop.set()
         if not math.isfinite(loss):
@@ -233,8 +233,8 @@ class Finetuning:
         rate = self.schedule(state.step)
         self.optimiser.step(1 / tokens, rate)
         rate *= self.settings.learning_rate
-        of_both = {"align_loss": align_loss / tokens, "tokens": int(size)}
-        return history_row(self.stage.name, state.step, state.epoch, loss / tokens, rate, self.start, **of_both)
+        further = {"align_loss": align_loss / tokens, "tokens": int(size)}
+        return history_row(self.stage.name, state.step, state.epoch, loss / tokens, rate, self.start, **further)
 
     def _learn(self, rows: np.ndarray, number: int) -> Tensor:
         """Add the gradient of the ``number``-th micro-batch of a step.
@@ -242,14 +242,14 @@ class Finetuning:
         Returns
         -------
         Tensor
-            float64 (4,): summed loss, its number of tokens, alignment loss times these, tokens read with the prompt.
+            float64 (4,): summed loss, number of text tokens, alignment loss times these, tokens including prompts.
         """
         model = self.model
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
         rows = rows[np.argsort(self.stage.train.text_lengths[rows], kind="stable")]  # so that attention pads little
         vectors, lengths, text, text_mask, aligned_to = self.stage.train.batch(rows, model.device)
         soft, present = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
-        torch.manual_seed(random.initial_seed())  # of dropout, if there is any
+        torch.manual_seed(random.initial_seed())  # for dropout, if any
         loss, tokens = model.text_loss(soft, present, text, text_mask)
         align_loss = self.targets.loss(soft, present, aligned_to) * tokens
         (loss + self.settings.align_weight * align_loss).backward()
@@ -259,15 +259,15 @@ class Finetuning:
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Read the validation texts, or their openings.
+        """Evaluate on the validation texts, or their openings.
 
         Returns
         -------
         loss
             Mean negative log likelihood per token, in nats.
         accuracy
-            Share of the cells with a cell type whose name greedy decoding would write: up to the end of the name,
-            the text's token is always the most likely one, given the tokens before it.
+            Share of the cells with a cell type for which greedy decoding would write the name: each token up to the end
+            of the name is the most likely one, given the tokens before it.
         """
         model = self.model.eval()
         cells, text_lengths = self.stage.validation, self.stage.validation.text_lengths
@@ -279,7 +279,7 @@ class Finetuning:
             loss, chosen = model.judge_text(*model.projector(vectors, lengths), text, text_mask, opening)
             named = opening.any(1)
             sums += torch.stack([loss, text_mask.sum(), (chosen.all(1) & named).sum(), named.sum()])
-        total, tokens, correct, named = self.team.add_up(sums).tolist()
+        total, tokens, correct, named = self.team.all_reduce(sums).tolist()
         return total / tokens, correct / max(named, 1)
 
     def write_checkpoint(self) -> None:
@@ -292,7 +292,7 @@ class Finetuning:
         self.team.wait()
 
     def resume(self) -> bool:
-        """Take over the last checkpoint; return whether there was one of this very run."""
+        """Restore the last checkpoint of this run, and return whether there was one."""
         found = read_checkpoint(self.checkpoint_file, self.fingerprint)
         if found is None:
             return False

@@ -1,4 +1,4 @@
-"""AdamW that keeps float32 masters of bfloat16 weights, and a state that safetensors can hold."""
+"""AdamW with float32 master copies of bfloat16 weights, and a state that can be saved as safetensors."""
 
 import torch
 from torch import Tensor, nn
@@ -7,20 +7,20 @@ from cell2text.processes import ALONE, Team
 
 
 class MasterAdamW:
-    """AdamW on float32 copies of the weights, which it writes back after each step.
+    """AdamW on float32 copies of the weights, which are written back to the model after each step.
 
-    In bfloat16 an update smaller than 1/256 of a weight is lost; the masters add such updates up. Where several
-    processes train together, each keeps the masters and moments of its share of the weights alone, steps on these and
-    sends them to the others: stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
+    In bfloat16 an update smaller than 1/256 of a weight is lost; the masters accumulate such updates. If several
+    processes train together, each keeps only the masters and moments of its own share of the weights, updates these and
+    broadcasts them: stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Parameters
     ----------
     groups
-        For each learning rate, the named parameters that take it; in all processes in the same order.
+        Learning rates, each with its named parameters, in the same order in all processes.
     clip
-        Largest norm of the whole gradient.
+        Maximum norm of the gradient of all parameters.
     team
-        The processes that train together. All of them call every method.
+        The processes that train together. All of them must call every method.
     """
 
     def __init__(self, groups: list[tuple[float, dict[str, nn.Parameter]]], clip: float = 1.0, team: Team = ALONE):
@@ -44,7 +44,7 @@ class MasterAdamW:
         )
 
     def take_gradients(self) -> None:
-        """Add the weights' gradients to the sums that are kept in float32, and forget the former."""
+        """Add the gradients of the weights to their float32 sums, and clear them."""
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -55,29 +55,29 @@ class MasterAdamW:
             parameter.grad = None
 
     def step(self, gradient_scale: float, rate_scale: float) -> None:
-        """Clip the gradients that were taken, step and write back, then forget them.
+        """Scale and clip the summed gradients, update the weights, and clear the sums.
 
         Parameters
         ----------
         gradient_scale
-            What the gradients, summed over all processes, are multiplied by, as 1/tokens for a mean over tokens.
+            Factor of the gradients after the sum over all processes, such as 1/tokens for a mean over tokens.
         rate_scale
-            Of the schedule: this share of each group's learning rate.
+            Factor of each group's learning rate, from the schedule.
         """
         if self.team.size > 1:
             for name, parameter in self.parameters.items():
-                # a process that had no batch in the step has no gradients
+                # a process without a micro-batch in this step has no gradients
                 if name not in self.gradients:
                     self.gradients[name] = torch.zeros_like(parameter, dtype=torch.float32)
-                self.team.add_up_for(self.owners[name], self.gradients[name])
+                self.team.reduce(self.owners[name], self.gradients[name])
         for name, master in self.masters.items():
             master.grad = self.gradients.get(name)
         self.gradients.clear()
-        there = [master.grad for master in self.masters.values() if master.grad is not None]
-        square = nn.utils.get_total_norm(there).to(next(iter(self.parameters.values())).device) ** 2
-        norm = self.team.add_up(square).sqrt() * gradient_scale
-        if there:  # in one pass: to the mean, and to the largest norm, with torch's guard against a norm of 0
-            torch._foreach_mul_(there, gradient_scale * (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        square = nn.utils.get_total_norm(grads).to(next(iter(self.parameters.values())).device) ** 2
+        norm = self.team.all_reduce(square).sqrt() * gradient_scale
+        if grads:  # scale and clip in one pass; 1e-6 avoids division by zero, as in torch
+            torch._foreach_mul_(grads, gradient_scale * (self.clip / (norm + 1e-6)).clamp(max=1.0))
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
@@ -86,41 +86,41 @@ class MasterAdamW:
 
     @torch.no_grad()
     def take_weights(self) -> None:
-        """Take over weights that something else has changed in the model."""
+        """Copy the model's weights into the masters, after they were changed elsewhere."""
         for name, master in self.masters.items():
             master.copy_(self.parameters[name])
 
     @torch.no_grad()
     def write_back(self, weights: dict[str, Tensor]) -> None:
-        """Copy float32 weights, those of this process' share, into the model's own in all processes."""
+        """Copy float32 weights of this process' share into the model, in all processes."""
         for name, parameter in self.parameters.items():
             if name in self.masters and weights[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(weights[name])
-            self.team.send(self.owners[name], parameter)
+            self.team.broadcast(self.owners[name], parameter)
 
     def collect(self, share: dict[str, Tensor], shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-        """Return tensors of all shares in the process that leads; nothing in the others.
+        """Return the tensors of all shares in the leading process, and an empty dictionary in the others.
 
         Parameters
         ----------
         share
-            Float32 tensors of the weights of this process' share, by name.
+            Float32 tensors for this process' share of the weights, by name.
         shape
-            Of each tensor; that of the weight if None.
+            Shape of each tensor; that of the weight if None.
         """
         if self.team.size == 1:
             return dict(share)
         collected = {}
         for name, parameter in self.parameters.items():
-            there = share[name] if name in share else parameter.new_empty(shape or parameter.shape, dtype=torch.float32)
-            there = there.to(parameter.device).contiguous()
-            self.team.send(self.owners[name], there)
+            value = share[name] if name in share else parameter.new_empty(shape or parameter.shape, dtype=torch.float32)
+            value = value.to(parameter.device).contiguous()
+            self.team.broadcast(self.owners[name], value)
             if self.team.leads:
-                collected[name] = there.cpu()
+                collected[name] = value.cpu()
         return collected
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and moments of all processes as named tensors, in the process that leads."""
+        """Return masters and moments of all processes as named tensors, in the leading process."""
         tensors = {f"master.{name}": value for name, value in self.collect(self.masters).items()}
         for key, shape in (("step", (1,)), ("exp_avg", None), ("exp_avg_sq", None)):
             share = {
@@ -132,7 +132,7 @@ class MasterAdamW:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back, of what :meth:`state` returned, this process' share."""
+        """Restore this process' share of the tensors that :meth:`state` returned."""
         with torch.no_grad():
             for name, value in self.masters.items():
                 value.copy_(tensors[f"master.{name}"])
@@ -146,7 +146,7 @@ class MasterAdamW:
 
 
 def share_out(sizes: dict[str, int], shares: int) -> dict[str, int]:
-    """Return in which share each tensor is: the largest first, each where the least is so far.
+    """Assign tensors to shares of similar size: in descending order, each to the share that is smallest so far.
 
     Examples
     --------

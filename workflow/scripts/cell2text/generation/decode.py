@@ -10,16 +10,16 @@ from cell2text.model.cell2text import Cell2Text
 
 @dataclass(frozen=True)
 class Written:
-    """A text as the model wrote it.
+    """A generated text.
 
     Parameters
     ----------
     ids
         Token ids without the end token.
     log_probabilities
-        Natural logarithm of the probability of each of them, given all tokens before.
+        Natural logarithm of the probability of each token, given all tokens before it.
     ended
-        Whether the model ended the text itself, before the limit.
+        Whether the model generated the end token within the limit.
     """
 
     ids: list[int]
@@ -29,16 +29,16 @@ class Written:
 
 @torch.inference_mode()
 def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_tokens: int) -> list[Written]:
-    """Append the most likely next token again and again, until every cell's text has ended.
+    """Append the most likely next token until the text of every cell has ended.
 
     Parameters
     ----------
     model
-        In evaluation mode.
+        Model in evaluation mode.
     vectors, lengths
         Input of its projector, (cells, ...) and (cells,).
     max_new_tokens
-        Maximum length of a text, in tokens; longer ones are cut and marked as not ended.
+        Maximum length of a text, in tokens; longer texts are truncated and marked as not ended.
 
     Returns
     -------
@@ -49,8 +49,8 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
     end = model.tokenizer.eos_token_id
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     ended = torch.zeros(len(vectors), dtype=torch.bool, device=mask.device)
-    ids, chances = [], []
-    # The prompt up to its last token passes through the layers alone: no logits are computed for it.
+    ids, log_probabilities = [], []
+    # All of the prompt but its last token skips the head: its logits are not needed.
     cache = model.base_model.get_decoder()(
         inputs_embeds=embeddings[:, :-1],
         attention_mask=mask[:, :-1].long(),
@@ -68,24 +68,24 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
         )
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
-        chance, token = (logits.max(1).values - logits.logsumexp(1)), logits.argmax(1)
+        log_probability, token = (logits.max(1).values - logits.logsumexp(1)), logits.argmax(1)
         ids.append(token.masked_fill(ended, end))
-        chances.append(chance)
+        log_probabilities.append(log_probability)
         ended |= token == end
         if bool(ended.all()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions + 1
         embeddings = model.embed_tokens(ids[-1])[:, None]
-    tokens, chances = torch.stack(ids, 1).tolist(), torch.stack(chances, 1).tolist()
-    return [_cut(row, chance, end) for row, chance in zip(tokens, chances, strict=True)]
+    by_cell = torch.stack(ids, 1).tolist(), torch.stack(log_probabilities, 1).tolist()
+    return [_cut_at_end(*row, end) for row in zip(*by_cell, strict=True)]
 
 
 def _positions(model: Cell2Text, positions: Tensor) -> dict[str, Tensor]:
-    """Return the argument that says where tokens stand behind the padding; some models find it out by themselves."""
+    """Return the position ids, which skip the padding, as an argument; some models take none and derive their own."""
     return {"position_ids": positions} if model.accepts("position_ids") else {}
 
 
-def _cut(ids: list[int], chances: list[float], end: int) -> Written:
+def _cut_at_end(ids: list[int], log_probabilities: list[float], end: int) -> Written:
     length = ids.index(end) if end in ids else len(ids)
-    return Written(ids[:length], chances[:length], length < len(ids))
+    return Written(ids[:length], log_probabilities[:length], length < len(ids))

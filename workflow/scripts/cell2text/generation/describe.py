@@ -1,4 +1,4 @@
-"""Descriptions of cells: generated, parsed to slots with ids, each with the model's confidence."""
+"""Descriptions of cells: generated, and parsed to ids of slots with the model's confidence."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,11 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
     Parameters
     ----------
     model
-        In evaluation mode.
+        Model in evaluation mode.
     vectors
-        Input of its projector, by row.
+        Input of its projector.
     terms
-        The names that a text may use.
+        Terms that a text may name.
     settings
         The config's ``generate`` section.
     """
@@ -42,8 +42,8 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
 def read_text(written: Written, terms: Terms, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Return the text of one cell, its slots and their confidences.
 
-    The confidence of a slot is the model's probability of the tokens of its name, given all tokens before: not
-    calibrated yet.
+    The confidence of a slot is the model's probability of the tokens of its name, given all tokens before them. It is
+    not calibrated.
     """
     text, ends = decode(written.ids, tokenizer)
     parsed = parse(text, terms)
@@ -65,7 +65,7 @@ def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, np.
     again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if again["input_ids"] == ids:
         return text, np.array([end for _, end in again["offset_mapping"]], dtype=np.int64)
-    # The model split a word differently from the tokenizer: decode longer and longer prefixes.
+    # The model split a word differently from the tokenizer: decode every prefix.
     return text, np.array([len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))], dtype=np.int64)
 
 

@@ -25,7 +25,7 @@ def generate_descriptions(
     split: str,
     settings: GenerateSettings,
 ) -> None:
-    """Describe the cells of a split that lie in the given shards of embeddings.
+    """Describe the cells of a split in the given shards of embeddings.
 
     Parameters
     ----------
@@ -34,11 +34,11 @@ def generate_descriptions(
     corpus, terms
         Files of ``contracts.CELLS`` and ``contracts.TERMS``.
     embeddings
-        Of the cells.
+        Embeddings of the cells.
     generations
-        Where the JSONL goes; one object per cell, with the fields of ``contracts.PREDICTIONS``.
+        Output file, JSONL with one object per cell and the fields of ``contracts.PREDICTIONS``.
     split
-        Which cells to describe.
+        Name of the split.
     settings
         The config's ``generate`` section.
     """

@@ -1,8 +1,7 @@
-"""Alignment: a cell's soft tokens are drawn to the language model's own embeddings of the words for it.
+"""Alignment: the projector learns to place a cell's soft tokens near the language model's embeddings of its words.
 
-These are the names of its labels, or its whole description. Done before fine-tuning, with the projector alone and
-without a forward pass of the language model, it takes seconds and puts each cell where the language model already
-knows the words for it.
+The words are the names of the cell's labels, or its whole description. Alignment runs before fine-tuning and trains
+the projector alone, without a forward pass of the language model, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -29,29 +28,29 @@ def _mean_direction(ids: Sequence[int] | Tensor, embeddings: Tensor) -> Tensor:
     return functional.normalize(embeddings[ids].float().mean(0), dim=-1)
 
 
-def _cell_direction(soft: Tensor, there: Tensor) -> Tensor:
-    return functional.normalize(soft.sum(1) / there.sum(1, keepdim=True).clamp(min=1), dim=-1)
+def _cell_direction(soft: Tensor, present: Tensor) -> Tensor:
+    return functional.normalize(soft.sum(1) / present.sum(1, keepdim=True).clamp(min=1), dim=-1)
 
 
 def _centre(directions: Tensor) -> Tensor:
-    # Texts of one template point nearly the same way (their cosine is 0.92 on average with SmolLM2-135M): what tells
-    # them apart is left when their mean is taken away.
+    # Texts from one template point in nearly the same direction (their mean cosine is 0.92 with SmolLM2-135M).
+    # Subtracting their mean leaves what distinguishes them.
     return functional.normalize(directions - directions.mean(0), dim=-1)
 
 
 class LabelTargets:
-    """The names of each slot's labels as one direction each in the space of token embeddings.
+    """The label names of each slot, each as one direction in the space of token embeddings.
 
-    A slot has soft tokens of its own, every so-manieth one, and their mean is compared with the slot's labels: so the
-    language model finds the word for the cell type at one place and that for the tissue at another. Where there are
-    fewer soft tokens than slots, or each stands for a gene, all slots share the mean of all.
+    With ``apart``, slot i of n has soft tokens i, i + n, i + 2n, ... of its own, and their mean is compared with the
+    labels of the slot. The language model then finds the cell type at one position and the tissue at another. Without
+    it, or with fewer soft tokens than slots, all slots use the mean of all soft tokens.
 
     Parameters
     ----------
     directions
         Unit vectors of the labels of each slot, float32 (labels, width).
     apart
-        Whether slots have soft tokens of their own.
+        Whether each slot has soft tokens of its own.
     """
 
     def __init__(self, directions: Sequence[Tensor], apart: bool = False):
@@ -70,22 +69,22 @@ class LabelTargets:
         Parameters
         ----------
         names
-            Of the labels of each slot, in the order of their class numbers.
+            Label names of each slot, in the order of their class numbers.
         tokenizer, embeddings
-            Of the language model; embeddings (vocabulary, width).
+            Tokenizer and token embeddings of the language model; embeddings (vocabulary, width).
         apart
-            Whether slots have soft tokens of their own.
+            Whether each slot has soft tokens of its own.
         """
 
         def direction(name: str) -> Tensor:
-            # with the space before it that a name has within a sentence
+            # with a leading space, so that the name is tokenised as within a sentence
             return _mean_direction(tokenizer(f" {name}", add_special_tokens=False)["input_ids"], embeddings)
 
-        return cls([torch.stack([direction(name) for name in of_slot]) for of_slot in names], apart)
+        return cls([torch.stack([direction(name) for name in slot_names]) for slot_names in names], apart)
 
     @classmethod
     def of_labels(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
-        """Return the targets of the labels of each slot, by id, with their names from ``contracts.TERMS``."""
+        """Return the targets for the label ids of each slot, with their names from ``contracts.TERMS``."""
         names = terms.set_index(["slot", "id"])["name"]
         embeddings = model.language_model.get_input_embeddings().weight.detach()
         by_slot = [[names[slot, label] for label in ids] for slot, ids in labels.items()]
@@ -93,10 +92,10 @@ class LabelTargets:
 
     @classmethod
     def of_sentences(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
-        """Return the targets of the labels of each slot for cells that are aligned to descriptions.
+        """Return the targets for the label ids of each slot, for a projector that is aligned to descriptions.
 
-        A label's direction is that of what a description says of it alone, such as ``The sample is blood.``, less
-        the mean over the slot. Parameters are those of :meth:`of_labels`.
+        The direction of a label is that of a description with this label alone, such as ``The sample is blood.``,
+        minus the mean over the slot. The parameters are those of :meth:`of_labels`.
         """
         known, embeddings = Terms(terms), model.language_model.get_input_embeddings().weight.detach()
         directions = []
@@ -106,13 +105,13 @@ class LabelTargets:
             directions.append(_centre(torch.stack([_mean_direction(text, embeddings) for text in tokens])))
         return cls(directions)
 
-    def scores(self, soft: Tensor, there: Tensor) -> list[Tensor]:
-        """Return the cosine of the mean of a slot's soft tokens with each of its labels, over the temperature.
+    def scores(self, soft: Tensor, present: Tensor) -> list[Tensor]:
+        """Return the cosine similarity of the mean of a slot's soft tokens to each label, divided by the temperature.
 
         Parameters
         ----------
-        soft, there
-            As a projector gives them.
+        soft, present
+            As the projector returns them.
 
         Returns
         -------
@@ -124,32 +123,32 @@ class LabelTargets:
         scores = []
         for slot, directions in enumerate(self.directions):
             own = slice(slot % step, None, step)
-            scores.append(_cell_direction(soft[:, own], there[:, own]) @ directions.T / TEMPERATURE)
+            scores.append(_cell_direction(soft[:, own], present[:, own]) @ directions.T / TEMPERATURE)
         return scores
 
-    def loss(self, soft: Tensor, there: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of the labels, the mean over the cells that have one, summed over the slots.
+    def loss(self, soft: Tensor, present: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of the labels: the mean over the cells that have one, summed over the slots.
 
         Parameters
         ----------
-        soft, there
-            As a projector gives them.
+        soft, present
+            As the projector returns them.
         labels
-            Class numbers, -1 where a cell has none, int64 (cells, slots).
+            Class numbers, -1 where a cell has no label, int64 (cells, slots).
         """
         losses = [
-            functional.cross_entropy(scores, of_slot, ignore_index=-1, reduction="sum")
-            / (of_slot >= 0).sum().clamp(min=1)
-            for scores, of_slot in zip(self.scores(soft, there), labels.T, strict=True)
+            functional.cross_entropy(scores, slot_labels, ignore_index=-1, reduction="sum")
+            / (slot_labels >= 0).sum().clamp(min=1)
+            for scores, slot_labels in zip(self.scores(soft, present), labels.T, strict=True)
         ]
         return torch.stack(losses).sum() if losses else soft.sum() * 0
 
 
 class DescriptionTargets:
-    """The different descriptions of the training cells as one direction each in the space of token embeddings.
+    """The distinct descriptions of the training cells, each as one direction in the space of token embeddings.
 
-    A cell has one direction, the mean of its soft tokens, and its description is told from those of the other cells
-    in the batch, as CLIP tells captions from one another (Radford et al. 2021, arXiv 2103.00020).
+    The direction of a cell is the mean of its soft tokens. The loss is contrastive: it separates the description of a
+    cell from those of the other cells in the batch, as in CLIP (Radford et al. 2021, arXiv 2103.00020).
 
     Parameters
     ----------
@@ -162,43 +161,43 @@ class DescriptionTargets:
 
     @classmethod
     def of(cls, texts: Sequence[Tensor], embeddings: Tensor) -> DescriptionTargets:
-        """Average the token embeddings of each description, less the mean over all of them.
+        """Average the token embeddings of each description and subtract the mean over all descriptions.
 
         Parameters
         ----------
         texts
-            Token ids of each different description.
+            Token ids of each distinct description.
         embeddings
-            Of the language model's tokens, (vocabulary, width).
+            Token embeddings of the language model, (vocabulary, width).
         """
         return cls(_centre(torch.stack([_mean_direction(text, embeddings) for text in texts])))
 
-    def loss(self, soft: Tensor, there: Tensor, texts: Tensor) -> Tensor:
+    def loss(self, soft: Tensor, present: Tensor, texts: Tensor) -> Tensor:
         """Return the mean of the cross-entropies from cell to description and from description to cell.
 
-        Scores are cosines over the temperature. The descriptions of cells that share one are all right, each with
-        the same share, so that no cell is pushed away from its own words.
+        Scores are cosine similarities divided by the temperature. Cells that share a description are all correct
+        matches, with equal weight, so that no cell is pushed away from its own words.
 
         Parameters
         ----------
-        soft, there
-            As a projector gives them.
+        soft, present
+            As the projector returns them.
         texts
-            Number of each cell's description, int64 (cells,).
+            Index of each cell's description, int64 (cells,).
         """
-        scores = _cell_direction(soft, there) @ self.directions[texts].T / TEMPERATURE
+        scores = _cell_direction(soft, present) @ self.directions[texts].T / TEMPERATURE
         same = (texts[:, None] == texts).to(scores.dtype)
-        shares = same / same.sum(1, keepdim=True)
-        return (functional.cross_entropy(scores, shares) + functional.cross_entropy(scores.T, shares)) / 2
+        matches = same / same.sum(1, keepdim=True)
+        return (functional.cross_entropy(scores, matches) + functional.cross_entropy(scores.T, matches)) / 2
 
 
 def number_labels(labels: Mapping[str, Sequence[str | None]], classes: Mapping[str, Sequence[str]]) -> Tensor:
-    """Return the class number of each cell's label in each slot, -1 for none; int64 (cells, slots).
+    """Return the class number of each cell's label in each slot, -1 for no label; int64 (cells, slots).
 
     Parameters
     ----------
     labels
-        Id of each cell's label, for each slot of ``classes``.
+        Label id of each cell, for each slot of ``classes``.
     classes
         Ids of each slot, in the order of their class numbers.
     """

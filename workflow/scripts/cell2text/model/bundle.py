@@ -41,7 +41,7 @@ def build(
     Raises
     ------
     InputError
-        If the mode is unknown or cannot run here, or the targets are no layers of the language model.
+        If the mode is unknown or cannot run here, or a target is not a layer of the language model.
     """
     model, tokenizer = load_language_model(language_model, device, settings.mode)
     embeddings = model.get_input_embeddings().weight
@@ -53,9 +53,9 @@ def build(
 
 
 def save(model: Cell2Text, directory: str | Path, about: dict[str, Any]) -> None:
-    """Write what was trained and ``cell2text.json``: all that is needed next to the original language model.
+    """Write the trained weights and ``cell2text.json``: all that is needed besides the original language model.
 
-    That is the projector, and the adapter in ``adapter/`` or the whole language model in ``language_model/``.
+    The weights are the projector's, and the adapter in ``adapter/`` or the whole language model in ``language_model/``.
 
     Parameters
     ----------
@@ -91,16 +91,16 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     Parameters
     ----------
     directory
-        Where it was written.
+        The directory given to :func:`save`.
     language_model
-        Directory of the original language model; of a model trained in full, only the tokenizer is read.
+        Directory of the original language model; for ``mode: full``, only its tokenizer is read.
     device
-        Where to put the model; a GPU if there is one.
+        Where to put the model; by default the GPU, if there is one.
 
     Raises
     ------
     InputError
-        If a weight is missing or surplus, or the model is of 4 bits and cannot run here.
+        If a weight is missing or surplus, or the model has 4-bit weights, which cannot run here.
     """
     directory = Path(directory)
     device = device or pick_device()

@@ -1,4 +1,4 @@
-"""The model: soft tokens of a cell between the two halves of a chat prompt, and a language model that answers."""
+"""The model: a chat prompt with the soft tokens of a cell in it, and a language model that answers."""
 
 from dataclasses import dataclass
 from inspect import signature
@@ -31,7 +31,7 @@ class Prompt:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Prompt":
-        """Cut the model's own chat template where the cell goes, so that no reserved token is needed."""
+        """Split the model's own chat template where the cell goes, so that no reserved token is needed."""
         messages = [{"role": "user", "content": f"{INSTRUCTION} {_CELL}"}]
         if tokenizer.chat_template is None:
             text = f"{INSTRUCTION} {_CELL}\n"
@@ -50,7 +50,7 @@ class Cell2Text(nn.Module):
     Parameters
     ----------
     language_model
-        Any causal model of transformers, or the same wrapped by PEFT.
+        Any causal language model of transformers, possibly wrapped by PEFT.
     tokenizer
         Its tokenizer.
     projector
@@ -99,7 +99,7 @@ class Cell2Text(nn.Module):
         Parameters
         ----------
         soft, present
-            Soft tokens of each cell and which of them are present, as the projector returns them.
+            Soft tokens of each cell and their mask, as the projector returns them.
         """
         before, after = (
             self.embed_tokens(half.to(soft.device)).expand(len(soft), -1, -1)
@@ -122,27 +122,27 @@ class Cell2Text(nn.Module):
         embeddings
             (cells, prompt, width), in the language model's dtype.
         mask
-            bool (cells, prompt); false on the padding.
+            bool (cells, prompt); false at the padding.
         """
         prompt, mask = self.prompt_embeddings(*self.projector(vectors, lengths))
         if bool(mask.all()):
             return prompt, mask
-        # A stable sort moves the padding from behind the soft tokens to the left and keeps the order of the rest.
+        # A stable sort moves the padding of the soft tokens to the left and keeps the order of the rest.
         order = mask.to(torch.int8).argsort(dim=1, stable=True)
         return _reorder(prompt, order), mask.gather(1, order)
 
     def text_loss(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed negative log likelihood of the texts in nats, and their number of tokens.
 
-        Only the text is scored, never the prompt.
+        The prompt is not scored.
 
         Parameters
         ----------
         soft, present
             As the projector returns them.
         text, text_mask
-            Token ids of the description and the end token, int64 (cells, text), padded on the right; which of
-            them are no padding, bool.
+            Token ids of the description and the end token, int64 (cells, text), padded on the right; and their
+            mask, bool, false at the padding.
         """
         logits = self._text_logits(soft, present, text, text_mask)
         return functional.cross_entropy(logits, text[text_mask], reduction="sum"), text_mask.sum()
@@ -175,22 +175,22 @@ class Cell2Text(nn.Module):
     def _judge(
         self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss and the most likely token at each judged place, int64 (judged,)."""
+        """Return the loss and the most likely token at each judged position, int64 (judged,)."""
         logits = self._text_logits(soft, present, text, text_mask)
         loss = functional.cross_entropy(logits, text[text_mask], reduction="sum")
         return loss, logits.argmax(-1)[judged[text_mask]]
 
     def _text_logits(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Return the logits at each token of the texts, float32 (tokens, vocabulary), by transformers alone."""
+        """Return the logits that predict each token of the texts, float32 (tokens, vocabulary), from transformers."""
         prompt, prompt_mask = self.prompt_embeddings(soft, present)
         embeddings = torch.cat([prompt, self.embed_tokens(text)], dim=1)
         mask = torch.cat([prompt_mask, text_mask], dim=1)
-        of_text = torch.cat([torch.zeros_like(prompt_mask), text_mask], dim=1)
-        # With all padding on the right, every model counts positions correctly by itself.
+        is_text = torch.cat([torch.zeros_like(prompt_mask), text_mask], dim=1)
+        # With all padding on the right, every model derives correct positions itself.
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        embeddings, mask, of_text = _reorder(embeddings, order), mask.gather(1, order), of_text.gather(1, order)
+        embeddings, mask, is_text = _reorder(embeddings, order), mask.gather(1, order), is_text.gather(1, order)
         logits = self.language_model(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False).logits
-        return logits[:, :-1][of_text[:, 1:]].float()
+        return logits[:, :-1][is_text[:, 1:]].float()
 
     def accepts(self, argument: str) -> bool:
         """Return whether the language model's ``forward`` takes an argument of this name."""
@@ -202,7 +202,7 @@ class Cell2Text(nn.Module):
         Raises
         ------
         InputError
-            If transformers cannot do so with this language model.
+            If transformers does not support it for this language model.
         """
         model = self.base_model
         if not model.supports_gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""The language model itself: loaded from a Hugging Face directory, and prepared for what of it is to learn."""
+"""The language model: loaded from a Hugging Face directory, frozen, and given an adapter."""
 
 from importlib.util import find_spec
 from inspect import signature
@@ -22,7 +22,7 @@ from cell2text.device import pick_precision
 from cell2text.errors import InputError
 from cell2text.settings import FinetuneSettings
 
-# What of the language model learns: an adapter, all weights, or an adapter next to 4-bit weights.
+# Which weights of the language model are trained: an adapter, all of them, or an adapter on top of 4-bit weights.
 MODES = ("lora", "full", "qlora")
 
 
@@ -45,11 +45,11 @@ def load_language_model(
     Raises
     ------
     InputError
-        If the mode is unknown or cannot run here; if the model is of a kind that cannot be used; if fine-tuned
-        weights are missing or surplus.
+        If the mode is unknown or cannot run here, the kind of model cannot be used, or fine-tuned weights are missing
+        or surplus.
     """
     if mode not in MODES:
-        raise InputError("config: finetune.mode", f"{mode} is none of {', '.join(MODES)}", "Set one of them")
+        raise InputError("config: finetune.mode", f"{mode} is not one of {', '.join(MODES)}", "Set one of these")
     _check_kind(directory)
     model, found = AutoModelForCausalLM.from_pretrained(
         weights or directory,
@@ -62,18 +62,18 @@ def load_language_model(
     if weights and (found["missing_keys"] or found["unexpected_keys"]):
         missing, surplus = (sorted(found[key])[:3] for key in ("missing_keys", "unexpected_keys"))
         raise InputError(weights, f"weights missing {missing}, surplus {surplus}", "Fine-tune again")
-    if mode == "qlora":  # embeddings, norms and head in float32, here too, so that generation equals training
+    if mode == "qlora":  # casts embeddings, norms and head to float32, for generation too, so that it equals training
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.requires_grad_(False)
     return model.to(device), AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def _check_kind(directory: str | Path) -> None:
-    """Refuse a model that is not causal, or that has no keys and values to generate from."""
+    """Raise an error if the model is not causal, or caches no keys and values, which generation needs."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
-        raise InputError(directory, f"{config.model_type} is no causal language model", "Choose another model")
+        raise InputError(directory, f"{config.model_type} is not a causal language model", "Choose another model")
     if "past_key_values" not in signature(kind.forward).parameters:
         raise InputError(directory, f"{kind.__name__} has no keys and values to cache", "Choose a transformer model")
 
@@ -103,7 +103,7 @@ def add_adapter(model: PreTrainedModel, settings: FinetuneSettings) -> PeftModel
     Raises
     ------
     InputError
-        If the targets are no layers of the language model.
+        If a target is not a layer of the language model.
     """
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -1,7 +1,7 @@
-"""Projectors: from an encoder's vectors of a cell to soft tokens, vectors that a language model reads like words.
+"""Projectors: from a cell's encoder vectors to soft tokens, vectors that the language model reads like words.
 
-Each projector says in ``reads`` which tensor of the embeddings it takes. The soft tokens have length one
-times a learnt scale that starts at the typical length of the language model's own token embeddings.
+``reads`` of each projector names the tensor of the embeddings that it takes. All soft tokens have the same norm: a
+learnt scale, initialised to the mean norm of the language model's own token embeddings.
 """
 
 import torch
@@ -13,17 +13,17 @@ from cell2text.settings import ProjectorSettings
 
 
 class _Projector(nn.Module):
-    """What all projectors share: inputs on one scale, soft tokens of one length.
+    """What all projectors share: standardised inputs, and soft tokens of equal norm.
 
     Parameters
     ----------
     dimensions
-        Of the encoder's vectors.
+        Length of the encoder's vectors.
     width
-        Of the language model's embeddings.
+        Length of the language model's token embeddings.
     """
 
-    tokens_are_genes = False  # or else each is free to say something else of the cell
+    tokens_are_genes = False  # if not, any soft token can encode any property of the cell
 
     def __init__(self, dimensions: int, width: int):
         super().__init__()
@@ -33,16 +33,16 @@ class _Projector(nn.Module):
         self.register_buffer("spread", torch.ones(dimensions))
 
     def fit_inputs(self, vectors: Tensor) -> None:
-        """Take centre and spread from training vectors, float (n, dimensions).
+        """Set centre and spread from training vectors, float (n, dimensions).
 
-        One spread for all dimensions: dividing each by its own would raise the noise of the last principal
+        All dimensions share one spread: dividing each by its own would raise the noise in the last principal
         components to the level of the first.
         """
         self.centre.copy_(vectors.mean(0))
         self.spread.fill_((vectors - self.centre).square().mean().sqrt().clamp(min=1e-6))
 
     def start_at(self, embeddings: Tensor) -> None:
-        """Start the scale at the mean length of token embeddings, (vocabulary, width)."""
+        """Initialise the scale to the mean norm of token embeddings, (vocabulary, width)."""
         self.scale.data.fill_(embeddings.float().norm(dim=-1).mean())
 
     def _inputs(self, vectors: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class _Projector(nn.Module):
 
 
 class _TwoLayers(_Projector):
-    """Two linear layers, applied to each vector by itself.
+    """Two linear layers, applied to each vector separately.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class _TwoLayers(_Projector):
     hidden
         Units between the two layers.
     tokens
-        Soft tokens made of one vector.
+        Number of soft tokens per vector.
     """
 
     def __init__(self, dimensions: int, width: int, hidden: int, tokens: int):
@@ -82,7 +82,7 @@ class Pooled(_TwoLayers):
         super().__init__(dimensions, width, hidden, soft_tokens)
 
     def forward(self, vectors: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return soft tokens and which of them are there.
+        """Return soft tokens and which of them are present.
 
         Parameters
         ----------
@@ -95,10 +95,10 @@ class Pooled(_TwoLayers):
         -------
         soft
             float (cells, soft_tokens, width).
-        there
+        present
             bool (cells, soft_tokens), all true.
         """
-        return _all_there(self._project(vectors))
+        return _all_present(self._project(vectors))
 
 
 class Mlp(_TwoLayers):
@@ -111,35 +111,35 @@ class Mlp(_TwoLayers):
         super().__init__(dimensions, width, hidden, 1)
 
     def forward(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return soft tokens and which of them are there.
+        """Return soft tokens and which of them are present.
 
         Parameters
         ----------
         vectors
-            float (cells, genes, dimensions), zeros behind a cell's last gene.
+            float (cells, genes, dimensions), zeros after a cell's last gene.
         lengths
-            Genes of each cell, (cells,).
+            Number of genes of each cell, (cells,).
 
         Returns
         -------
         soft
             float (cells, genes, width); zero where there is no gene.
-        there
+        present
             bool (cells, genes).
         """
-        there = _genes_there(vectors, lengths)
-        return self._project(vectors).squeeze(2) * there[..., None], there
+        present = _gene_mask(vectors, lengths)
+        return self._project(vectors).squeeze(2) * present[..., None], present
 
 
 class _Queries(_Projector):
-    """Learnt queries that read a cell's gene vectors by attention; each becomes one soft token.
+    """Learnt queries that attend to a cell's gene vectors; each query becomes one soft token.
 
     Parameters
     ----------
     dimensions, width
         See :class:`_Projector`.
     hidden
-        Units of the queries, rounded down to a multiple of the number of heads: one for every 64.
+        Width of the queries, rounded down to a multiple of the number of heads, which is one per 64 units.
     soft_tokens
         Number of queries.
     """
@@ -155,46 +155,46 @@ class _Queries(_Projector):
         self.leave = nn.Linear(self.hidden, width)
 
     def forward(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return soft tokens and which of them are there.
+        """Return soft tokens and which of them are present.
 
         Parameters
         ----------
         vectors
-            float (cells, genes, dimensions), a cell's genes by rank; what stands behind its last is not read.
+            float (cells, genes, dimensions), a cell's genes in rank order; values after its last gene are ignored.
         lengths
-            Genes of each cell, (cells,).
+            Number of genes of each cell, (cells,).
 
         Returns
         -------
         soft
             float (cells, soft_tokens, width).
-        there
+        present
             bool (cells, soft_tokens), all true.
         """
-        inputs = self._inputs(vectors).masked_fill(~_genes_there(vectors, lengths)[..., None], 0)
+        inputs = self._inputs(vectors).masked_fill(~_gene_mask(vectors, lengths)[..., None], 0)
         genes = self.enter(inputs) + embed_ranks(vectors.shape[1], self.hidden, vectors.device)
-        # A cell without genes reads one average gene: attention to nothing is not a number.
-        seen = _genes_there(vectors, lengths.clamp(min=1))
-        queries = self._read(self.queries.expand(len(vectors), -1, -1), genes, seen)
-        return _all_there(self._soft_tokens(self.leave(queries)).squeeze(2))
+        # Attention over no keys is NaN, so a cell without genes attends to one average gene.
+        mask = _gene_mask(vectors, lengths.clamp(min=1))
+        queries = self._read(self.queries.expand(len(vectors), -1, -1), genes, mask)
+        return _all_present(self._soft_tokens(self.leave(queries)).squeeze(2))
 
-    def _read(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
-        """Return queries (cells, soft_tokens, hidden) that have read the seen of genes (cells, genes, hidden)."""
+    def _read(self, queries: Tensor, genes: Tensor, mask: Tensor) -> Tensor:
+        """Return queries (cells, soft_tokens, hidden) after attention to genes (cells, genes, hidden) in the mask."""
         raise NotImplementedError
 
 
 class Perceiver(_Queries):
     """Layers of attention to the genes, attention among the queries, and a feed-forward network.
 
-    The Perceiver (Jaegle et al. 2021, arXiv 2103.03206), put before a language model as in Flamingo (Alayrac et al.
-    2022, arXiv 2204.14198).
+    The Perceiver (Jaegle et al. 2021, arXiv 2103.03206), placed before a language model as in Flamingo (Alayrac et
+    al. 2022, arXiv 2204.14198).
 
     Parameters
     ----------
     dimensions, width, hidden, soft_tokens
         See :class:`_Queries`.
     layers
-        At least one.
+        Number of layers, at least one.
     """
 
     def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int):
@@ -202,9 +202,9 @@ class Perceiver(_Queries):
         self.blocks = nn.ModuleList(_PerceiverLayer(self.hidden, self.heads) for _ in range(layers))
         self.norm = nn.LayerNorm(self.hidden)
 
-    def _read(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
+    def _read(self, queries: Tensor, genes: Tensor, mask: Tensor) -> Tensor:
         for block in self.blocks:
-            queries = block(queries, genes, seen)
+            queries = block(queries, genes, mask)
         return self.norm(queries)
 
 
@@ -217,25 +217,25 @@ class _PerceiverLayer(nn.Module):
             nn.LayerNorm(hidden), nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden)
         )
 
-    def forward(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
-        genes, asking = self.norm_genes(genes), self.norm_queries(queries)
-        queries = queries + self.attend_genes(asking, genes, genes, key_padding_mask=~seen, need_weights=False)[0]
-        own = self.norm_own(queries)
-        queries = queries + self.attend_own(own, own, own, need_weights=False)[0]
+    def forward(self, queries: Tensor, genes: Tensor, mask: Tensor) -> Tensor:
+        genes, normed = self.norm_genes(genes), self.norm_queries(queries)
+        queries = queries + self.attend_genes(normed, genes, genes, key_padding_mask=~mask, need_weights=False)[0]
+        normed = self.norm_own(queries)
+        queries = queries + self.attend_own(normed, normed, normed, need_weights=False)[0]
         return queries + self.feed_forward(queries)
 
 
 class QFormer(_Queries):
-    """The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597), transformers' own, untrained.
+    """The Q-Former of BLIP-2 (Li et al. 2023, arXiv 2301.12597), as in transformers, with random weights.
 
-    It reads the genes in every layer, not in every other one: there are few layers.
+    It attends to the genes in every layer instead of every other one, because it has few layers.
 
     Parameters
     ----------
     dimensions, width, hidden, soft_tokens
         See :class:`_Queries`.
     layers
-        At least one.
+        Number of layers, at least one.
     """
 
     def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int):
@@ -253,8 +253,8 @@ class QFormer(_Queries):
             )
         )
 
-    def _read(self, queries: Tensor, genes: Tensor, seen: Tensor) -> Tensor:
-        return self.reader(queries, encoder_hidden_states=genes, encoder_attention_mask=seen).last_hidden_state
+    def _read(self, queries: Tensor, genes: Tensor, mask: Tensor) -> Tensor:
+        return self.reader(queries, encoder_hidden_states=genes, encoder_attention_mask=mask).last_hidden_state
 
 
 PROJECTORS: dict[str, type[_Projector]] = {"pooled": Pooled, "mlp": Mlp, "perceiver": Perceiver, "qformer": QFormer}
@@ -267,19 +267,20 @@ def build_projector(settings: ProjectorSettings, dimensions: int, width: int) ->
 
 
 def embed_ranks(ranks: int, hidden: int, device: torch.device) -> Tensor:
-    """Return sines and cosines of the logarithm of each rank from 1 on, float32 (ranks, hidden).
+    """Return sines and cosines of the logarithm of each rank, counted from 1; float32 (ranks, hidden).
 
-    A step counts for more at the top of a cell's list than further down. Frequencies go from 0.1 to 10: the lowest
-    makes less than half a turn over any list, the highest tells neighbours apart down to rank 100 and beyond.
+    On this scale, neighbouring ranks differ more at the top of the list than further down. Frequencies range from 0.1
+    to 10: the lowest makes less than half a turn over any list, the highest separates neighbours down to rank 100 and
+    beyond.
     """
     logarithm = torch.arange(1, ranks + 1, device=device).log()
     angles = logarithm[:, None] * torch.logspace(-1, 1, (hidden + 1) // 2, device=device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :hidden]
 
 
-def _genes_there(vectors: Tensor, lengths: Tensor) -> Tensor:
+def _gene_mask(vectors: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(vectors.shape[1], device=vectors.device) < lengths[:, None]
 
 
-def _all_there(soft: Tensor) -> tuple[Tensor, Tensor]:
+def _all_present(soft: Tensor) -> tuple[Tensor, Tensor]:
     return soft, torch.ones(soft.shape[:2], dtype=torch.bool, device=soft.device)

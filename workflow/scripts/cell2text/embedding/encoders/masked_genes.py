@@ -1,4 +1,4 @@
-"""Masked gene modelling: batches with hidden genes, the loss, and a training loop that resumes."""
+"""Masked gene modelling: batches with masked genes, the loss, and a training loop that resumes."""
 
 import logging
 import math
@@ -20,24 +20,24 @@ from cell2text.training import history_row, read_checkpoint, warm_up_then_decay,
 
 log = logging.getLogger("cell2text.encoders")
 
-CHOSEN = 0.15  # of a cell's genes, to be guessed
-MASKED, REPLACED = 0.8, 0.1  # of those; the rest stay as they are
+CHOSEN = 0.15  # share of a cell's genes that the model predicts
+MASKED, REPLACED = 0.8, 0.1  # shares of those that become the mask or a random gene; the rest stay as they are
 CHECKPOINT_STEPS = 200
-BUCKET = 16  # batches among which cells are sorted by their number of genes
-ROWS = 1000  # of the history, about
+BUCKET = 16  # number of batches whose cells are sorted together by their number of genes
+ROWS = 1000  # approximate number of rows of the history
 WEIGHT_DECAY, CLIP = 0.01, 1.0
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Ranked genes of all cells of a split, one cell after another.
+    """Ranked genes of all cells of a split, concatenated.
 
     Parameters
     ----------
     tokens
         int32 (genes of all cells,).
     offsets
-        Where each cell starts and the last one ends, int64 (cells + 1,).
+        Start of each cell, and the end of the last one, int64 (cells + 1,).
     """
 
     tokens: np.ndarray
@@ -45,8 +45,8 @@ class Cells:
 
     @classmethod
     def read(cls, split: RankedSplit, room: int) -> "Cells":
-        """Return the first ``room`` genes of each cell; cells without genes are left out."""
-        tokens, lengths = bytearray(), [np.empty(0, dtype=np.int64)]  # bytes grow in place, arrays would be copied
+        """Return the first ``room`` genes of each cell, without the cells that have no genes."""
+        tokens, lengths = bytearray(), [np.empty(0, dtype=np.int64)]  # bytes grow in place, arrays are copied
         for part in split:
             ranks = np.arange(len(part.tokens)) - np.repeat(part.offsets[:-1], part.lengths)
             tokens += part.tokens[ranks < room].tobytes()
@@ -60,24 +60,24 @@ class Cells:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Genes of each cell, int64 (cells,)."""
+        """Number of genes of each cell, int64 (cells,)."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Cells with some of their genes hidden.
+    """Cells with some of their genes masked.
 
     Parameters
     ----------
     ids
-        What the model reads, int64 (cells, tokens).
+        Input of the model, int64 (cells, tokens).
     attended
-        Which of them are no padding, bool (cells, tokens).
+        Attention mask: false at the padding, bool (cells, tokens).
     chosen
-        Which of them are to be guessed, bool (cells, tokens).
+        Which tokens the model predicts, bool (cells, tokens).
     genes
-        What they were, int64 (cells, tokens).
+        The tokens before masking, int64 (cells, tokens).
     """
 
     ids: np.ndarray
@@ -87,35 +87,35 @@ class Batch:
 
     @classmethod
     def of(cls, cells: Cells, rows: np.ndarray, special: Special, random: np.random.Generator) -> "Batch":
-        """Hide genes of some cells as Devlin et al. (2019) hide words: of each cell 15 %, one at least."""
+        """Mask genes as BERT masks words (Devlin et al. 2019): 15 % of each cell's genes, at least one."""
         lengths = cells.lengths[rows]
         places = np.arange(lengths.max())
-        there = places < lengths[:, None]
+        present = places < lengths[:, None]
         genes = np.full((len(rows), len(places) + special.around), special.pad, dtype=np.int64)
-        # special tokens come after the genes, padding first
+        # ids of special tokens follow those of the genes, and padding is the first of them
         vocabulary = special.pad
         inner = genes[:, 1:-1]
-        inner[there] = cells.tokens[(cells.offsets[rows][:, None] + places)[there]]
+        inner[present] = cells.tokens[(cells.offsets[rows][:, None] + places)[present]]
         genes[:, 0] = special.cls
         genes[np.arange(len(rows)), lengths + 1] = special.eos
-        draws = np.where(there, random.random(there.shape), 2.0)
+        draws = np.where(present, random.random(present.shape), 2.0)
         last = np.maximum(1, np.rint(CHOSEN * lengths).astype(np.int64)) - 1
         chosen = np.zeros(genes.shape, dtype=bool)
         chosen[:, 1:-1] = draws <= np.sort(draws, axis=1)[np.arange(len(rows)), last][:, None]
         fate, others = random.random(genes.shape), random.integers(vocabulary, size=genes.shape)
-        hidden = np.where(fate < MASKED, special.mask, np.where(fate < MASKED + REPLACED, others, genes))
-        return cls(np.where(chosen, hidden, genes), genes != special.pad, chosen, genes)
+        masked = np.where(fate < MASKED, special.mask, np.where(fate < MASKED + REPLACED, others, genes))
+        return cls(np.where(chosen, masked, genes), genes != special.pad, chosen, genes)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return what :class:`MaskedGenes` takes."""
-        # without padding there is nothing to mask, and attention is faster without one
+        """Return the input of :class:`MaskedGenes`."""
+        # without padding no attention mask is needed, and attention is faster without one
         attended = None if self.attended.all() else torch.from_numpy(self.attended.astype(np.int64)).to(device)
         places, genes = (torch.from_numpy(values) for values in (np.flatnonzero(self.chosen), self.genes[self.chosen]))
         return torch.from_numpy(self.ids).to(device), attended, places.to(device), genes.to(device)
 
 
 class MaskedGenes(nn.Module):
-    """The model and its loss, computed at the chosen places alone: the vocabulary is large.
+    """The model and its loss; logits are computed only for masked genes, because the vocabulary is large.
 
     Parameters
     ----------
@@ -128,14 +128,14 @@ class MaskedGenes(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, attended: Tensor | None, places: Tensor, genes: Tensor) -> Tensor:
-        """Return the summed negative log likelihood of the hidden genes, in nats.
+        """Return the summed negative log likelihood of the masked genes, in nats.
 
         Parameters
         ----------
         ids, attended
-            Tokens and which of them are no padding, int64 (cells, tokens); None where all are.
+            Tokens and their attention mask, int64 (cells, tokens); the mask is None without padding.
         places, genes
-            Where genes are to be guessed, in the flattened ``ids``, and which they are, int64 (chosen,).
+            Indices of the masked genes in the flattened ``ids``, and their true tokens, int64 (chosen,).
         """
         states = self.model.bert(input_ids=ids, attention_mask=attended).last_hidden_state
         logits = self.model.cls(states.flatten(0, 1)[places])
@@ -143,21 +143,21 @@ class MaskedGenes(nn.Module):
 
 
 def batches(lengths: np.ndarray, batch_cells: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the rows of each batch of an epoch: shuffled, but cells of like length together.
+    """Return the rows of each batch of an epoch: shuffled, but with cells of similar length together.
 
     Parameters
     ----------
     lengths
-        Genes of each cell, (cells,).
+        Number of genes of each cell, (cells,).
     batch_cells
-        Cells of a batch at most; batches differ by one cell at most.
+        Maximum number of cells per batch; batch sizes differ by at most one cell.
     seed, epoch
         The same pair gives the same batches.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     bucket = np.arange(len(order)) // (BUCKET * batch_cells)
-    # every other bucket falls, so that a batch across two of them holds like lengths too
+    # every other bucket is in descending order, so that a batch across two buckets has similar lengths too
     order = order[np.lexsort((lengths[order] * (1 - 2 * (bucket % 2)), bucket))]
     found = np.array_split(order, math.ceil(len(order) / batch_cells))
     return [found[i] for i in random.permutation(len(found))]
@@ -165,17 +165,17 @@ def batches(lengths: np.ndarray, batch_cells: int, seed: int, epoch: int) -> lis
 
 @dataclass
 class State:
-    """How far training has come.
+    """Progress of the training.
 
     Parameters
     ----------
     step, epoch
-        Steps and epochs that are done.
+        Number of finished steps and epochs.
     best_loss, best_epoch
         Lowest validation loss so far and the epoch, from 0, that ended with it.
     history
-        Rows of ``contracts.HISTORY``, one for every few steps: ``loss`` is the mean since the row before, in nats per
-        hidden gene.
+        Rows of ``contracts.HISTORY``, one for every few steps: ``loss`` is the mean since the previous row, in nats per
+        masked gene.
     """
 
     step: int = 0
@@ -191,21 +191,21 @@ class Training:
     Parameters
     ----------
     model
-        With random weights.
+        Model with random weights.
     special
-        Its special tokens.
+        Special tokens of the model.
     train, validation
         Cells of the two splits.
     settings
         The config's ``encoder`` section.
     seed
-        Seed of batches, hidden genes and dropout.
+        Seed of batches, masked genes and dropout.
     checkpoints
         Folder for checkpoints.
     fingerprint
         Hash of everything that the result depends on; checkpoints with another one are ignored.
     device, precision
-        Where the model is trained, and the type in which it multiplies.
+        Device and autocast dtype of the training.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class Training:
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
         self.masked_genes = MaskedGenes(model).to(device)
         self.parameters = dict(model.named_parameters())
-        # biases and the scales of layer norms do not decay
+        # no weight decay for biases and the scales of layer norms
         groups = [
             {
                 "params": [value for value in self.parameters.values() if (value.ndim > 1) is decays],
@@ -244,7 +244,7 @@ class Training:
         self._reset_losses()
 
     def run(self) -> State:
-        """Train until the epochs are done and keep the weights of the best one."""
+        """Train for all epochs and keep the weights of the best one."""
         state = self.state
         done = round(len(self.train) * state.step / self.epoch_steps)
         self.progress = Progress(len(self.train) * self.settings.epochs, "cells", done=done)
@@ -273,7 +273,7 @@ class Training:
         loss = self.validate()
         self._check(loss)
         state.history[-1]["validation_loss"] = loss
-        log.info("epoch %d: validation loss %.4f nats per hidden gene", state.epoch + 1, loss)
+        log.info("epoch %d: validation loss %.4f nats per masked gene", state.epoch + 1, loss)
         if loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch
             self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -284,7 +284,7 @@ class Training:
         random = np.random.default_rng([self.seed, self.state.step, 1])
         batch = Batch.of(self.train, rows, self.special, random)
         chosen = int(batch.chosen.sum())
-        torch.manual_seed(int(random.integers(1 << 62)))  # of dropout
+        torch.manual_seed(int(random.integers(1 << 62)))  # for dropout
         loss = self._loss(batch)
         (loss / chosen).backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
@@ -292,7 +292,7 @@ class Training:
             group["lr"] = self.settings.learning_rate * self.schedule(self.state.step)
         self.adam.step()
         self.adam.zero_grad()
-        # summed on the device: to ask for the number would make a GPU wait in every step
+        # summed on the device: reading the value would make a GPU wait at every step
         self.loss, self.chosen = self.loss + loss.detach(), self.chosen + chosen
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -319,7 +319,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Return the mean negative log likelihood per hidden gene of the validation cells, in nats."""
+        """Return the mean negative log likelihood per masked gene of the validation cells, in nats."""
         self.masked_genes.eval()
         order = np.argsort(self.validation.lengths, kind="stable")
         total, chosen = torch.zeros((), device=self.device), 0
@@ -338,7 +338,7 @@ class Training:
         write_checkpoint(self.checkpoint_file, tensors, asdict(self.state), self.fingerprint)
 
     def resume(self) -> None:
-        """Take over the last checkpoint, if there is one of this very run."""
+        """Restore the last checkpoint of this run, if there is one."""
         found = read_checkpoint(self.checkpoint_file, self.fingerprint)
         if found is None:
             return

@@ -42,16 +42,16 @@ SIZES = {
 
 
 class Pretrained(RankedBert):
-    """A model of Geneformer's shape that has read only the user's training cells.
+    """A model of Geneformer's shape that was trained only on the user's training cells.
 
     Parameters
     ----------
     bert, special, layer
-        As :class:`RankedBert` takes them.
+        See :class:`RankedBert`.
     history
-        Of the training, where there was one in this process; see :class:`State`.
+        Rows of ``contracts.HISTORY``, if this process trained the model.
     checkpoints
-        Folder to remove when the model is saved.
+        Folder that :meth:`save` removes.
     """
 
     kind = "pretrain"
@@ -77,21 +77,21 @@ class Pretrained(RankedBert):
         checkpoints: Path,
         fetched: Path | None = None,
     ) -> "Pretrained":
-        """Train on the training cells and keep the epoch that guesses genes of the validation cells best.
+        """Train on the training cells and keep the epoch that predicts masked genes of the validation cells best.
 
         Parameters
         ----------
         train, validation
-            Cells to learn from, and to choose by. The genes of each that the model can read are held in memory.
+            Cells to train on, and to select the epoch. Their genes are held in memory, up to the model's input length.
         settings
-            ``size`` in ``SIZES``, ``epochs``, ``batch_cells``, ``learning_rate`` at its
-            highest, and the ``layer`` whose output is taken.
+            ``size`` in ``SIZES``, ``epochs``, ``batch_cells``, the maximum ``learning_rate``, and the ``layer`` whose
+            output is used.
         seed
-            Of weights, batches, hidden genes and dropout.
+            Seed of weights, batches, masked genes and dropout.
         checkpoints
-            Folder for what a killed run resumes from; :meth:`save` removes it.
+            Folder for checkpoints, from which a killed run resumes; :meth:`save` removes it.
         fetched
-            Not needed.
+            Not used.
 
         Raises
         ------
@@ -101,7 +101,7 @@ class Pretrained(RankedBert):
         special = Special(pad=train.genes, mask=train.genes + 1, cls=train.genes + 2, eos=train.genes + 3)
         config = shape(settings.size, special)
         layers = config.num_hidden_layers
-        if not -layers <= settings.layer <= -1:  # report it before the training, not after it
+        if not -layers <= settings.layer <= -1:  # before the training, not after it
             raise InputError(
                 "config: encoder.layer", f"{settings.layer} of {layers} layers", "Count from -1, the last one"
             )
@@ -135,7 +135,7 @@ class Pretrained(RankedBert):
 
 
 def shape(size: str, special: Special) -> BertConfig:
-    """Return the configuration of a size in ``SIZES``; all else as in Geneformer."""
+    """Return the configuration of a size in ``SIZES``; the rest is as in Geneformer."""
     return BertConfig(
         **SIZES[size],
         vocab_size=special.pad + 4,

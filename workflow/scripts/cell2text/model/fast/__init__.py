@@ -1,4 +1,4 @@
-"""Training made faster for common language models, with the result of plain transformers and PEFT.
+"""Faster training of common language models, with the same result as plain transformers and PEFT.
 
 A newcomer may skip this folder: ``finetune.fast: false`` trains without it, and :func:`check` compares the two before
 each run. ``docs/finetuning.md`` says what each part gains.
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4  # relative difference of the two losses in float32; with other
 
 
 class FastCell2Text(Cell2Text):
-    """The model with a forward pass that computes the shared prompt once and no padding."""
+    """The model with a forward pass that computes the shared prompt once and skips padding."""
 
     fast = True
 
@@ -40,15 +40,15 @@ class FastCell2Text(Cell2Text):
     def _states_before(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Return the hidden state before each token of the texts, (tokens, width)."""
         before, after = (self.embed_tokens(half.to(soft.device)) for half in (self.prompt.before, self.prompt.after))
-        of_cells = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), self.embed_tokens(text)], dim=1)
+        by_cell = torch.cat([soft.to(before.dtype), after.expand(len(soft), -1, -1), self.embed_tokens(text)], dim=1)
         mask = torch.cat([present, present.new_ones(len(soft), len(after)), text_mask], dim=1)
         row = Row.of(len(before), mask, before.dtype)
         output = self.base_model.get_decoder()(
-            inputs_embeds=row.join(before, of_cells), position_ids=row.positions(), use_cache=False, row=row
+            inputs_embeds=row.join(before, by_cell), position_ids=row.positions(), use_cache=False, row=row
         )
         # the hidden state before a token predicts it
-        of_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
-        return output.last_hidden_state[0, row.prompt - 1 :].index_select(0, of_text.nonzero().squeeze(1))
+        is_text = row.of_cells(nn.functional.pad(text_mask, (mask.shape[1] - text.shape[1], 0)))
+        return output.last_hidden_state[0, row.prompt - 1 :].index_select(0, is_text.nonzero().squeeze(1))
 
     def _loss_of(self, states: Tensor, targets: Tensor) -> Tensor:
         head = self.language_model.get_output_embeddings()
@@ -58,13 +58,13 @@ class FastCell2Text(Cell2Text):
         return TextLoss.apply(states, weight, bias, targets)
 
     def ready_to_write(self) -> Cell2Text:
-        """Merge the adapter, and take an attention that decodes one token at a time."""
+        """Merge the adapter, and switch to an attention that can decode one token at a time."""
         super().ready_to_write().language_model.set_attn_implementation("sdpa")
         return self
 
 
 def speed_up(model: Cell2Text) -> None:
-    """Turn a model into a fast one: its layers and itself change class, its weights keep names and values."""
+    """Turn a model into a fast one: it and its layers change class, its weights keep their names and values."""
     AttentionInterface.register(NAME, attend)
     model.base_model.set_attn_implementation(NAME)
     fuse_norms(model.base_model)
@@ -75,9 +75,9 @@ def speed_up(model: Cell2Text) -> None:
 
 @torch.no_grad()
 def check(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> bool:
-    """Speed a model up and return whether it still computes the loss of the plain one; a line in the log if not.
+    """Speed a model up, return whether it still computes the loss of the plain model, and log the reason if not.
 
-    A model that does not must be built anew. The losses of a batch are compared in float32, to which the weights are
+    A model with another loss must be rebuilt. The losses of a batch are compared in float32, to which the weights are
     cast and back, so that rounding hides no difference; 4-bit weights stay as they are.
 
     Parameters

@@ -1,14 +1,12 @@
-"""Layers of a language model that is fine-tuned, with fewer passes over memory than their general forms.
+"""Layers for fine-tuning a language model, with fewer passes over memory than those of transformers and PEFT.
 
-A step spends most of its time in many small operations on tensors as large as the activations. What is written
-here does the same in fewer of them; the weights stay where transformers and PEFT keep them.
+A training step spends most of its time in many small operations on tensors the size of the activations. These layers
+compute the same in fewer operations; the weights stay where transformers and PEFT keep them.
 """
 
 import logging
-import sys
 from collections.abc import Callable
 from functools import cache, partial, wraps
-from inspect import signature
 
 import torch
 from peft.tuners import lora
@@ -18,16 +16,16 @@ from torch.nn import functional
 
 log = logging.getLogger("cell2text.model")
 
-# oneDNN leaves all but one thread idle where so many rows with so many inputs meet so few outputs. Blocks of rows,
-# multiples of the 32 that fill its tiles, are spread over the threads.
+# oneDNN uses a single thread for products of these sizes. Split into blocks of rows, they use all threads. Blocks are
+# multiples of the 32 rows that fill its tiles.
 IDLE_ROWS, IDLE_INPUTS, IDLE_OUTPUTS = range(545, 1472), 512, range(257, 1024)
 TILE = 32
-# Layers that read the same input, one after the other, in every model of transformers that names them so.
+# Consecutive layers with the same input, in every transformers model that uses these names.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
-    """Add rows @ matrix to total, in blocks of rows that a CPU multiplies fast.
+    """Add rows @ matrix to total, in blocks of rows that a CPU multiplies efficiently.
 
     Parameters
     ----------
@@ -43,9 +41,9 @@ def add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
 
 
 class LoraProducts(torch.autograd.Function):
-    """x W' + b + scale (x A') B' of each of some layers, W and b frozen: LoRA (arXiv 2106.09685).
+    """x W' + b + scale (x A') B' for each of several layers with the same x, W and b frozen: LoRA (arXiv 2106.09685).
 
-    The narrow products with x and its gradient are made once for all layers, and sums are made in place.
+    The low-rank products with x, and those for its gradient, are computed once for all layers. Sums are in place.
     """
 
     @staticmethod
@@ -57,11 +55,11 @@ class LoraProducts(torch.autograd.Function):
         x
             (..., inputs).
         scales
-            Of the adapters, one a layer.
+            Scale of the adapter of each layer.
         parts
-            Weights, then biases (or None), then A, then B of the layers.
+            Weights, then biases (or None), then A, then B of all layers.
         """
-        weights, biases, downs, ups = _in_kinds(parts)
+        weights, biases, downs, ups = _split_kinds(parts)
         rows = x.reshape(-1, x.shape[-1])
         down = torch.cat(downs) if len(downs) > 1 else downs[0]
         lows = (rows @ down.T).split([len(a) for a in downs], dim=1)
@@ -77,36 +75,41 @@ class LoraProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *of_products: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grad_products: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
         rows, down, *rest = ctx.saved_tensors
         count = len(ctx.scales)
         lows, weights, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        of_products = [of_product.reshape(len(rows), -1) for of_product in of_products]
-        of_lows = [
-            (of_product @ up).mul_(scale) for of_product, up, scale in zip(of_products, ups, ctx.scales, strict=True)
-        ]
-        of_low = torch.cat(of_lows, dim=1) if count > 1 else of_lows[0]
-        of_x = None
+        grad_products = [grad.reshape(len(rows), -1) for grad in grad_products]
+        grad_lows = [(grad @ up).mul_(scale) for grad, up, scale in zip(grad_products, ups, ctx.scales, strict=True)]
+        grad_low = torch.cat(grad_lows, dim=1) if count > 1 else grad_lows[0]
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = of_low @ down
-            for of_product, weight in zip(of_products, weights, strict=True):
-                add_product(of_x, of_product, weight)
-            of_x = of_x.view(ctx.shape)
-        of_downs = (of_low.T @ rows).split([part.shape[1] for part in of_lows])
-        of_ups = [(low.T @ of_product).T for of_product, low in zip(of_products, lows, strict=True)]
-        return of_x, None, *[None] * 2 * count, *of_downs, *of_ups
+            grad_x = grad_low @ down
+            for grad, weight in zip(grad_products, weights, strict=True):
+                add_product(grad_x, grad, weight)
+            grad_x = grad_x.view(ctx.shape)
+        grad_downs = (grad_low.T @ rows).split([part.shape[1] for part in grad_lows])
+        grad_ups = [(low.T @ grad).T for grad, low in zip(grad_products, lows, strict=True)]
+        return grad_x, None, *[None] * 2 * count, *grad_downs, *grad_ups
 
 
-def _in_kinds(parts: tuple) -> list[tuple]:
+def _split_kinds(parts: tuple) -> list[tuple]:
     count = len(parts) // 4
     return [parts[kind * count : (kind + 1) * count] for kind in range(4)]
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer; where nothing but the plain product is asked for, it is computed by ``LoraProducts``.
+    """PEFT's LoRA layer, which computes plain LoRA with ``LoraProducts`` and leaves any variant of it to PEFT.
 
-    The first of some siblings computes the products of all, and the others hand theirs out.
+    The first of several siblings computes the products of all; the others return theirs from ``waiting``.
+
+    Attributes
+    ----------
+    siblings
+        All layers with the same input, this one included; empty if there are no others.
+    waiting
+        Used in the first sibling: the input, and the products that have not been returned yet.
     """
 
     siblings: tuple["FusedLora", ...] = ()
@@ -136,7 +139,7 @@ class FusedLora(lora.Linear):
         return product
 
     def is_plain(self, dtype: torch.dtype) -> bool:
-        """Return whether the layer is LoRA and nothing else, on input of this type."""
+        """Return whether the layer is plain LoRA, on input of this dtype."""
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
         return (
             name in self.lora_A
@@ -150,9 +153,9 @@ class FusedLora(lora.Linear):
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Let PEFT's plain LoRA layers compute as :class:`FusedLora`; only their class changes.
+    """Turn PEFT's LoRA layers into :class:`FusedLora`; only their class changes.
 
-    Layers that read the same input learn of one another, so that the first computes for all.
+    Layers with the same input become siblings.
     """
     for layer in model.modules():
         if type(layer) is lora.Linear:
@@ -162,28 +165,28 @@ def fuse_lora(model: nn.Module) -> None:
             layers = tuple(getattr(module, name, None) for name in names)
             if all(type(layer) is FusedLora for layer in layers):
                 for layer in layers:
-                    # past nn.Module's own attributes: it would register them as parts of one another
+                    # bypass nn.Module, which would register the layers as submodules of one another
                     object.__setattr__(layer, "siblings", layers)
 
 
 @cache
 def can_compile() -> bool:
-    """Return whether torch can compile for this CPU, for which it needs a C++ compiler and Python's headers."""
+    """Return whether ``torch.compile`` works on this CPU; it needs a C++ compiler and Python's headers."""
     try:
         torch.compile(torch.neg)(torch.ones(2))
     except (RuntimeError, OSError) as error:
-        told = str(error).strip().partition("\n")[0]
-        log.info("torch cannot compile here, so a step takes a little longer (%s)", told)
+        reason = str(error).strip().partition("\n")[0]
+        log.info("torch.compile does not work here, so training is slightly slower (%s)", reason)
         return False
     return True
 
 
 def in_one_pass(function: Callable) -> Callable:
-    """Compile a function whose operations are on single numbers or sums of lines, so that each tensor is read once.
+    """Compile a function of elementwise operations and sums over rows, so that each tensor is read once.
 
-    Only for bfloat16 on a CPU, which else rounds and stores after each operation. Elsewhere it runs as it is written.
+    Only bfloat16 on a CPU uses the compiled function: without it, torch rounds and stores after each operation.
     """
-    compiled = cache(partial(torch.compile, function, dynamic=True))  # called once it is needed: it loads much
+    compiled = cache(partial(torch.compile, function, dynamic=True))  # on first use, because it imports a lot
 
     @wraps(function)
     def run(x: Tensor, *others: Tensor | float) -> Tensor | tuple[Tensor, ...]:
@@ -195,17 +198,17 @@ def in_one_pass(function: Callable) -> Callable:
 
 @in_one_pass
 def normalise(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return x / sqrt(mean(x^2) + epsilon) * weight, and by what x was multiplied, (..., 1)."""
+    """Return x / sqrt(mean(x^2) + epsilon) * weight, and 1 / sqrt(mean(x^2) + epsilon), (..., 1)."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
     inverse = (square / x.shape[-1] + epsilon).rsqrt().to(x.dtype)
     return x * inverse * weight, inverse
 
 
 @in_one_pass
-def differentiate_norm(of_normal: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient of x, given that of :func:`normalise`'s first result."""
-    normal, of_normal = x * inverse, of_normal * weight
-    return (of_normal - normal * (of_normal * normal).mean(-1, keepdim=True)) * inverse
+def differentiate_norm(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Return the gradient of x from that of the normalised x, the first result of :func:`normalise`."""
+    normal, grad = x * inverse, grad * weight
+    return (grad - normal * (grad * normal).mean(-1, keepdim=True)) * inverse
 
 
 @in_one_pass
@@ -215,9 +218,9 @@ def gate_by_silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @in_one_pass
-def differentiate_gate(of_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, given that of :func:`gate_by_silu`."""
-    return torch.ops.aten.silu_backward(of_product * up, gate), of_product * functional.silu(gate)
+def differentiate_gate(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up from that of :func:`gate_by_silu`."""
+    return torch.ops.aten.silu_backward(grad * up, gate), grad * functional.silu(gate)
 
 
 class RootMeanSquareNorm(torch.autograd.Function):
@@ -232,20 +235,20 @@ class RootMeanSquareNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_normal: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """Return the gradients of x and, where it trains, of the weight."""
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Return the gradients of x and, if it is trained, of the weight."""
         x, weight, inverse = ctx.saved_tensors
-        of_weight = (of_normal * (x * inverse)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return differentiate_norm(of_normal, x, weight, inverse), of_weight, None
+        grad_weight = (grad * (x * inverse)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return differentiate_norm(grad, x, weight, inverse), grad_weight, None
 
 
 class FusedNorm(nn.Module):
-    """A model's RMSNorm computed by ``RootMeanSquareNorm``, with the same weight under the same name.
+    """RMSNorm of a model, computed by ``RootMeanSquareNorm``, with the same weight under the same name.
 
     Parameters
     ----------
     weight
-        Frozen or not, (width,).
+        (width,), frozen or not.
     epsilon
         Added to the mean square.
     """
@@ -260,16 +263,16 @@ class FusedNorm(nn.Module):
 
 
 def _probe(weight: Tensor) -> Tensor:
-    """Return numbers to ask a layer with such a weight: (1, 2, inputs), for what is compiled to serve rows as well."""
-    line = torch.linspace(-2, 3, weight.shape[-1], device=weight.device, dtype=weight.dtype)
-    return line.expand(1, 2, -1).contiguous()
+    """Return input to compare two layers, (1, 2, inputs): compiled code for three dimensions serves training too."""
+    values = torch.linspace(-2, 3, weight.shape[-1], device=weight.device, dtype=weight.dtype)
+    return values.expand(1, 2, -1).contiguous()
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Put ``FusedNorm`` in the place of each RMSNorm that computes the same; others stay as they are.
+    """Replace each RMSNorm by ``FusedNorm`` if both compute the same; others stay as they are.
 
-    Families of models differ in where they add the epsilon and whether they add 1 to the weight, so each layer is
-    asked instead of its name being trusted.
+    Model families differ in where they add the epsilon and whether they add 1 to the weight, so the output of each
+    layer is compared instead of trusting its name.
     """
     for name, module in list(model.named_modules()):
         epsilon = getattr(module, "variance_epsilon", None)
@@ -284,7 +287,7 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 class Gate(torch.autograd.Function):
-    """silu(gate) * up, which keeps neither silu(gate) nor its gradient."""
+    """silu(gate) * up, without storing silu(gate) or its gradient."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -294,18 +297,18 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_product: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of gate and up."""
-        return differentiate_gate(of_product, *ctx.saved_tensors)
+        return differentiate_gate(grad, *ctx.saved_tensors)
 
 
 class FusedGate(nn.Module):
-    """A model's gated layers computed with ``Gate``, with the same parts under the same names.
+    """Gated feed-forward layers of a model, computed with ``Gate``, with the same parts under the same names.
 
     Parameters
     ----------
     gated
-        Has ``gate_proj``, ``up_proj`` and ``down_proj``.
+        The model's module, with ``gate_proj``, ``up_proj`` and ``down_proj``.
     """
 
     def __init__(self, gated: nn.Module):
@@ -313,17 +316,17 @@ class FusedGate(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gated.gate_proj, gated.up_proj, gated.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the model's own layers return, (..., width)."""
+        """Return what the model's own module returns, (..., width)."""
         return self.down_proj(Gate.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def fuse_gates(model: nn.Module) -> None:
-    """Put ``FusedGate`` in the place of all gated layers that compute the same; others stay as they are."""
+    """Replace gated feed-forward layers by ``FusedGate`` if both compute the same; others stay as they are."""
     for name, module in list(model.named_modules()):
         if [part for part, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
             continue
         linear = getattr(module.gate_proj, "base_layer", module.gate_proj)  # inside PEFT's layer
-        if type(linear) is not nn.Linear:  # such as one of 4 bits, whose weight does not show its inputs
+        if type(linear) is not nn.Linear:  # such as a 4-bit layer, whose weight has another shape
             continue
         fused, probe = FusedGate(module), _probe(linear.weight)
         with torch.no_grad():
@@ -332,55 +335,3 @@ def fuse_gates(model: nn.Module) -> None:
             same &= torch.allclose(functional.silu(probe), module.act_fn(probe), rtol=0.02, atol=1e-3)
         if same:
             model.set_submodule(name, fused)
-
-
-class Rotation(torch.autograd.Function):
-    """Rotary positions: the halves (a, b) of each head are turned to (ac - bs, bc + as) (arXiv 2104.09864)."""
-
-    @staticmethod
-    def forward(ctx, cos: Tensor, sin: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        """Return the states, (batch, heads, tokens, width), turned by angles, (batch, 1, tokens, width)."""
-        ctx.save_for_backward(cos, sin)
-        return tuple(_turn(x, cos, sin) for x in states)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *of_turned: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the states: what was turned is turned back."""
-        cos, sin = ctx.saved_tensors
-        back = sin.roll(sin.shape[-1] // 2, -1).neg_()
-        return None, None, *(_turn(x, cos, back) for x in of_turned)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return turned
-
-
-def rotate(
-    general: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Return queries and keys turned by ``Rotation``, or by the general function where only part of a head turns."""
-    if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
-        return general(q, k, cos, sin, unsqueeze_dim)
-    return Rotation.apply(cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim), q, k)
-
-
-def fuse_rotations(model: nn.Module) -> None:
-    """Let the model's layers call :func:`rotate` for transformers' function, where that computes the same.
-
-    The function is not a part of the model: it is replaced in the module of transformers that has the layers.
-    """
-    for home in {sys.modules[type(module).__module__] for module in model.modules()}:
-        general = getattr(home, "apply_rotary_pos_emb", None)
-        if general is None or isinstance(general, partial):  # none there, or ours already
-            continue
-        if list(signature(general).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
-            continue
-        q, k, angles = torch.linspace(-2, 3, 96).view(3, 1, 2, 2, 8)
-        probe = q, k, angles[:, 0].cos(), angles[:, 0].sin()
-        if all(map(torch.allclose, rotate(general, *probe), general(*probe))):
-            home.apply_rotary_pos_emb = partial(rotate, general)

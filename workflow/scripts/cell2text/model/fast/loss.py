@@ -1,19 +1,20 @@
-"""The loss of the texts, and its gradient, without logits of more than a few tokens at once."""
+"""The loss of the texts and its gradient, with the logits of only a few tokens in memory at a time."""
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-TOKENS_AT_ONCE = 256  # are multiplied fast, and their logits are few beside a GPU's memory
-TOKENS_IN_CACHE = 32  # the logits of these stay in a CPU's cache while they are worked on
-TILE = 32  # to so many tokens, or a multiple, the last are filled up: a product's first of a new size takes long
+TOKENS_AT_ONCE = 256  # enough for an efficient product, few enough that their logits are small on a GPU
+TOKENS_IN_CACHE = 32  # the logits of so few stay in a CPU's cache from one operation to the next
+TILE = 32  # blocks are padded to a multiple of this, because a CPU is slow at the first product of each new size
 
 
 class TextLoss(torch.autograd.Function):
     """Summed negative log likelihood of tokens, given the hidden states before them.
 
-    The gradients are computed while the logits are at hand, so that they are neither kept nor computed again: the
-    method of the Liger kernels (arXiv 2410.10989), in plain torch. That of the head is computed only where it trains.
+    The forward pass computes the gradients as well, block by block, so that logits are neither kept nor computed
+    twice: the method of the Liger kernels (arXiv 2410.10989), in plain torch. The gradient of the head is computed
+    only if the head is trained.
     """
 
     @staticmethod
@@ -25,7 +26,7 @@ class TextLoss(torch.autograd.Function):
         states
             (tokens, width).
         weight, bias
-            Of the head: (vocabulary, width) and (vocabulary,) or None.
+            Weight of the head, (vocabulary, width), and its bias, (vocabulary,) or None.
         targets
             Token ids, int64 (tokens,).
         """
@@ -33,48 +34,48 @@ class TextLoss(torch.autograd.Function):
             torch.zeros_like(part) if needed else None
             for part, needed in zip((states, weight, bias), ctx.needs_input_grad, strict=False)
         ]
-        of_states, of_weight, of_bias = gradients
-        head_learns = of_weight is not None or of_bias is not None
+        grad_states, grad_weight, grad_bias = gradients
+        head_trains = grad_weight is not None or grad_bias is not None
         total = states.new_zeros((), dtype=torch.float32)
-        # One place for the logits of all blocks, and one for those that are worked on.
+        # All blocks use the same memory for their logits, and all chunks the same for their exponentials.
         at_once = min(-(-len(states) // TILE) * TILE, TOKENS_AT_ONCE)
-        together = at_once if states.is_cuda else min(at_once, TOKENS_IN_CACHE)
-        room = states.new_empty(at_once, len(weight))
-        wide = states.new_empty(together, len(weight), dtype=torch.float32)
+        chunk_tokens = at_once if states.is_cuda else min(at_once, TOKENS_IN_CACHE)
+        logits_buffer = states.new_empty(at_once, len(weight))
+        exponentials_buffer = states.new_empty(chunk_tokens, len(weight), dtype=torch.float32)
         for start in range(0, len(states), at_once):
-            some = slice(start, start + at_once)
-            there = len(states[some])
-            filled = nn.functional.pad(states[some], (0, 0, 0, -there % TILE))
-            logits = torch.mm(filled, weight.T, out=room[: len(filled)])
+            block = slice(start, start + at_once)
+            tokens = len(states[block])
+            padded = nn.functional.pad(states[block], (0, 0, 0, -tokens % TILE))
+            logits = torch.mm(padded, weight.T, out=logits_buffer[: len(padded)])
             sums = []
-            right = targets[some, None].split(together)
-            for part, right_tokens in zip(logits[:there].split(together), right, strict=True):
+            target_chunks = targets[block, None].split(chunk_tokens)
+            for chunk, target in zip(logits[:tokens].split(chunk_tokens), target_chunks, strict=True):
                 if bias is not None:
-                    part += bias
-                part -= part.amax(1, keepdim=True)
-                of_right = part.gather(1, right_tokens).float()
-                exponentials = wide[: len(part)].copy_(part.exp_())
+                    chunk += bias
+                chunk -= chunk.amax(1, keepdim=True)
+                target_logits = chunk.gather(1, target).float()
+                exponentials = exponentials_buffer[: len(chunk)].copy_(chunk.exp_())
                 sums.append(exponentials.sum(1, keepdim=True))
-                total += (sums[-1].log() - of_right).sum()
-                if head_learns:
-                    # softmax - 1 of the right token in float32: of a likely token, bfloat16 would leave nothing
-                    of_logits = exponentials.div_(sums[-1])
-                    part.copy_(of_logits.scatter_add_(1, right_tokens, of_logits.new_full((len(part), 1), -1)))
-            if head_learns:
-                if of_states is not None:
-                    of_states[some] = (logits @ weight)[:there]
-                if of_weight is not None:
-                    of_weight.addmm_(logits.T, filled)
-                if of_bias is not None:
-                    of_bias += logits.sum(0)
-            elif of_states is not None:  # the sums divide later, where there are fewer numbers
-                of_states[some] = (logits @ weight)[:there].float() / torch.cat(sums) - weight[targets[some]]
+                total += (sums[-1].log() - target_logits).sum()
+                if head_trains:
+                    # softmax - 1 at the target, in float32: bfloat16 would round it to zero for a likely token
+                    grad_logits = exponentials.div_(sums[-1])
+                    chunk.copy_(grad_logits.scatter_add_(1, target, grad_logits.new_full((len(chunk), 1), -1)))
+            if head_trains:
+                if grad_states is not None:
+                    grad_states[block] = (logits @ weight)[:tokens]
+                if grad_weight is not None:
+                    grad_weight.addmm_(logits.T, padded)
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+            elif grad_states is not None:  # divide by the sums after the product, which has fewer columns
+                grad_states[block] = (logits @ weight)[:tokens].float() / torch.cat(sums) - weight[targets[block]]
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_sum: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        """Return the gradients of the states and, where they train, of the head's weight and bias."""
-        scaled = (None if part is None else part * of_sum.to(part.dtype) for part in ctx.saved_tensors)
+    def backward(ctx, grad_sum: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Return the gradients of the states and, if they are trained, of the head's weight and bias."""
+        scaled = (None if part is None else part * grad_sum.to(part.dtype) for part in ctx.saved_tensors)
         return *scaled, None
