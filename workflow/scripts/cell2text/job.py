@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -43,6 +42,8 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     )
     for noisy in ("fontTools", "httpx", "numba", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if "transformers" in sys.modules:  # its bars would fill a log with a line per redraw
+        sys.modules["transformers"].logging.disable_progress_bar()
     seed_everything(snakemake.params.get("seed", 0))
     if "cell2text.cells.h5ad" in sys.modules:  # only in jobs that read counts: it makes torch on CPUs a fifth slower
         give_memory_back()
@@ -71,11 +72,3 @@ def give_memory_back() -> None:
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
-
-
-def stay_offline() -> None:
-    """Stop Hugging Face libraries from using the network: only the fetch rules may."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
