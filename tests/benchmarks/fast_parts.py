@@ -31,7 +31,7 @@ from default_settings import finetune_settings, projector_settings
 CPU = torch.device("cpu")
 
 
-OFF = ("fuse_norms", "fuse_gates", "fuse_lora", "siblings", "compile", "loss", "filling", "parts", "plain")
+OFF = ("fuse_norms", "fuse_gates", "fuse_lora", "compile", "loss", "filling", "parts", "plain")
 
 
 class PlainLoss:
@@ -54,10 +54,6 @@ def build(directory: str, dimensions: int, off: str):
     fast.speed_up(model)
     for name, function in kept.items():
         setattr(fast, name, function)
-    if off == "siblings":
-        for layer in model.modules():
-            if type(layer) is layers.FusedLora:
-                object.__setattr__(layer, "siblings", ())
     return model
 
 

@@ -41,7 +41,7 @@ def test_the_page_shows_the_run(files, tmp_path):
     for method in METHODS:
         assert title_of(method) in text
     # scores of the test split, not of the validation split
-    for score in ("Cell type accuracy", "Gene programmes (Jaccard)", "Texts parsed"):
+    for score in ("Cell type accuracy", "Gene programmes", "Texts parsed"):
         assert f"{score} 75.0% 95% interval 70.0–80.0; best baseline, {title_of('majority')}: 65.0 (60.0–70.0)" in text
     assert "11.1" not in text
     assert "✗ does not hold" in text and "One donor only." in text

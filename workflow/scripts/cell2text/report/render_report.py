@@ -42,7 +42,7 @@ STATUSES = {"parsed": "text parsed", "partial": "text partly parsed", "failed": 
 # The scores of the first screen: title, slot, metric, and a note where the score needs one.
 HEADLINE = (
     ("Cell type accuracy", "cell_type", "accuracy", ""),
-    ("Gene programmes (Jaccard)", "pathways", "jaccard", "overlap of predicted and true programmes"),
+    ("Gene programmes", "pathways", "jaccard", "Jaccard index of predicted and true programmes"),
     ("Texts parsed", "text", "parsed", "follow the grammar in full; most baselines fill in a template"),
 )
 STAGES = {

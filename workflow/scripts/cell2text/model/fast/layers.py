@@ -20,8 +20,6 @@ log = logging.getLogger("cell2text.model")
 # multiples of the 32 rows that fill its tiles.
 IDLE_ROWS, IDLE_INPUTS, IDLE_OUTPUTS = range(545, 1472), 512, range(257, 1024)
 TILE = 32
-# Consecutive layers with the same input, in every transformers model that uses these names.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
@@ -40,103 +38,57 @@ def add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
         out.addmm_(block, matrix)
 
 
-class LoraProducts(torch.autograd.Function):
-    """x W' + b + scale (x A') B' for each of several layers with the same x, W and b frozen: LoRA (arXiv 2106.09685).
-
-    The low-rank products with x, and those for its gradient, are computed once for all layers. Sums are in place.
-    """
+class LoraProduct(torch.autograd.Function):
+    """x W' + b + scale (x A') B' with W and b frozen (LoRA, arXiv 2106.09685); sums are in place."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scales: tuple[float, ...], *parts: Tensor | None) -> tuple[Tensor, ...]:
-        """Return the product of each layer, (..., outputs).
+    def forward(ctx, x: Tensor, scale: float, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        """Return the product, (..., outputs).
 
         Parameters
         ----------
         x
             (..., inputs).
-        scales
-            Scale of the adapter of each layer.
-        parts
-            Weights, then biases (or None), then A, then B of all layers.
+        scale
+            Scale of the adapter.
+        weight, bias
+            (outputs, inputs) and (outputs,) or None.
+        down, up
+            A and B, (rank, inputs) and (outputs, rank).
         """
-        weights, biases, downs, ups = _split_kinds(parts)
         rows = x.reshape(-1, x.shape[-1])
-        down = torch.cat(downs) if len(downs) > 1 else downs[0]
-        lows = (rows @ down.T).split([len(a) for a in downs], dim=1)
-        products = []
-        for scale, weight, bias, low, up in zip(scales, weights, biases, lows, ups, strict=True):
-            low.mul_(scale)
-            product = low @ up.T if bias is None else torch.addmm(bias, low, up.T)
-            add_product(product, rows, weight.T)
-            products.append(product.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(rows, down, *lows, *weights, *ups)
-        ctx.scales, ctx.shape = scales, x.shape
-        return tuple(products)
+        low = (rows @ down.T).mul_(scale)
+        product = low @ up.T if bias is None else torch.addmm(bias, low, up.T)
+        add_product(product, rows, weight.T)
+        ctx.save_for_backward(rows, low, weight, down, up)
+        ctx.scale, ctx.shape = scale, x.shape
+        return product.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grad_products: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_product: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B."""
-        rows, down, *rest = ctx.saved_tensors
-        count = len(ctx.scales)
-        lows, weights, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        grad_products = [grad.reshape(len(rows), -1) for grad in grad_products]
-        grad_lows = [(grad @ up).mul_(scale) for grad, up, scale in zip(grad_products, ups, ctx.scales, strict=True)]
-        grad_low = torch.cat(grad_lows, dim=1) if count > 1 else grad_lows[0]
+        rows, low, weight, down, up = ctx.saved_tensors
+        grad = grad_product.reshape(len(rows), -1)
+        grad_low = (grad @ up).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_low @ down
-            for grad, weight in zip(grad_products, weights, strict=True):
-                add_product(grad_x, grad, weight)
+            add_product(grad_x, grad, weight)
             grad_x = grad_x.view(ctx.shape)
-        grad_downs = (grad_low.T @ rows).split([part.shape[1] for part in grad_lows])
-        grad_ups = [(low.T @ grad).T for grad, low in zip(grad_products, lows, strict=True)]
-        return grad_x, None, *[None] * 2 * count, *grad_downs, *grad_ups
-
-
-def _split_kinds(parts: tuple) -> list[tuple]:
-    count = len(parts) // 4
-    return [parts[kind * count : (kind + 1) * count] for kind in range(4)]
+        return grad_x, None, None, None, grad_low.T @ rows, (low.T @ grad).T
 
 
 class FusedLora(lora.Linear):
-    """PEFT's LoRA layer, which computes plain LoRA with ``LoraProducts`` and leaves any variant of it to PEFT.
-
-    The first of several siblings computes the products of all; the others return theirs from ``waiting``.
-
-    Attributes
-    ----------
-    siblings
-        All layers with the same input, this one included; empty if there are no others.
-    waiting
-        Used in the first sibling: the input, and the products that have not been returned yet.
-    """
-
-    siblings: tuple["FusedLora", ...] = ()
-    waiting: tuple[Tensor, dict["FusedLora", Tensor]] | None = None
+    """PEFT's LoRA layer, which computes plain LoRA with ``LoraProduct`` and leaves any variant of it to PEFT."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """Return what PEFT's layer returns."""
-        layers = self.siblings or (self,)
-        if args or kwargs or not all(layer.is_plain(x.dtype) for layer in layers):
+        if args or kwargs or not self.is_plain(x.dtype):
             return super().forward(x, *args, **kwargs)
-        first = layers[0]
-        if first.waiting is None or first.waiting[0] is not x or self is first:
-            name = self.active_adapters[0]
-            bases = [layer.base_layer for layer in layers]
-            products = LoraProducts.apply(
-                x,
-                tuple(layer.scaling[name] for layer in layers),
-                *(base.weight for base in bases),
-                *(base.bias for base in bases),
-                *(layer.lora_A[name].weight for layer in layers),
-                *(layer.lora_B[name].weight for layer in layers),
-            )
-            first.waiting = (x, dict(zip(layers, products, strict=True)))
-        product = first.waiting[1].pop(self)
-        if not first.waiting[1]:
-            first.waiting = None
-        return product
+        name, base = self.active_adapters[0], self.base_layer
+        adapter = self.lora_A[name].weight, self.lora_B[name].weight
+        return LoraProduct.apply(x, self.scaling[name], base.weight, base.bias, *adapter)
 
     def is_plain(self, dtype: torch.dtype) -> bool:
         """Return whether the layer is plain LoRA, on input of this dtype."""
@@ -153,20 +105,10 @@ class FusedLora(lora.Linear):
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Turn PEFT's LoRA layers into :class:`FusedLora`; only their class changes.
-
-    Layers with the same input become siblings.
-    """
+    """Turn PEFT's LoRA layers into :class:`FusedLora`; only their class changes."""
     for layer in model.modules():
         if type(layer) is lora.Linear:
             layer.__class__ = FusedLora
-    for module in list(model.modules()):
-        for names in SIBLINGS:
-            layers = tuple(getattr(module, name, None) for name in names)
-            if all(type(layer) is FusedLora for layer in layers):
-                for layer in layers:
-                    # bypass nn.Module, which would register the layers as submodules of one another
-                    object.__setattr__(layer, "siblings", layers)
 
 
 @cache
