@@ -123,6 +123,22 @@ def test_both_paths_judge_the_same_tokens(build):
     assert torch.equal(*found)
 
 
+def test_the_check_leaves_weights_and_buffers_as_they_were(tiny_model, monkeypatch):
+    monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.bfloat16)
+    model = bundle.build(tiny_model, projector_settings(soft_tokens=3, hidden=16), 5, LORA, CPU)
+    base = {name: value.clone() for name, value in model.named_parameters() if "lora_" not in name}
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    assert any(value.dtype == torch.float32 and "inv_freq" in name for name, value in buffers.items())
+    text, there = torch.randint(5, 300, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    soft, present = (part.detach() for part in model.projector(*cells("pooled")))
+    assert fast.check(model, soft, present, text, there)
+    kept = dict(model.named_parameters())
+    assert all(torch.equal(kept[name], value) and kept[name].dtype == value.dtype for name, value in base.items())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    layers = [part for part in model.modules() if type(part) is FusedLora]
+    assert len(layers) == 14 and all(layer.is_plain(torch.bfloat16) for layer in layers)
+
+
 def test_a_model_with_another_loss_on_the_fast_path_is_reported(build, monkeypatch, caplog):
     model, (vectors, lengths) = build(speed_up=False), cells("pooled")
     text, mask = torch.randint(5, 300, (4, 9)), torch.ones(4, 9, dtype=torch.bool)

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.fast.attention import NAME, Row, attend
-from cell2text.model.fast.layers import fuse_gates, fuse_lora, fuse_norms
+from cell2text.model.fast.layers import fuse_gates, fuse_lora, fuse_norms, match_adapters
 from cell2text.model.fast.loss import TextLoss
 
 log = logging.getLogger("cell2text.model")
@@ -87,11 +87,12 @@ def check(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_ma
     soft, present, text, text_mask
         A batch as in ``Cell2Text.text_loss``.
     """
-    language_model, training = model.language_model, model.training
-    dtype, quantised = language_model.dtype, getattr(model.base_model, "is_quantized", False)
+    training, quantised = model.training, getattr(model.base_model, "is_quantized", False)
+    # parameters alone: buffers such as rotary frequencies are float32 in a bfloat16 model and must stay so
+    dtypes = {} if quantised else {value: value.dtype for value in model.language_model.parameters()}
     model.eval()
-    if not quantised:
-        language_model.float()
+    for value in dtypes:
+        value.data = value.data.float()
     expected, tokens = (float(value) for value in model.text_loss(soft, present, text, text_mask))
     try:
         speed_up(model)
@@ -99,8 +100,9 @@ def check(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_ma
         reason = f"its loss is {found / tokens:.5f} nats per token, not {expected / tokens:.5f}"
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         found, reason = math.nan, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if not quantised:
-        language_model.to(dtype)
+    for value, dtype in dtypes.items():
+        value.data = value.data.to(dtype)
+    match_adapters(model.language_model)
     model.train(training)
     same = math.isclose(found, expected, rel_tol=0.02 if quantised else TOLERANCE)
     if not same:

@@ -109,6 +109,15 @@ def fuse_lora(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is lora.Linear:
             layer.__class__ = FusedLora
+    match_adapters(model)
+
+
+def match_adapters(model: nn.Module) -> None:
+    """Give adapters the dtype of their layer, so that it need not cast; the optimiser keeps float32 masters."""
+    for layer in model.modules():
+        if type(layer) is FusedLora and type(layer.base_layer) is nn.Linear:
+            for part in (layer.lora_A, layer.lora_B):
+                part.to(layer.base_layer.weight.dtype)
 
 
 @cache
