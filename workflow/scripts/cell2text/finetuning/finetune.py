@@ -102,7 +102,7 @@ def _finetune(
     classes = find_classes(training_rows)
     train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
     _fit_inputs(model, train, seed)
-    if settings.fast and not _is_fast(model, train):
+    if settings.fast and not _try_fast(model, train):
         trained = model.projector
         model = build_model()
         model.projector = trained
@@ -158,7 +158,7 @@ def _fit_inputs(model: Cell2Text, train: Cells, seed: int) -> None:
     model.projector.fit_inputs(vectors.to(model.device))
 
 
-def _is_fast(model: Cell2Text, train: Cells) -> bool:
+def _try_fast(model: Cell2Text, train: Cells) -> bool:
     """Speed the model up, and return whether it still computes the same loss, also on the longest texts."""
     rows = np.argsort(-train.text_lengths, kind="stable")[: CELLS_TO_CHECK // 2]
     rows = np.unique(np.concatenate([rows, np.arange(min(len(train.texts), CELLS_TO_CHECK // 2))]))
