@@ -3,7 +3,18 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 
-configfile: "config/config.yaml"
+# Without --configfile, the demo runs. It is not the base of other runs: their defaults come from the schema.
+if not workflow.configfiles:
+    if "datasets" in config:
+        raise WorkflowError(
+            "--config datasets: other studies would inherit the demo's split. Write `run` and `datasets` to a file and "
+            "add --configfile"
+        )
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
 
 
 pathvars:
@@ -15,7 +26,6 @@ pathvars:
 report: "workflow/report/workflow.rst"
 
 
-include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/cells.smk"
 include: "workflow/rules/corpus.smk"

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from snakemake.utils import update_config
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
@@ -38,13 +37,12 @@ COLUMNS += ["weights to train", "tokens/s", "minutes", "best epoch", "validation
 
 
 def settings_of(config: str, variant: str) -> dict:
-    """Return the default configuration, updated with a file and then with the keys of a variant."""
-    merged = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    update_config(merged, yaml.safe_load(Path(config).read_text()))
+    """Return a configuration, updated with the keys of a variant."""
+    merged = yaml.safe_load(Path(config).read_text())
     for change in variant.split():
         key, value = change.split("=")
         section, name = key.split(".")
-        merged[section] = {**merged[section], name: yaml.safe_load(value)}
+        merged[section] = {**merged.get(section, {}), name: yaml.safe_load(value)}
     return check_config(merged, ROOT / "workflow/schemas/config.schema.yaml", config)
 
 

@@ -217,6 +217,18 @@ def test_mistakes_in_the_config_are_reported_before_anything_runs(fresh, mistake
     assert not (fresh / "results").exists()
 
 
+def test_a_run_inherits_nothing_from_the_demo(fresh):
+    (fresh / "mine.yaml").write_text("run: mine\ndatasets: config/datasets.tsv\n")
+    assert "Splitting the corpus by donors" in planned(fresh, config="mine.yaml")[1]
+    code, output = snakemake(fresh, "--dry-run")
+    assert code == 0 and "Splitting the corpus by cells" in output and "results/pbmc68k/report.html" in output
+    code, output = snakemake(fresh, "--dry-run", "--config", "datasets=config/datasets.tsv")
+    assert code != 0 and "add --configfile" in output
+    (fresh / "nameless.yaml").write_text("datasets: config/datasets.tsv\n")
+    code, output = snakemake(fresh, "--dry-run", "--configfile", fresh / "nameless.yaml")
+    assert code != 0 and "nameless.yaml: keys: 'run' is a required property" in output
+
+
 def test_an_error_in_a_rule_is_reported_in_one_line_without_a_traceback(fresh):
     sheet(fresh, label_column="no_such_column")
     target = "results/tiny/cells/pbmc68k.h5ad"

@@ -10,7 +10,7 @@ Outputs: <results>/census/, <results>/raw/, <results>/cells/{dataset}.h5ad, <res
 """
 
 # matches nothing if no row of the sheet has a Census source
-CENSUS_NAMES = "|".join(CENSUS) or "(?!)"
+CENSUS_NAMES = "|".join(map(re.escape, CENSUS)) or "(?!)"
 
 
 # both rules could produce the file of a shard

@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from cell2text.evaluation.methods import BASELINES
 from cell2text.provenance import hash_config, library_version
 
 try:
-    # the default config is last, after files from the command line
-    CONFIG_FILE = (workflow.configfiles[:-1] or workflow.configfiles)[-1]
+    CONFIG_FILE = workflow.configfiles[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
     PIECES = cut_census(SHEET, config["shards"])
@@ -49,7 +49,7 @@ TOKENS_ON_THE_FLY = (
 
 
 wildcard_constraints:
-    dataset="|".join(DATASETS),
+    dataset="|".join(map(re.escape, DATASETS)),
     shard=r"\d+",
     split="|".join(SPLITS),
 

@@ -1,15 +1,22 @@
 """Checks of the configuration and of the sheet of datasets before any rule runs."""
 
+import math
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
 
 from cell2text.errors import InputError
 
 CENSUS = "census://"  # prefix of sources in CELLxGENE Census
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Keys whose values are files of the user; null or a word such as `donors` if there is none.
+FILES = ("datasets", "genes.table", "split", "pathways.gene_sets", "pathways.descriptions")
 CENSUS_COLUMNS = {"dataset", "source", "notes", "min_genes", "min_counts", "max_mitochondrial_percent"}
 
 
@@ -28,14 +35,66 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     Raises
     ------
     InputError
-        If a key is unknown, a value is invalid, or the shares of the splits do not sum to 1.
+        If a key is unknown, a value is invalid, a file is missing, or the shares of the splits do not sum to 1.
     """
     schema = yaml.safe_load(schema_file.read_text())
     filled = _fill_defaults(config, schema)
     _check(filled, schema, where, "config/README.md lists the keys and their values")
+    for key, value in _flatten(filled):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{where}: {key}", f"{value} is not a finite number", "Write a number")
+    check_name(filled["run"], f"{where}: run")
+    check_name(filled["language_model"]["name"], f"{where}: language_model.name")
+    if source := filled["encoder"]["source"]:  # its last part names the folder of the fetched encoder
+        check_name(source.rpartition("/")[2], f"{where}: encoder.source")
+    values = dict(_flatten(filled))
+    for key in FILES:
+        if values[key] and (key != "split" or values[key].endswith(".tsv")):
+            check_file(values[key], f"{where}: {key}")
     if abs(sum(filled["split_shares"].values()) - 1) > 1e-9:
         raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
     return filled
+
+
+def check_name(name: str, where: str) -> None:
+    """Check a name that becomes a part of a path: no name may lead out of its folder, as ``..`` would.
+
+    Raises
+    ------
+    InputError
+        If the name has other characters than letters, digits, ``.``, ``_`` and ``-``, or begins with one of the last
+        three, or is longer than 100 characters.
+    """
+    if not NAME.fullmatch(name):
+        raise InputError(
+            where,
+            f"{name!r} cannot be the name of a file or folder",
+            "Use at most 100 letters, digits and . _ -, with a letter or digit at the start",
+        )
+
+
+def check_file(path: str, where: str) -> None:
+    """Check that a file or folder exists and that Snakemake does not read its name as a pattern.
+
+    Raises
+    ------
+    InputError
+        If it does not.
+    """
+    if re.search(r"[{}]", path):
+        raise InputError(where, f"Snakemake reads the braces in {path} as a wildcard", "Rename the file")
+    if not Path(path).exists():
+        raise InputError(where, f"no such file: {path}", "Correct the path")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of each key; those of a list have a number."""
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
 
 
 def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, str]]:
@@ -55,11 +114,12 @@ def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, s
         row = {column: value.strip() for column, value in record.items() if value.strip()}
         where = f"{sheet} line {number}"
         _check(row, schema, where, "config/README.md lists the columns")
-        if row["dataset"] in rows:
+        check_name(row["dataset"], f"{where}: dataset")
+        if row["dataset"].lower() in map(str.lower, rows):  # some file systems ignore case
             raise InputError(f"{where}: dataset", f"{row['dataset']} repeats", "Give each dataset a unique id")
         for column in ("source", "label_table", "cell_table"):
-            if column in row and "://" not in row[column] and not Path(row[column]).exists():
-                raise InputError(f"{where}: {column}", f"no such file: {row[column]}", "Correct the path")
+            if column in row and "://" not in row[column]:
+                check_file(row[column], f"{where}: {column}")
         rows[row["dataset"]] = row
     if not rows:
         raise InputError(sheet, "no datasets", "Add a row for each study")
@@ -101,10 +161,24 @@ def cut_census(rows: dict[str, dict[str, str]], shards: int) -> dict[str, list[s
 
 
 def _check(values: dict[str, Any], schema: dict[str, Any], where: str | Path, fix: str) -> None:
-    errors = sorted(Draft202012Validator(schema).iter_errors(values), key=lambda error: list(error.path))
+    errors = sorted(Draft202012Validator(schema).iter_errors(values), key=lambda error: list(map(str, error.path)))
     if errors:
-        problems = "; ".join(f"{'.'.join(map(str, error.path)) or 'keys'}: {error.message}" for error in errors)
-        raise InputError(where, problems, fix)
+        raise InputError(where, "; ".join(map(_describe, errors)), fix)
+
+
+def _describe(error: ValidationError) -> str:
+    """Return the key and what is wrong with its value, and for values that YAML reads differently what to write."""
+    key, value, wanted = ".".join(map(str, error.path)) or "keys", error.instance, error.validator_value
+    if error.validator != "type":
+        return f"{key}: {error.message}"
+    if wanted == "object" and value is None:
+        return f"{key}: the section is empty: write its keys below it, or delete the line"
+    if isinstance(value, str) and {"number", "integer"} & {*([wanted] if isinstance(wanted, str) else wanted)}:
+        with suppress(ValueError):
+            return f"{key}: YAML reads {value} as text: write {float(value):f}".rstrip("0")
+    if wanted == "string" and isinstance(value, int | float):
+        return f"{key}: YAML reads this as the number {value}: put the value in quotes"
+    return f"{key}: {error.message}"
 
 
 def _fill_defaults(values: Any, schema: dict[str, Any]) -> Any:

@@ -1,8 +1,12 @@
 """The one error for mistakes in the user's input."""
 
+LONGEST = 1000  # characters of each part of an error's line
+
 
 class InputError(Exception):
     """A mistake in the user's input, reported in one line: where, what is wrong, how to fix it.
+
+    Values of the user may be in any of the three. Long ones are cut, and characters that control a terminal replaced.
 
     Parameters
     ----------
@@ -15,5 +19,11 @@ class InputError(Exception):
     """
 
     def __init__(self, where: object, problem: str, fix: str):
-        line = f"{where}: {problem}. {fix}"
-        super().__init__(" ".join(line.split()))
+        super().__init__(f"{_in_one_line(where)}: {_in_one_line(problem)}. {_in_one_line(fix)}")
+
+
+def _in_one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - 100]} [...] {line[-90:]}"
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)

@@ -1,0 +1,121 @@
+"""The configuration and the sheet of datasets: defaults, and mistakes reported before any rule runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cell2text.config import check_config, read_datasets
+from cell2text.errors import InputError
+
+SCHEMAS = Path(__file__).parents[2] / "workflow/schemas"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A user's folder with the files that the defaults name."""
+    for name in ("config/datasets.tsv", "resources/programmes.gmt", "resources/programmes.tsv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check(text):
+    return check_config(yaml.safe_load(text), SCHEMAS / "config.schema.yaml", "my.yaml")
+
+
+def error_of(text):
+    with pytest.raises(InputError) as error:
+        check(text)
+    return str(error.value)
+
+
+def test_a_config_with_only_its_run_has_the_documented_defaults():
+    config = check("run: mine")
+    assert config["split"] == "donors"
+    assert config["split_shares"] == {"train": 0.8, "validation": 0.1, "test": 0.1}
+    assert config["finetune"]["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", ".hidden", "-n", "a/b", "/a", "a\n", "a b", "~", "", "é", "a" * 101, "$(id)"]
+)
+@pytest.mark.parametrize("key", ["run", "language_model.name", "encoder.source", "dataset"])
+def test_a_name_that_becomes_a_path_cannot_leave_its_folder(folder, key, name):
+    if key == "dataset":
+        if "\n" in name or not name:
+            pytest.skip("such a line has no dataset")
+        (folder / "sheet.tsv").write_text(f"dataset\tsource\n{name}\tscanpy://pbmc68k_reduced\n")
+        with pytest.raises(InputError) as error:
+            read_datasets("sheet.tsv", SCHEMAS / "datasets.schema.yaml")
+        message = str(error.value)
+    else:
+        values = {"run": "mine"}
+        if key == "run":
+            values = {"run": name}
+        elif key == "language_model.name":
+            values["language_model"] = {"name": name}
+        elif not name or name.startswith("/") or "/" in name:
+            pytest.skip("only the last part of a source becomes a name")
+        else:
+            values["encoder"] = {"kind": "geneformer", "source": f"x/{name}"}
+        with pytest.raises(InputError) as error:
+            check_config(values, SCHEMAS / "config.schema.yaml", "my.yaml")
+        message = str(error.value)
+    assert "cannot be the name of a file or folder" in message
+    assert "\n" not in message
+    assert key in message
+
+
+@pytest.mark.parametrize("name", ["pbmc68k", "2024_01", "a..b", "A-1.0", "x" * 100])
+def test_usual_names_are_accepted(name):
+    assert check(f"run: '{name}'")["run"] == name
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("run: r\nqc:", ["my.yaml: qc: the section is empty", "delete the line"]),
+        ("run: 2024_01", ["my.yaml: run: YAML reads this as the number 202401", "in quotes"]),
+        ("run: r\nfinetune: {learning_rate: 1e-3}", ["finetune.learning_rate: YAML reads 1e-3 as text: write 0.001"]),
+        ("run: r\nfinetune: {learning_rate: fast}", ["finetune.learning_rate: 'fast' is not of type 'number'"]),
+        ("run: r\nqc: {mads: .nan}", ["my.yaml: qc.mads: nan is not a finite number"]),
+        ("run: r\nfinetune: {learning_rate: .inf}", ["finetune.learning_rate: inf is not a finite number"]),
+        ("run: r\nsample: {caps: {natural: {donor: .nan}}}", ["sample.caps.natural.donor: nan is not a finite"]),
+        ("seed: 1", ["'run' is a required property"]),
+        ("run: r\nseeds: 1", ["'seeds' was unexpected"]),
+        ("run: r\ngenes: {table: 'a{b}.tsv'}", ["genes.table: Snakemake reads the braces in a{b}.tsv"]),
+        ("run: r\npathways: {gene_sets: none.gmt}", ["pathways.gene_sets: no such file: none.gmt"]),
+        ("run: r\nsplit: none.tsv", ["my.yaml: split: no such file: none.tsv"]),
+        ("run: r\nsplit_shares: {train: 0.5}", ["the three shares do not sum to 1"]),
+    ],
+)
+def test_a_mistake_in_the_config_says_what_to_write(text, parts):
+    message = error_of(text)
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ("a\tx.h5ad", ["sheet.tsv line 2: source: no such file: x.h5ad"]),
+        ("a\t{x}.h5ad", ["sheet.tsv line 2: source: Snakemake reads the braces in {x}.h5ad"]),
+        ("a\tscanpy://x\nA\tscanpy://x", ["sheet.tsv line 3: dataset: A repeats"]),
+    ],
+)
+def test_a_mistake_in_the_sheet_names_its_line(folder, row, parts):
+    (folder / "sheet.tsv").write_text(f"dataset\tsource\n{row}\n")
+    with pytest.raises(InputError) as error:
+        read_datasets("sheet.tsv", SCHEMAS / "datasets.schema.yaml")
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_line_of_an_error_is_short_and_holds_no_control_characters():
+    message = error_of(f'run: r\nsplit: "{"x" * 1_000_000}"')
+    assert len(message) < 3000
+    line = str(InputError("a.h5ad", "\x1b[31mred\x07\n\u202ereversed", "Correct\tit"))
+    assert line == "a.h5ad: \ufffd[31mred\ufffd \ufffdreversed. Correct it"
