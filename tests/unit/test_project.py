@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +15,7 @@ import yaml
 
 from cell2text import settings
 from cell2text.config import check_config
-from cell2text.provenance import library_version
+from cell2text.provenance import find_modules, library_version
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
@@ -173,20 +175,66 @@ def test_cells_half_needs_no_torch():
     imports_without(halves()["cells"], LANGUAGE_PACKAGES)
 
 
-def test_library_version_follows_imports_and_not_comments(tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
-    (tmp_path / "script.py").write_text("from package.one import f\n")
-    (package / "__init__.py").write_text("")
-    (package / "one.py").write_text("from package import two\nf = two.g\n")
-    (package / "two.py").write_text("g = 1\n")
-    (package / "three.py").write_text("h = 1\n")
-    before = library_version("script.py", package)
-    (package / "two.py").write_text("# why\ng  =  1\n")
-    (package / "three.py").write_text("h = 2\n")
-    assert library_version("script.py", package) == before
-    (package / "two.py").write_text("g = 2\n")
-    assert library_version("script.py", package) != before
+def versions_of(scripts, folder=SCRIPTS):
+    return {script: library_version(script, "coexpression", folder / "cell2text") for script in scripts}
+
+
+IMPORTED = """
+import importlib, json, sys
+for script in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.startswith("cell2text")]:
+        del sys.modules[name]
+    importlib.import_module(script)
+    if any(name == "cell2text.embedding.encoders" for name in sys.modules):
+        importlib.import_module("cell2text.embedding.encoders.coexpression")
+    print(json.dumps([script, sorted(name for name in sys.modules if name.startswith("cell2text"))]))
+"""
+
+
+def test_changing_a_module_changes_the_version_of_the_rules_that_run_it_and_a_comment_none(tmp_path):
+    scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
+    stems = [script.removesuffix(".py") for script in scripts]
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *stems], capture_output=True, text=True, cwd=SCRIPTS, check=True
+    )
+    imported = {f"{stem}.py": set(modules) for stem, modules in map(json.loads, run.stdout.splitlines())}
+    copy = tmp_path / "scripts"
+    shutil.copytree(SCRIPTS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = versions_of(scripts)
+    assert versions_of(scripts, copy) == before
+    # seen by type checkers only, and those of other encoders
+    unseen = {"cell2text.model.cell2text"}
+    for module in sorted(set().union(*imported.values())):
+        base = copy / module.replace(".", "/")
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        text = path.read_text()
+        users = [script for script in scripts if module in imported[script]]
+        others = [script for script in scripts if module not in imported[script]] if module not in unseen else []
+        watched = [*users[:1], *users[-1:], *others[:1], *others[-1:]]
+        path.write_text(f"{text}\n# a comment\n")
+        assert versions_of(watched, copy) == {script: before[script] for script in watched}
+        path.write_text(f"{text}\nCHANGED = 1\n")
+        changed = {script for script, version in versions_of(watched, copy).items() if version != before[script]}
+        assert changed == set(watched) & set(users), module
+        path.write_text(text)
+
+
+def test_a_style_sheet_changes_the_version_of_the_report_alone(tmp_path):
+    copy = tmp_path / "scripts"
+    shutil.copytree(SCRIPTS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    scripts = sorted(path.name for path in SCRIPTS.glob("*.py"))
+    before = versions_of(scripts)
+    with (copy / "cell2text/report/page.css").open("a") as file:
+        file.write("p {color: red}\n")
+    assert [script for script, version in versions_of(scripts, copy).items() if version != before[script]] == [
+        "render_report.py"
+    ]
+
+
+def test_only_the_configured_encoder_counts():
+    modules = find_modules("embed_genes.py", "geneformer")
+    assert "cell2text.embedding.encoders.geneformer" in modules
+    assert "cell2text.embedding.encoders.coexpression" not in modules
 
 
 def test_nothing_names_a_machine():

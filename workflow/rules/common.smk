@@ -1,5 +1,6 @@
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ CENSUS = {name: SHEET[name]["source"] for name in PIECES}
 for name, pieces in PIECES.items():
     SHEET |= dict.fromkeys(pieces, SHEET.pop(name))
 DATASETS = sorted(SHEET)
+library_version = partial(library_version, encoder=config["encoder"]["kind"])
 SHARDS = [str(shard) for shard in range(config["shards"])]
 EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS

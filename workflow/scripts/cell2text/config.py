@@ -16,7 +16,7 @@ from cell2text.errors import InputError
 CENSUS = "census://"  # prefix of sources in CELLxGENE Census
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Keys whose values are files of the user; null or a word such as `donors` if there is none.
-FILES = ("datasets", "genes.table", "split", "pathways.gene_sets", "pathways.descriptions")
+FILES = ("genes.table", "split", "pathways.gene_sets", "pathways.descriptions")
 CENSUS_COLUMNS = {"dataset", "source", "notes", "min_genes", "min_counts", "max_mitochondrial_percent"}
 
 

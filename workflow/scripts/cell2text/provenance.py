@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 PACKAGE = Path(__file__).parent
 
 
-def library_version(script: str, package: Path = PACKAGE) -> str:
+def library_version(script: str, encoder: str | None = None, package: Path = PACKAGE) -> str:
     """Return a short hash of all package modules that a script imports, directly or indirectly.
 
     Snakemake detects changes of the script but not of its imports, so each rule has this hash as a parameter. The
@@ -21,34 +21,57 @@ def library_version(script: str, package: Path = PACKAGE) -> str:
     ----------
     script
         Name of a script in the folder that contains the package.
+    encoder
+        The configured kind of encoder. Its module is imported by name, which the syntax tree does not show.
     package
         Folder of the package.
     """
-    found: dict[str, str] = {}
-    waiting = list(_imported_modules(ast.parse((package.parent / script).read_text()), package.name))
+    found = {}
+    for module, path in find_modules(script, encoder, package).items():
+        found[module] = _read_code(path, path.stat().st_mtime_ns)[0]
+        if path.name == "__init__.py":
+            # templates and style sheets in the package
+            others = sorted(other for other in path.parent.iterdir() if other.is_file() and other.suffix != ".py")
+            found |= {f"{module}/{other.name}": hash_file(other) for other in others}
+    return hash_text(json.dumps(sorted(found.items())))[:12]
+
+
+def find_modules(script: str, encoder: str | None = None, package: Path = PACKAGE) -> dict[str, Path]:
+    """Return name and file of all package modules that a script imports; see :func:`library_version`."""
+    found: dict[str, Path] = {}
+    waiting = _imported_modules(package.parent / script, package.name)
     while waiting:
         module = waiting.pop()
         path = _module_file(module, package)
         if module in found or path is None:
             continue
-        tree = ast.parse(path.read_text())
-        found[module] = ast.dump(tree)
-        if path.name == "__init__.py":
-            # templates and style sheets in the package
-            others = sorted(other for other in path.parent.iterdir() if other.is_file() and other.suffix != ".py")
-            found |= {f"{module}/{other.name}": hash_file(other) for other in others}
-        waiting.extend(_imported_modules(tree, package.name))
-    return hash_text(json.dumps(sorted(found.items())))[:12]
+        found[module] = path
+        waiting.extend(_imported_modules(path, package.name))
+        if "." in module:  # Python runs the packages around a module first
+            waiting.append(module.rpartition(".")[0])
+        if encoder and module == f"{package.name}.embedding.encoders":
+            waiting.append(f"{module}.{encoder}")
+    return found
 
 
-def _imported_modules(tree: ast.Module, package: str) -> Iterator[str]:
-    """Yield the dotted names under ``package`` that a module imports; imported names may be modules, too."""
+@cache
+def _read_code(path: Path, time: int) -> tuple[str, list[str]]:
+    """Return a hash of a file's syntax tree, and the dotted names that it imports; imported names may be modules.
+
+    ``time`` is that of the last change, so that the many scripts that share a module read it once.
+    """
+    names: list[str] = []
+    tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
-            yield node.module or package
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
+            names += [alias.name for alias in node.names]
+    return hash_text(ast.dump(tree)), names
+
+
+def _imported_modules(path: Path, package: str) -> list[str]:
+    return [name for name in _read_code(path, path.stat().st_mtime_ns)[1] if name.split(".")[0] == package]
 
 
 def _module_file(module: str, package: Path) -> Path | None:
