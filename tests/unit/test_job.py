@@ -1,6 +1,7 @@
 """What every script does: logging, one-line errors for the user, progress."""
 
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 
 from cell2text import progress
 from cell2text.errors import InputError
-from cell2text.job import run_job
+from cell2text.job import INVOCATION, run_job
 
 
 @pytest.fixture
@@ -41,6 +42,43 @@ def test_any_other_error_leaves_its_traceback_in_the_log(job):
     with pytest.raises(KeyError):
         run_job(main, job)
     assert "Traceback" in read_log(job)
+
+
+@pytest.mark.parametrize("error", [InputError("a.h5ad", "no cells", "Give cells"), KeyError("broken")])
+def test_a_job_that_failed_by_itself_is_not_run_again_by_the_same_invocation(job, monkeypatch, error):
+    calls = []
+
+    def main(snakemake):
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+
+    monkeypatch.setenv(INVOCATION, "first")
+    for _ in range(2):
+        with pytest.raises((SystemExit, KeyError)):
+            run_job(main, job)
+    assert len(calls) == 1
+    assert str(error) in read_log(job)
+    monkeypatch.setenv(INVOCATION, "second")
+    run_job(main, job)
+    run_job(main, job)
+    assert len(calls) == 3
+    assert [path.name for path in Path(job.log[0]).parent.iterdir()] == ["rule.log"]
+
+
+def test_a_job_that_was_terminated_runs_again(job, monkeypatch):
+    calls = []
+
+    def main(snakemake):
+        calls.append(1)
+        if len(calls) == 1:
+            sys.exit(143)
+
+    monkeypatch.setenv(INVOCATION, "first")
+    with pytest.raises(SystemExit):
+        run_job(main, job)
+    run_job(main, job)
+    assert len(calls) == 2
 
 
 def test_the_seed_is_set(job):

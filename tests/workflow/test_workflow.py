@@ -19,9 +19,9 @@ from tiny_geneformer import V2, write_checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-def snakemake(folder, *arguments):
-    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT)
+def snakemake(folder, *arguments, root=ROOT):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", root / "Snakefile", "--directory", folder]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=root)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -47,9 +47,9 @@ def fresh(tmp_path, tiny_model):
     return new_folder(tmp_path / "work", tiny_model)
 
 
-def planned(folder, *arguments, config="tiny.yaml"):
+def planned(folder, *arguments, config="tiny.yaml", root=ROOT):
     """Return the rules that a dry run lists, and its output."""
-    code, output = snakemake(folder, "--dry-run", "--configfile", folder / config, *arguments)
+    code, output = snakemake(folder, "--dry-run", "--configfile", folder / config, *arguments, root=root)
     assert code == 0, output
     table = output.split("Job stats:")[1].split("total")[0] if "Job stats:" in output else ""
     return set(re.findall(r"^(\w+) +\d+$", table, re.MULTILINE)), output
@@ -74,6 +74,18 @@ def test_a_second_run_does_nothing(finished):
     rules, output = planned(finished)
     assert rules == set()
     assert "Nothing to be done" in output
+
+
+def test_a_new_clone_reruns_nothing_and_a_changed_module_what_uses_it(finished, tmp_path):
+    for name in ("workflow", "profiles"):
+        shutil.copytree(ROOT / name, tmp_path / "clone" / name, copy_function=shutil.copyfile)
+    shutil.copyfile(ROOT / "Snakefile", tmp_path / "clone/Snakefile")
+    assert planned(finished, root=tmp_path / "clone")[0] == set()
+    assert planned(finished, "--workflow-profile", "profiles/slurm", root=tmp_path / "clone")[0] == set()
+    for name in ("scripts/compare.py", "scripts/cell2text/report/charts.py"):
+        with (tmp_path / "clone/workflow" / name).open("a") as file:
+            file.write("CHANGED = 1\n")
+    assert planned(finished, root=tmp_path / "clone")[0] == {"all", "compare", "render_report"}
 
 
 def test_deleted_generations_are_regenerated_without_fine_tuning(finished):

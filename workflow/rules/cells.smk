@@ -57,8 +57,6 @@ rule fetch_census_shard:
         "<benchmarks>/fetch_census_shard/{census}-{shard}.jsonl"
     wildcard_constraints:
         census=CENSUS_NAMES,
-    # for network errors: mistakes in the config already fail in choose_census_cells
-    retries: 2
     conda:
         "../../envs/census.yaml"
     threads: 4

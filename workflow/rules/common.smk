@@ -1,17 +1,25 @@
+import os
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import pandas as pd
 
 WORKFLOW = Path(str(workflow.current_basedir)).parent
 sys.path.insert(0, str(WORKFLOW / "scripts"))
+# Snakemake puts the path of Python into shell commands unquoted, where a space would split it
+sys.executable = shlex.quote(sys.executable)
 
 from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import BASELINES
+from cell2text.job import INVOCATION
 from cell2text.provenance import hash_config, library_version
+
+os.environ.setdefault(INVOCATION, uuid4().hex)
 
 try:
     CONFIG_FILE = workflow.configfiles[-1]

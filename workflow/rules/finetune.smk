@@ -20,7 +20,6 @@ rule finetune:
         "<logs>/finetune.log",
     benchmark:
         "<benchmarks>/finetune.jsonl"
-    retries: 2
     conda:
         "../../envs/llm.yaml"
     threads: 8

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -14,13 +15,16 @@ import numpy as np
 from cell2text.errors import InputError
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
+INVOCATION = "CELL2TEXT_INVOCATION"  # environment variable, different for each call of Snakemake; its jobs inherit it
 
 
 def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run a script's ``main`` with its log file open.
 
     Messages go to the rule's log and to the terminal. An ``InputError`` ends the job with one line and exit code 1; any
-    other exception is logged with its traceback and raised.
+    other exception is logged with its traceback and raised. A job that failed in this way would fail again: if
+    Snakemake retries it in the same invocation, it ends at once with the same line. Only jobs that a signal or a lost
+    node stopped start again.
 
     Parameters
     ----------
@@ -29,6 +33,7 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     snakemake
         The object that Snakemake passes to a script. ``params.seed``, if the rule has it, seeds Python and numpy.
     """
+    failure = Path(f"{snakemake.log[0]}.failed") if snakemake.log else None
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if snakemake.log:
         Path(snakemake.log[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -44,16 +49,25 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if "transformers" in sys.modules:  # its bars would fill a log with a line per redraw
         sys.modules["transformers"].logging.disable_progress_bar()
+    log = logging.getLogger("cell2text")
+    if failure and failure.is_file():
+        invocation, _, message = failure.read_text().partition(" ")
+        if invocation == os.environ.get(INVOCATION):
+            log.error("%s", message)
+            sys.exit(1)
+        failure.unlink()
     seed_everything(snakemake.params.get("seed", 0))
     if "cell2text.cells.h5ad" in sys.modules:  # only in jobs that read counts: it makes torch on CPUs a fifth slower
         give_memory_back()
-    log = logging.getLogger("cell2text")
     try:
         main(snakemake)
-    except InputError as error:
-        log.error("%s", error)
-        sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if failure and INVOCATION in os.environ:
+            with suppress(OSError):  # the disk may be full
+                failure.write_text(f"{os.environ[INVOCATION]} {error}")
+        if isinstance(error, InputError):
+            log.error("%s", error)
+            sys.exit(1)
         log.exception("failed")
         raise
 

@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parent
 
 
 def library_version(script: str, encoder: str | None = None, package: Path = PACKAGE) -> str:
-    """Return a short hash of all package modules that a script imports, directly or indirectly.
+    """Return a short hash of a script and of all package modules that it imports, directly or indirectly.
 
-    Snakemake detects changes of the script but not of its imports, so each rule has this hash as a parameter. The
-    hash is that of the syntax trees, so comments and formatting do not matter.
+    Snakemake does not see changes of imported modules, and takes any newer script for a changed one, even in a new
+    clone. So each rule has this hash as a parameter, and the profiles switch the comparison of scripts off. The hash is
+    that of the syntax trees, so comments and formatting do not matter.
 
     Parameters
     ----------
@@ -27,7 +28,7 @@ def library_version(script: str, encoder: str | None = None, package: Path = PAC
         Folder of the package.
     """
     found = {}
-    for module, path in find_modules(script, encoder, package).items():
+    for module, path in {script: package.parent / script, **find_modules(script, encoder, package)}.items():
         found[module] = _read_code(path, path.stat().st_mtime_ns)[0]
         if path.name == "__init__.py":
             # templates and style sheets in the package
