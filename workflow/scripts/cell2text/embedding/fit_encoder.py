@@ -1,6 +1,7 @@
 """Fitting of the encoder on the training cells."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 
 from cell2text.embedding.encoders import encoder_class
 from cell2text.embedding.ranked_cells import RankedSplit
+from cell2text.files import whole_folder
 from cell2text.settings import EncoderSettings
 
 log = logging.getLogger("cell2text.embedding")
@@ -29,7 +31,7 @@ def fit_encoder(
     corpus, genes, tokens
         Files of ``contracts.CELLS``, ``contracts.GENES`` and ``contracts.TOKENS``.
     directory
-        Where to save the encoder. A killed run resumes from checkpoints in ``{directory}.checkpoints``.
+        Where to save the encoder, atomically. A killed run resumes from checkpoints in ``{directory}.checkpoints``.
     settings
         The config's ``encoder`` section.
     seed
@@ -41,9 +43,11 @@ def fit_encoder(
     train, validation = (RankedSplit(tokens, corpus, split, vocabulary) for split in ("train", "validation"))
     checkpoint = None if fetched is None else Path(fetched)
     kind = encoder_class(settings.kind)
-    encoder = kind.fit(train, validation, settings, seed, Path(f"{directory}.checkpoints"), checkpoint)
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    encoder.save(Path(directory))
+    checkpoints = Path(f"{directory}.checkpoints")
+    encoder = kind.fit(train, validation, settings, seed, checkpoints, checkpoint)
+    with whole_folder(directory, "encoder.json") as folder:
+        encoder.save(folder)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     cells = sum(pq.read_metadata(path).num_rows for path in tokens)
     stored = cells * bytes_per_cell(encoder.dimensions, settings.top_k if settings.cache else 0)
     log.info("%s encoder with %d dimensions", settings.kind, encoder.dimensions)

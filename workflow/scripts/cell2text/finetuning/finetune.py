@@ -18,7 +18,7 @@ import torch
 from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS
 from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
-from cell2text.files import read_json
+from cell2text.files import read_json, whole_folder
 from cell2text.finetuning.align import align
 from cell2text.finetuning.data import Cells, find_classes, find_depths, read_cells
 from cell2text.finetuning.loop import Finetuning, State
@@ -145,7 +145,8 @@ def _finetune(
         work.optimiser.take_weights()
     state = work.run()
     if team.leads:
-        _save(work, state, Path(directory), source, classes, seed)
+        with whole_folder(directory, "cell2text.json") as folder:
+            _save(work, state, folder, source, classes, seed)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
@@ -171,7 +172,6 @@ def _try_fast(model: Cell2Text, train: Cells) -> bool:
 def _save(
     work: Finetuning, state: State, directory: Path, source: dict, classes: dict[str, list[str]], seed: int
 ) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
     about = {
         "language_model": source,

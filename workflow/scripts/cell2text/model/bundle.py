@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cell2text.device import pick_device
 from cell2text.errors import InputError
-from cell2text.files import read_json, write_json
+from cell2text.files import read_json, read_sealed, write_json, writing
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.language_model import add_adapter, load_language_model
 from cell2text.model.projectors import build_projector
 from cell2text.settings import FinetuneSettings, ProjectorSettings
+from cell2text.weights import check_finite, read_weights, reading
+
+FIX = "Delete the model's folder and fine-tune again with this language model"
 
 
 def build(
@@ -41,8 +44,10 @@ def build(
     Raises
     ------
     InputError
-        If the mode is unknown or cannot run here, or a target is not a layer of the language model.
+        If the mode is unknown or cannot run here, a target is not a layer of the language model, or a file of the
+        language model has changed since it was fetched.
     """
+    check_language_model(language_model)
     model, tokenizer = load_language_model(language_model, device, settings.mode)
     embeddings = model.get_input_embeddings().weight
     tuned = model.requires_grad_(True) if settings.mode == "full" else add_adapter(model, settings)
@@ -50,6 +55,12 @@ def build(
     new.start_at(embeddings.detach())
     about = {"projector": asdict(projector), "dimensions": dimensions, "finetune": asdict(settings)}
     return Cell2Text(tuned, tokenizer, new, about)
+
+
+def check_language_model(directory: str | Path) -> None:
+    """Raise an ``InputError`` if a file of a fetched language model has changed; others have no list of hashes."""
+    if Path(directory, "source.json").exists():
+        read_sealed(directory, "source.json")
 
 
 def save(model: Cell2Text, directory: str | Path, about: dict[str, Any]) -> None:
@@ -65,15 +76,21 @@ def save(model: Cell2Text, directory: str | Path, about: dict[str, Any]) -> None
         An existing directory.
     about
         Further facts for ``cell2text.json``, such as the language model's source.
+
+    Raises
+    ------
+    InputError
+        If the disk is full or not writable.
     """
     directory = Path(directory)
-    if model.about["finetune"]["mode"] == "full":
-        model.language_model.save_pretrained(directory / "language_model")
-    else:
-        _save_adapter(model.language_model, directory / "adapter")
-    projector = {name: value.contiguous().cpu() for name, value in model.projector.state_dict().items()}
-    save_file(projector, directory / "projector.safetensors")
-    write_json({**model.about, **about}, directory / "cell2text.json")
+    with writing(directory):
+        if model.about["finetune"]["mode"] == "full":
+            model.language_model.save_pretrained(directory / "language_model")
+        else:
+            _save_adapter(model.language_model, directory / "adapter")
+        projector = {name: value.contiguous().cpu() for name, value in model.projector.state_dict().items()}
+        save_file(projector, directory / "projector.safetensors")
+        write_json({**model.about, **about}, directory / "cell2text.json")
 
 
 def _save_adapter(adapted: PeftModel, directory: Path) -> None:
@@ -100,27 +117,34 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     Raises
     ------
     InputError
-        If a weight is missing or surplus, or the model has 4-bit weights, which cannot run here.
+        If a file is missing, damaged or has changed, a weight is missing, surplus or not finite, or the model has 4-bit
+        weights, which cannot run here.
     """
     directory = Path(directory)
     device = device or pick_device()
-    about = read_json(directory / "cell2text.json")
-    mode = about["finetune"]["mode"]
-    model, tokenizer = load_language_model(
-        language_model, device, mode, directory / "language_model" if mode == "full" else None
-    )
-    projector = build_projector(ProjectorSettings(**about["projector"]), about["dimensions"], model.config.hidden_size)
-    try:
-        projector.load_state_dict(load_file(directory / "projector.safetensors"), strict=True)
-    except RuntimeError as error:
-        raise InputError(directory / "projector.safetensors", str(error), "Fine-tune again") from error
+    about = read_sealed(directory, "cell2text.json")
+    check_language_model(language_model)
+    with reading(directory / "cell2text.json", FIX):
+        mode, settings, dimensions = (
+            about["finetune"]["mode"],
+            ProjectorSettings(**about["projector"]),
+            about["dimensions"],
+        )
+    weights = directory / "language_model" if mode == "full" else None
+    model, tokenizer = load_language_model(language_model, device, mode, weights)
+    with reading(directory / "projector.safetensors", FIX):
+        projector = build_projector(settings, dimensions, model.config.hidden_size)
+        projector.load_state_dict(read_weights(directory / "projector.safetensors", FIX), strict=True)
+    if mode == "full":
+        check_finite(dict(model.named_parameters()), weights, FIX)
     tuned = model if mode == "full" else _load_adapter(model, directory / "adapter")
     return Cell2Text(tuned, tokenizer, projector.to(device), about).eval()
 
 
 def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    adapted = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
-    saved = set(load_file(directory / "adapter_model.safetensors"))
+    saved = set(read_weights(directory / "adapter_model.safetensors", FIX))
+    with reading(directory, FIX):
+        adapted = PeftModel.from_pretrained(model, directory, autocast_adapter_dtype=False)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if saved != expected:
         raise InputError(

@@ -1,23 +1,24 @@
 """Fetch a Geneformer checkpoint and store it with its gene table."""
 
 import logging
+import os
 import pickle
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from cell2text.errors import InputError
-from cell2text.files import read_json, write_json
-from cell2text.models.gene_dictionaries import SAME_SERIES, find_dictionaries
-from cell2text.models.sources import download, licence_of
-from cell2text.provenance import hash_file
+from cell2text.files import read_json, reason, whole_folder, write_json
+from cell2text.models.gene_dictionaries import PLACES, SAME_SERIES, find_dictionaries
+from cell2text.models.sources import check_target, download, is_local, licence_of
+from cell2text.weights import check_finite
 
 log = logging.getLogger("cell2text.models")
 
 _HUB_FOLDER = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)/(?P<folder>[\w.-]+)")
 ENCODER = "config: encoder.source"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SIZES = ("vocab_size", "hidden_size", "max_position_embeddings")  # keys of config.json
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
@@ -25,7 +26,7 @@ def fetch_encoder(source: str, directory: str | Path) -> None:
     """Fetch a Geneformer checkpoint and store it with its gene table, without any pickles.
 
     The directory holds ``config.json``, ``model.safetensors``, ``genes.tsv`` (``contracts.GENES``, one row per gene
-    name), ``encoder.json`` and ``source.json``. It is written atomically.
+    name), ``encoder.json`` and ``source.json``. It is written atomically, and never over a model from another source.
 
     Parameters
     ----------
@@ -39,32 +40,35 @@ def fetch_encoder(source: str, directory: str | Path) -> None:
     InputError
         If the checkpoint cannot be fetched, is not a BERT model, or its dictionaries belong to another series.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as folder:
-        downloads, model = Path(folder, "downloads"), Path(folder, "model")
+    with whole_folder(directory, "source.json") as model:
+        check_target(directory, source, ENCODER)
+        downloads = model / "downloads"
         downloads.mkdir()
-        model.mkdir()
         checkpoint, licence = _fetch_checkpoint(source, downloads)
         config = _read_config(checkpoint)
         dictionaries = find_dictionaries(checkpoint, config["vocab_size"])
         special = dictionaries.special
         _write_weights(checkpoint, model / "model.safetensors", config)
-        if config.get("pad_token_id", 0) != special["pad"]:
-            raise InputError(
-                checkpoint / "config.json",
-                f"pad_token_id is {config['pad_token_id']}, not {special['pad']}",
-                SAME_SERIES,
-            )
+        pad = config.get("pad_token_id", 0)  # as in BertConfig
+        if pad != special["pad"]:
+            raise InputError(checkpoint / "config.json", f"pad_token_id is {pad}, not {special['pad']}", SAME_SERIES)
         shutil.copyfile(checkpoint / "config.json", model / "config.json")
         dictionaries.table().to_csv(model / "genes.tsv", sep="\t", index=False)
         about = {"kind": "geneformer", "layer": -2, "special": special, "dimensions": config["hidden_size"]}
         write_json(about, model / "encoder.json")
-        files = {path.name: hash_file(path) for path in sorted(model.iterdir())}
-        write_json({"source": source, "licence": licence, "sha256": files}, model / "source.json")
-        shutil.rmtree(directory, ignore_errors=True)
-        model.replace(directory)
+        write_json({"source": source, "licence": licence}, model / "source.json")
+        shutil.rmtree(downloads)
     log.info("%s: %d tokens, up to %d per cell", directory, config["vocab_size"], config["max_position_embeddings"])
+
+
+def local_files(source: str) -> list[str]:
+    """Return the files of a local checkpoint that :func:`fetch_encoder` may read; none for a download."""
+    if not is_local(source):
+        return []
+    folder = Path(source)
+    found = [folder / name for name in ("config.json", *WEIGHTS)]
+    found += [path for place in PLACES for path in (folder / place).glob("*.pkl")]
+    return sorted({os.path.normpath(path) for path in found if path.is_file()})
 
 
 def _fetch_checkpoint(source: str, downloads: Path) -> tuple[Path, str]:
@@ -82,14 +86,16 @@ def _fetch_checkpoint(source: str, downloads: Path) -> tuple[Path, str]:
 
 
 def _read_config(checkpoint: Path) -> dict:
+    fix = "Give the folder of a Geneformer checkpoint"
     try:
         config = read_json(checkpoint / "config.json")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            ENCODER, f"no config.json to read in {checkpoint}", "Give the folder of a Geneformer checkpoint"
-        ) from error
-    if config.get("model_type") != "bert":
-        raise InputError(ENCODER, f"{checkpoint} is no BERT model", "Give the folder of a Geneformer checkpoint")
+    except (InputError, OSError) as error:
+        raise InputError(ENCODER, f"no config.json to read in {checkpoint}", fix) from error
+    if not isinstance(config, dict) or config.get("model_type") != "bert":
+        raise InputError(ENCODER, f"{checkpoint} is no BERT model", fix)
+    wrong = [key for key in SIZES if not isinstance(config.get(key), int) or config[key] < 1]
+    if wrong:
+        raise InputError(checkpoint / "config.json", f"{wrong[0]} is {config.get(wrong[0])}, no positive number", fix)
     return config
 
 
@@ -104,12 +110,14 @@ def _write_weights(checkpoint: Path, path: Path, config: dict) -> None:
         raise InputError(ENCODER, f"{checkpoint} has no {' or '.join(WEIGHTS)}", "Fetch the checkpoint again")
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True) if file.suffix == ".bin" else load_file(file)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(file, f"no plain weights ({reason})", "Fetch the checkpoint again") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+        raise InputError(file, f"no plain weights ({reason(error)})", "Fetch the checkpoint again") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(file, "no plain weights", "Fetch the checkpoint again")
     rows = len(weights[WORD_EMBEDDINGS]) if WORD_EMBEDDINGS in weights else 0
     if rows != config["vocab_size"]:
         raise InputError(file, f"{rows} tokens, but {config['vocab_size']} in config.json", "Fetch it again")
     # the masked-gene prediction head is not used here, and shares its weights with the embeddings
     kept = {name: value.contiguous() for name, value in weights.items() if name.startswith("bert.")}
+    check_finite(kept, file, "Fetch the checkpoint again")
     save_file(kept, path, metadata={"format": "pt"})

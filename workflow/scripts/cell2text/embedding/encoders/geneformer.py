@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cell2text.embedding.encoders.ranked_bert import RankedBert
 from cell2text.embedding.ranked_cells import RankedSplit
-from cell2text.files import write_json
+from cell2text.files import read_sealed, write_json
 from cell2text.settings import EncoderSettings
 
 
@@ -36,7 +36,13 @@ class Geneformer(RankedBert):
             Only ``layer``, the layer whose output is used.
         fetched
             Directory of the checkpoint.
+
+        Raises
+        ------
+        InputError
+            If a file of the checkpoint has changed since it was fetched, or there is no such layer.
         """
+        read_sealed(fetched, "source.json")
         encoder = cls.load(fetched, layer=settings.layer)
         encoder.directory = fetched
         return encoder

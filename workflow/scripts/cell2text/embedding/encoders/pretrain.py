@@ -5,7 +5,6 @@ its last checkpoint through the same batches to the same weights.
 """
 
 import logging
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from cell2text.contracts import HISTORY
 from cell2text.device import pick_device, pick_precision
 from cell2text.embedding.encoders.masked_genes import Cells, Training
-from cell2text.embedding.encoders.ranked_bert import RankedBert, Special
+from cell2text.embedding.encoders.ranked_bert import RankedBert, Special, check_layer
 from cell2text.embedding.ranked_cells import RankedSplit
-from cell2text.errors import InputError
 from cell2text.provenance import hash_config, hash_file
 from cell2text.settings import EncoderSettings
 
@@ -50,22 +48,13 @@ class Pretrained(RankedBert):
         See :class:`RankedBert`.
     history
         Rows of ``contracts.HISTORY``, if this process trained the model.
-    checkpoints
-        Folder that :meth:`save` removes.
     """
 
     kind = "pretrain"
 
-    def __init__(
-        self,
-        bert: BertModel,
-        special: Special,
-        layer: int,
-        history: list[dict] | None = None,
-        checkpoints: Path | None = None,
-    ):
+    def __init__(self, bert: BertModel, special: Special, layer: int, history: list[dict] | None = None):
         super().__init__(bert, special, layer)
-        self.history, self.checkpoints = history, checkpoints
+        self.history = history
 
     @classmethod
     def fit(
@@ -89,7 +78,7 @@ class Pretrained(RankedBert):
         seed
             Seed of weights, batches, masked genes and dropout.
         checkpoints
-            Folder for checkpoints, from which a killed run resumes; :meth:`save` removes it.
+            Folder for checkpoints, from which a killed run resumes.
         fetched
             Not used.
 
@@ -100,11 +89,7 @@ class Pretrained(RankedBert):
         """
         special = Special(pad=train.genes, mask=train.genes + 1, cls=train.genes + 2, eos=train.genes + 3)
         config = shape(settings.size, special)
-        layers = config.num_hidden_layers
-        if not -layers <= settings.layer <= -1:  # before the training, not after it
-            raise InputError(
-                "config: encoder.layer", f"{settings.layer} of {layers} layers", "Count from -1, the last one"
-            )
+        check_layer(settings.layer, config.num_hidden_layers)  # before the training, not after it
         device = pick_device()
         precision = pick_precision(device)
         torch.manual_seed(seed)
@@ -123,15 +108,13 @@ class Pretrained(RankedBert):
         )
         training.resume()
         state = training.run()
-        return cls(model.bert, special, settings.layer, state.history, checkpoints)
+        return cls(model.bert, special, settings.layer, state.history)
 
     def save(self, directory: Path) -> None:
         """Write the model, and the history of its training as ``history.parquet`` (``contracts.HISTORY``)."""
         super().save(directory)
         if self.history:
             HISTORY.write(pd.DataFrame(self.history), directory / "history.parquet")
-        if self.checkpoints:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 def shape(size: str, special: Special) -> BertConfig:

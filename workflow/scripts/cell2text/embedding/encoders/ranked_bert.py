@@ -16,6 +16,7 @@ from cell2text.embedding.ranked_cells import RankedCells
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.progress import Progress
+from cell2text.weights import check_finite, reading
 
 log = logging.getLogger("cell2text.encoders")
 
@@ -68,8 +69,7 @@ class RankedBert:
         self.special, self.layer, self.dimensions = special, layer, bert.config.hidden_size
         self.max_genes = bert.config.max_position_embeddings - special.around
         layers = bert.encoder.layer
-        if not -len(layers) <= layer <= -1:
-            raise InputError("config: encoder.layer", f"{layer} of {len(layers)} layers", "Count from -1, the last one")
+        check_layer(layer, len(layers))
         bert.encoder.layer = layers[: len(layers) + layer + 1]
         bert.config.num_hidden_layers = len(bert.encoder.layer)
         self.bert = bert.eval().requires_grad_(requires_grad=False)
@@ -184,21 +184,37 @@ class RankedBert:
         Raises
         ------
         InputError
-            If weights are missing.
+            If a file is damaged, weights are missing, or one is not finite.
         """
-        metadata, device = read_json(directory / "encoder.json"), pick_device()
-        bert, loading = BertModel.from_pretrained(
-            directory,
-            add_pooling_layer=False,
-            attn_implementation="sdpa",
-            dtype=precision or pick_precision(device),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        device, fix = pick_device(), f"Delete {directory} and run the workflow again"
+        metadata = read_json(directory / "encoder.json", fix)
+        with reading(directory / "encoder.json", fix):
+            special, layer = Special(**metadata["special"]), metadata["layer"] if layer is None else layer
+        with reading(directory, fix):
+            bert, loading = BertModel.from_pretrained(
+                directory,
+                add_pooling_layer=False,
+                attn_implementation="sdpa",
+                dtype=precision or pick_precision(device),
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+            )
         if loading["missing_keys"]:
             first = sorted(loading["missing_keys"])[0]
-            raise InputError(directory, f"weights are missing, such as {first}", "Fetch the checkpoint again")
-        return cls(bert.to(device), Special(**metadata["special"]), metadata["layer"] if layer is None else layer)
+            raise InputError(directory, f"weights are missing, such as {first}", fix)
+        check_finite(bert.state_dict(), directory / "model.safetensors", fix)
+        return cls(bert.to(device), special, layer)
+
+
+def check_layer(layer: int, layers: int) -> None:
+    """Raise an ``InputError`` if a model with so many layers has no such layer, counted from the end."""
+    if not -layers <= layer <= -1:
+        raise InputError(
+            "config: encoder.layer",
+            f"{layer} of {layers} layers does not exist",
+            f"Count from the end: -1 is the last layer, {-layers} the first",
+        )
 
 
 def _find_budget(bert: BertModel) -> int:
