@@ -9,7 +9,7 @@ import pytest
 from cell2text.contracts import EMBEDDINGS, PATHWAY_SCORES, QC, TERMS, TOKENS
 from cell2text.contracts import table as table_contracts
 from cell2text.errors import InputError
-from cell2text.files import whole_file, write_jsonl
+from cell2text.files import read_jsonl, whole_file, write_jsonl
 
 
 def tensors(cells=3):
@@ -168,3 +168,60 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError), whole_file(path):
         raise RuntimeError
     assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def damaged(content, step):
+    """Yield the content cut at, and with a bit flipped in, every ``step``-th byte."""
+    for position in range(0, len(content), step):
+        yield content[:position]
+        yield content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :]
+
+
+def read_or_none(read, path):
+    """Return what is read, or None if the damage is reported in one line that names the file and the remedy."""
+    try:
+        return read(path)
+    except InputError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        assert "run the workflow again" in str(error)
+        return None
+
+
+def test_a_cut_or_flipped_table_is_never_read_as_another(tmp_path):
+    table = pd.DataFrame({"cell_id": [f"s|{i}" for i in range(40)], "A": np.linspace(0, 1, 40, dtype=np.float32)})
+    path = tmp_path / "scores.parquet"
+    PATHWAY_SCORES.write(table, path)
+    reported = 0
+    for content in damaged(path.read_bytes(), 3):
+        path.write_bytes(content)
+        read = read_or_none(PATHWAY_SCORES.read, path)
+        reported += read is None
+        assert read is None or read.equals(table)
+    assert reported > 200
+    path.unlink()
+    assert read_or_none(PATHWAY_SCORES.read, path) is None
+
+
+def test_cut_or_flipped_tensors_are_never_read_as_others(tmp_path):
+    path, ids = tmp_path / "a.safetensors", ["s|1", "s|2", "s|3"]
+    EMBEDDINGS.write(tensors(), ids, path)
+    content = path.read_bytes()
+    for cut in damaged(content, 5):
+        path.write_bytes(cut)
+        read = read_or_none(EMBEDDINGS.read, path)
+        if read is not None:
+            assert read[1] == ids
+            for name, tensor in tensors().items():
+                np.testing.assert_array_equal(read[0][name], tensor)
+
+
+def test_cut_or_flipped_lines_of_json_are_reported(tmp_path):
+    path, rows = tmp_path / "a.jsonl", [{"cell_id": "s|1", "text": "é"}, {"cell_id": "s|2", "text": "b"}]
+    write_jsonl(rows, path)
+    for content in damaged(path.read_bytes(), 1):
+        path.write_bytes(content)
+        read = read_or_none(lambda path: list(read_jsonl(path)), path)
+        assert read is None or len(read) <= 2
+    path.write_text('{"a": 1}\n[1]\n')
+    assert read_or_none(lambda path: list(read_jsonl(path)), path) is None

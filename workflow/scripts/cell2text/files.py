@@ -258,6 +258,31 @@ def read_sealed(folder: str | Path, marker: str) -> dict[str, Any]:
     return facts
 
 
+@contextmanager
+def reading(path: str | Path, fix: str = DAMAGED) -> Iterator[None]:
+    """Turn what libraries raise about a damaged or missing file in the block into an ``InputError``.
+
+    Parameters
+    ----------
+    path
+        The file, or the folder of a model.
+    fix
+        What the user should do.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    # those of Arrow and h5py are subclasses of these; that of safetensors is not
+    except Exception as error:
+        kinds = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, OverflowError)
+        if not isinstance(error, kinds) and type(error).__name__ != "SafetensorError":
+            raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which says nothing about the file
+            raise
+        raise InputError(path, f"cannot be read: {reason(error)}", fix) from error
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -271,10 +296,19 @@ def write_jsonl(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a file with one per line."""
-    with Path(path).open() as file:
-        for line in file:
-            yield json.loads(line)
+    """Yield the JSON objects of a file with one per line.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or a line is not a JSON object.
+    """
+    with reading(path), Path(path).open() as file:
+        for number, line in enumerate(file, start=1):
+            row = json.loads(line)
+            if not isinstance(row, dict) or not line.endswith("\n"):
+                raise ValueError(f"line {number} is not a whole JSON object")
+            yield row
 
 
 def write_json(value: Any, path: str | Path) -> None:

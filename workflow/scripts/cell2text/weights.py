@@ -1,33 +1,11 @@
 """Reading of safetensors files, with damage and values that are not finite reported in one line."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cell2text.errors import InputError
-from cell2text.files import reason
-
-
-@contextmanager
-def reading(path: str | Path, fix: str) -> Iterator[None]:
-    """Turn what libraries raise about a damaged file of a model into an ``InputError``.
-
-    Parameters
-    ----------
-    path
-        The file, or the folder of the model.
-    fix
-        What the user should do.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which says nothing about the file
-            raise
-        raise InputError(path, f"cannot be read: {reason(error)}", fix) from error
+from cell2text.files import reading
 
 
 def read_weights(path: str | Path, fix: str, framework: str = "pt") -> dict[str, Any]:

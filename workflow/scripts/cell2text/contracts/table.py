@@ -1,16 +1,18 @@
 """Contract of a Parquet table, checked on write and on read."""
 
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cell2text.errors import InputError
-from cell2text.files import whole_file
+from cell2text.files import reading, whole_file
 
 ROWS_AT_ONCE = 1 << 17
 
@@ -70,12 +72,16 @@ class TableContract:
         self._check_names([*self.columns, *rest], path)
         schema = pa.schema([*self.columns.items(), *((name, self.rest) for name in rest)])
         keys = [np.empty(0, dtype=np.uint64)]
-        with whole_file(path) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        options = {"compression": "zstd", "write_page_checksum": True}
+        with whole_file(path) as unfinished, pq.ParquetWriter(unfinished, schema, **options) as writer:
+            # pages have checksums of their own, names and numbers of rows in the footer have none
+            rows_written = 0
             for part in parts:
                 if set(part.columns if isinstance(part, pd.DataFrame) else part.column_names) != set(schema.names):
                     raise ValueError(f"{path}: the parts of {self.what} differ in their columns")
                 rows = _as_arrow(part, schema)
                 writer.write_table(rows)
+                rows_written += len(rows)
                 if self.key:
                     # ten million distinct keys have a 64-bit collision in one of 400,000 tables
                     keys.append(hash_ids(rows[self.key].to_numpy()))
@@ -84,6 +90,7 @@ class TableContract:
             hashes.sort()
             if (hashes[1:] == hashes[:-1]).any():
                 raise ValueError(f"{path}: {self.key} repeats in {self.what}")
+            writer.add_key_value_metadata({"crc32": _crc32(schema, rows_written)})
 
     def read(
         self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
@@ -116,9 +123,7 @@ class TableContract:
         self, path: str | Path, columns: list[str] | None = None, categories: list[str] | None = None
     ) -> pa.Table:
         """Read a table as an Arrow table; see :meth:`read`."""
-        self._check_file(path)
-        # read_table would parse a path such as split=test/ as a partition column
-        with pq.ParquetFile(path, read_dictionary=categories) as file:
+        with self._open(path, read_dictionary=categories) as file:
             return file.read(columns=columns)
 
     def read_parts(self, path: str | Path, columns: list[str] | None = None) -> Iterator[pd.DataFrame]:
@@ -134,26 +139,34 @@ class TableContract:
 
     def read_arrow_parts(self, path: str | Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Yield the parts as Arrow tables; see :meth:`read_parts`."""
-        self._check_file(path)
-        with pq.ParquetFile(path) as file:
+        with self._open(path) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=columns)
 
-    def _check_file(self, path: str | Path) -> None:
-        schema = pq.read_schema(path)
-        try:
+    @contextmanager
+    def _open(self, path: str | Path, **options: Any) -> Iterator[pq.ParquetFile]:
+        # read_table would parse a path such as split=test/ as a partition column
+        with reading(path), pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
+            schema = file.schema_arrow
             self._check_names(schema.names, path)
-            for name, expected in self.columns.items():
-                if schema.field(name).type != expected:
-                    raise ValueError(f"{path}: column {name} has type {schema.field(name).type}, not {expected}")
-        except ValueError as error:
-            raise InputError(path, str(error), "Delete the file and run the workflow again") from error
+            for name in schema.names:
+                expected, found = self.columns.get(name, self.rest), schema.field(name).type
+                found = found.value_type if pa.types.is_dictionary(found) else found  # read as categories
+                if found != expected:
+                    raise ValueError(f"{path}: column {name} has type {found}, not {expected}")
+            if (file.metadata.metadata or {}).get(b"crc32", b"").decode() != _crc32(schema, file.metadata.num_rows):
+                raise ValueError("the footer changed after writing (CRC-32)")
+            yield file
 
     def _check_names(self, names: list[str], path: str | Path) -> None:
         missing = [name for name in self.columns if name not in names]
         surplus = [name for name in names if name not in self.columns]
         if missing or (surplus and self.rest is None):
             raise ValueError(f"{path}: not {self.what}: missing columns {missing}, surplus columns {surplus}")
+
+
+def _crc32(schema: pa.Schema, rows: int) -> str:
+    return str(zlib.crc32(f"{schema.names} {rows}".encode()))
 
 
 def hash_ids(ids: np.ndarray | pd.Series) -> np.ndarray:

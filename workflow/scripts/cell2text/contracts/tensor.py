@@ -1,6 +1,7 @@
 """Contract of a safetensors file, checked on write and on read."""
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cell2text.errors import InputError
-from cell2text.files import whole_file
+from cell2text.files import reading, whole_file
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class TensorContract:
         self._check(tensors, len(cell_ids), path)
         # safetensors writes raw memory: a matrix in Fortran order would be read back scrambled
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        ids = json.dumps(cell_ids)
+        sums = {name: _crc32(tensor) for name, tensor in tensors.items()} | {"cell_ids": zlib.crc32(ids.encode())}
+        metadata = {"cell_ids": ids, "crc32": json.dumps(sums)}
         with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"cell_ids": json.dumps(cell_ids)})
+            save_file(tensors, unfinished, metadata=metadata)
 
     def read(self, path: str | Path, names: Iterable[str] | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
         """Return the named tensors (by default all required ones) and the cell ids of their rows.
@@ -56,17 +60,20 @@ class TensorContract:
         """
         from safetensors import safe_open
 
-        with safe_open(path, framework="numpy") as file:
-            cell_ids = json.loads((file.metadata() or {}).get("cell_ids", "[]"))
+        with reading(path), safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            cell_ids, sums = (json.loads(metadata[name]) for name in ("cell_ids", "crc32"))
             wanted = list(self.tensors if names is None else names)
             missing = set(wanted) - set(file.keys())
             if missing:
-                raise InputError(path, f"not {self.what}: missing {sorted(missing)}", "Delete the file and run again")
+                raise ValueError(f"not {self.what}: missing {sorted(missing)}")
             tensors = {name: file.get_tensor(name) for name in wanted}
-        try:
             self._check(tensors, len(cell_ids), path, partial=True)
-        except ValueError as error:
-            raise InputError(path, str(error), "Delete the file and run the workflow again") from error
+            found = {name: _crc32(tensor) for name, tensor in tensors.items()}
+            found["cell_ids"] = zlib.crc32(metadata["cell_ids"].encode())
+            changed = [name for name, value in found.items() if sums.get(name) != value]
+            if changed:
+                raise ValueError(f"{', '.join(changed)} changed after writing (CRC-32)")
         return tensors, cell_ids
 
     def read_cells(
@@ -101,3 +108,7 @@ class TensorContract:
                     f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, not {dtype} with {dimensions} "
                     f"dimensions and {cells} cells"
                 )
+
+
+def _crc32(tensor: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8).data) if tensor.size else 0
