@@ -42,10 +42,10 @@ STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, dict[str, Any]]]] =
     "sample_cells": lambda folder, config: {
         "input": {"cells": [folder / "cells.h5ad"]},
         "params": config["sample"] | {"cells": 10**9, "seed": 0},
-        "output": {"cells": folder / "sampled.parquet", "diversity": folder / "diversity.tsv"},
+        "output": {"cells": folder / "sampled.parquet", "diversity": folder / "diversity.json"},
     },
     "split_donors": lambda folder, config: {
-        "input": {"cells": folder / "sampled.parquet", "diversity": folder / "diversity.tsv"},
+        "input": {"cells": folder / "sampled.parquet", "diversity": folder / "diversity.json"},
         "params": {"split": "donors", "shares": config["split_shares"], "held_out": [], "seed": 0},
         "output": {"cells": folder / "corpus.parquet", "audit": folder / "audit.json"},
     },
@@ -61,13 +61,13 @@ STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, dict[str, Any]]]] =
     "measure_genes": lambda folder, config: {
         "input": {"corpus": folder / "corpus.parquet", "cells": [folder / "cells.h5ad"], "encoder": []},
         "params": {},
-        "output": {"genes": folder / "genes.tsv"},
+        "output": {"genes": folder / "genes.parquet"},
     },
     "rank_genes": lambda folder, config: {
         "input": {
             "corpus": folder / "corpus.parquet",
             "cells": folder / "cells.h5ad",
-            "genes": folder / "genes.tsv",
+            "genes": folder / "genes.parquet",
         },
         "params": {},
         "output": {"tokens": folder / "tokens.parquet"},

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "workflow/scripts"), str(ROOT / "tests")]
-from cell2text.contracts import CELLS  # noqa: E402
+from cell2text.contracts import CELLS, GENES  # noqa: E402
 from cell2text.embedding.encoders import load_encoder  # noqa: E402
 from cell2text.embedding.fit_encoder import fit_encoder  # noqa: E402
 from cell2text.embedding.ranked_cells import RankedSplit  # noqa: E402
@@ -55,7 +55,7 @@ def probe(vectors, cells):
 def read_splits(results):
     """Return the three splits of a run."""
     tokens = sorted(results.glob("tokens/*.parquet"))
-    genes = int(pd.read_csv(results / "genes.tsv", sep="\t", usecols=["token"])["token"].max()) + 1
+    genes = int(GENES.read(results / "genes.parquet")["token"].max()) + 1
     return [RankedSplit(tokens, results / "corpus/cells.parquet", split, genes) for split in SPLITS]
 
 
@@ -64,7 +64,7 @@ def embed(results, settings, seed, fetched=None):
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         files = [str(path) for path in sorted(results.glob("tokens/*.parquet"))]
-        corpus, genes = str(results / "corpus/cells.parquet"), str(results / "genes.tsv")
+        corpus, genes = str(results / "corpus/cells.parquet"), str(results / "genes.parquet")
         fit_encoder(corpus, genes, files, f"{folder}/encoder", settings, seed, fetched)
         fitted = time.perf_counter()
         encoder = load_encoder(f"{folder}/encoder")

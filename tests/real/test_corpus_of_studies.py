@@ -36,7 +36,7 @@ def studies(request, tmp_path_factory):
 
 
 def split(files, folder, cells=100_000, shares=None, **options):
-    sampled, diversity = folder / "sampled.parquet", folder / "diversity.tsv"
+    sampled, diversity = folder / "sampled.parquet", folder / "diversity.json"
     sample_cells(files, SampleSettings(cells, shares or {"natural": 1}, {}), 42, sampled, diversity)
     table, audit = folder / "cells.parquet", folder / "audit.json"
     split_donors(sampled, options.pop("how"), SHARES, 42, table, audit, diversity_file=diversity, **options)

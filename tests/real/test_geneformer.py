@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from cell2text.cells.h5ad import write_cells
-from cell2text.contracts import CELLS, TOKENS
+from cell2text.contracts import CELLS, GENES, TOKENS
 from cell2text.embedding.measure_genes import look_up_genes
 from cell2text.embedding.rank_genes import rank_genes
 from cell2text.models.gene_dictionaries import find_dictionaries
@@ -62,7 +62,7 @@ def rank_by_loop(counts, genes, dictionaries):
 
 
 def test_a_thousand_real_cells_have_the_same_tokens_as_a_plain_loop(tmp_path, dictionaries):
-    dictionaries.table().to_csv(tmp_path / "dictionary.tsv", sep="\t", index=False)
+    GENES.write(dictionaries.table(), tmp_path / "dictionary.parquet")
     rng, tested, longest = np.random.default_rng(0), 0, 0
     for study in sorted((DATA / "studies").glob("*.h5ad")):
         ids, counts, genes = write_some(tmp_path / study.name, study, 130, rng)
@@ -70,8 +70,8 @@ def test_a_thousand_real_cells_have_the_same_tokens_as_a_plain_loop(tmp_path, di
         for column in CELLS.columns:
             corpus[column] = corpus.get(column)
         CELLS.write(corpus[list(CELLS.columns)], tmp_path / "corpus.parquet")
-        look_up_genes(tmp_path / "dictionary.tsv", [tmp_path / study.name], tmp_path / "genes.tsv")
-        files = [tmp_path / name for name in ("corpus.parquet", study.name, "genes.tsv", "tokens.parquet")]
+        look_up_genes(tmp_path / "dictionary.parquet", [tmp_path / study.name], tmp_path / "genes.parquet")
+        files = [tmp_path / name for name in ("corpus.parquet", study.name, "genes.parquet", "tokens.parquet")]
         rank_genes(*files, threads=2)
         ranked = TOKENS.read(tmp_path / "tokens.parquet").set_index("cell_id")["tokens"].loc[ids]
         expected = rank_by_loop(counts, genes, dictionaries)

@@ -49,7 +49,7 @@ def write_cells(path, dataset, counts, donors="d1", order=None, **obs):
 
 def sample(tmp_path, files, cells=1000, seed=0, shares=NATURAL, caps=None):
     drawn = SampleSettings(cells, shares, caps or {})
-    sample_cells(files, drawn, seed, tmp_path / "sampled.parquet", tmp_path / "diversity.tsv")
+    sample_cells(files, drawn, seed, tmp_path / "sampled.parquet", tmp_path / "diversity.json")
     return SAMPLED_CELLS.read(tmp_path / "sampled.parquet")
 
 
@@ -129,8 +129,9 @@ def test_sampling_groups_tissues_by_organ(tmp_path):
 def test_diversity_is_written(tmp_path):
     cells = write_cells(tmp_path / "in.h5ad", "s", np.ones((8, 2)), donors=["1", "2", "2", "2"] * 2)
     sample(tmp_path, [cells], cells=4, shares={"donor": 1})
-    table = pd.read_csv(tmp_path / "diversity.tsv", sep="\t").set_index("slot")
-    assert table.loc["donor"].tolist() == [2, 2, 0.8113, 1.0]
+    table = pd.DataFrame(read_json(tmp_path / "diversity.json")).set_index("slot")
+    columns = ["values_before", "values_after", "diversity_before", "diversity_after"]
+    assert table.loc["donor", columns].tolist() == [2, 2, 0.8113, 1.0]
 
 
 def test_the_table_does_not_depend_on_the_size_of_row_groups(tmp_path, monkeypatch):
@@ -296,7 +297,7 @@ def test_a_user_defined_split_is_audited(tmp_path):
 def test_the_audit_includes_the_diversity(tmp_path):
     cells = write_cells(tmp_path / "in.h5ad", "s", np.eye(20), donors=[str(i // 2) for i in range(20)])
     sampled = sample(tmp_path, [cells])
-    _, audit = split(tmp_path, sampled, diversity_file=tmp_path / "diversity.tsv")
+    _, audit = split(tmp_path, sampled, diversity_file=tmp_path / "diversity.json")
     donors = next(row for row in audit["diversity"] if row["slot"] == "donor")
     assert donors == {
         "slot": "donor", "values_before": 10, "values_after": 10, "diversity_before": 1.0, "diversity_after": 1.0

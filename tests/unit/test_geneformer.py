@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
+from cell2text import contracts
 from cell2text.contracts import EMBEDDINGS, TOKENS
 from cell2text.embedding.embed_genes import embed_genes, read_rows
 from cell2text.embedding.encoders import load_encoder
@@ -137,16 +138,16 @@ def test_an_official_folder_is_fetched_without_its_pickles(tmp_path, as_bin):
     fetch_encoder(str(folder), tmp_path / "models/tiny")
     fetched = tmp_path / "models/tiny"
     assert sorted(path.name for path in fetched.iterdir()) == [
-        "config.json", "encoder.json", "genes.tsv", "model.safetensors", "source.json",
+        "config.json", "encoder.json", "genes.parquet", "model.safetensors", "source.json",
     ]  # fmt: skip
     source = read_json(fetched / "source.json")
     assert source["licence"] == "apache-2.0" and source["source"] == str(folder)
-    assert set(source["sha256"]) == {"config.json", "encoder.json", "genes.tsv", "model.safetensors"}
+    assert set(source["sha256"]) == {"config.json", "encoder.json", "genes.parquet", "model.safetensors"}
     weights = load_file(fetched / "model.safetensors")
     assert all(torch.equal(weights[f"bert.{name}"], value) for name, value in model.bert.state_dict().items())
     assert read_json(fetched / "encoder.json")["special"] == V2
-    table = (fetched / "genes.tsv").read_text().splitlines()
-    assert table[:2] == ["token\tgene_id\tsymbol\tmedian", "7\tCD3E\tCD3E\t4.0"] and len(table) == GENES + 2
+    table = contracts.GENES.read(fetched / "genes.parquet")
+    assert table.iloc[0].tolist() == [7, "CD3E", "CD3E", 4.0] and len(table) == GENES + 1
 
 
 def test_the_encoder_of_a_run_links_the_checkpoint_and_embeds_shards(tmp_path):

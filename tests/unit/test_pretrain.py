@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
+from cell2text import contracts
 from cell2text.contracts import CELLS, HISTORY, TOKENS
 from cell2text.embedding.encoders import load_encoder, masked_genes, pretrain
 from cell2text.embedding.encoders.masked_genes import Batch, Cells, MaskedGenes, batches
@@ -32,7 +33,9 @@ def write_corpus(folder, cells=64):
     TOKENS.write(pd.DataFrame({"cell_id": ids, "tokens": lists, "expression": expression}), folder / "tokens.parquet")
     corpus = pd.DataFrame({"cell_id": ids, "split": ["validation" if i % 4 < 2 else "train" for i in range(cells)]})
     CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), folder / "cells.parquet")
-    pd.DataFrame({"token": range(GENES)}).to_csv(folder / "genes.tsv", sep="\t")
+    names = [f"gene{i}" for i in range(GENES)]
+    genes = pd.DataFrame({"token": range(GENES), "gene_id": names, "symbol": names, "median": 1.0})
+    contracts.GENES.write(genes, folder / "genes.parquet")
     return [RankedSplit([folder / "tokens.parquet"], folder / "cells.parquet", name, GENES) for name in SPLITS]
 
 
@@ -273,7 +276,7 @@ def test_cells_longer_than_the_models_input_are_truncated(tmp_path):
 
 def test_the_rule_writes_the_model_and_its_history(tmp_path):
     write_corpus(tmp_path)
-    paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.tsv", "tokens.parquet", "encoder")]
+    paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.parquet", "tokens.parquet", "encoder")]
     fit_encoder(paths[0], paths[1], [paths[2]], paths[3], encoder_settings(**SETTINGS | {"top_k": 4}), seed=0)
     history = HISTORY.read(tmp_path / "encoder/history.parquet")
     assert set(history["stage"]) == {"pretrain"} and history["align_loss"].isna().all()

@@ -37,7 +37,7 @@ def write_corpus(path, splits):
 
 
 def read_genes_table(path):
-    return pd.read_csv(path, sep="\t", keep_default_na=False, float_precision="round_trip")
+    return GENES.read(path)
 
 
 def rank_by_loop(counts, token, median):
@@ -53,9 +53,9 @@ def test_medians_are_over_training_cells_that_express_the_gene(tmp_path):
     a = write_cells(tmp_path / "a.h5ad", "a", [[1, 0, 3], [6, 2, 2], [5, 5, 0]], ["B", "A", "C"])
     b = write_cells(tmp_path / "b.h5ad", "b", [[1, 1], [0, 7]], ["D", "B"])
     splits = {"a|0": "train", "a|1": "train", "a|2": "test", "b|0": "train", "b|1": "validation"}
-    measure_genes(write_corpus(tmp_path / "corpus.parquet", splits), [a, b], tmp_path / "genes.tsv")
-    genes = read_genes_table(tmp_path / "genes.tsv")
-    assert tuple(genes) == GENES
+    measure_genes(write_corpus(tmp_path / "corpus.parquet", splits), [a, b], tmp_path / "genes.parquet")
+    genes = read_genes_table(tmp_path / "genes.parquet")
+    assert list(genes) == list(GENES.columns)
     assert genes["gene_id"].tolist() == ["A", "B", "C", "D"]
     assert genes["token"].tolist() == [0, 1, 2, 3]
     assert genes["symbol"].tolist() == ["S-A", "S-B", "S-C", "S-D"]
@@ -66,9 +66,9 @@ def test_medians_are_over_training_cells_that_express_the_gene(tmp_path):
 def test_a_gene_without_counts_in_training_has_no_token(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 0, 1], [1, 4, 0]], ["A", "B", "C"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train", "a|1": "test"})
-    measure_genes(corpus, [cells], tmp_path / "genes.tsv")
-    assert read_genes_table(tmp_path / "genes.tsv")["gene_id"].tolist() == ["A", "C"]
-    rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
+    measure_genes(corpus, [cells], tmp_path / "genes.parquet")
+    assert read_genes_table(tmp_path / "genes.parquet")["gene_id"].tolist() == ["A", "C"]
+    rank_genes(corpus, cells, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet")
     assert [list(tokens) for tokens in ranked["tokens"]] == [[0, 1], [0]]
     # The total of a cell includes genes without a token.
@@ -171,13 +171,13 @@ def test_real_cells_are_ranked_as_in_a_plain_loop_for_any_blocks(tmp_path, monke
     cells = write_cells(tmp_path / "a.h5ad", "a", counts, list(logs.var_names))
     order = np.random.default_rng(0).permutation(60)
     corpus = write_corpus(tmp_path / "corpus.parquet", {f"a|{i}": "train" if i % 3 else "test" for i in order[:50]})
-    measure_genes(corpus, [cells], tmp_path / "genes.tsv")
-    rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
+    measure_genes(corpus, [cells], tmp_path / "genes.parquet")
+    rank_genes(corpus, cells, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet")
     in_file = sorted(order[:50])
     assert ranked["cell_id"].tolist() == [f"a|{i}" for i in in_file]
 
-    genes = read_genes_table(tmp_path / "genes.tsv").set_index("gene_id")
+    genes = read_genes_table(tmp_path / "genes.parquet").set_index("gene_id")
     token = genes["token"].reindex(logs.var_names).fillna(-1).astype(int).to_numpy()
     expected = rank_by_loop(sparse.csr_matrix(counts), token, genes["median"].to_numpy())
     assert [list(tokens) for tokens in ranked["tokens"]] == [expected[i] for i in in_file]
@@ -188,9 +188,9 @@ def test_real_cells_are_ranked_as_in_a_plain_loop_for_any_blocks(tmp_path, monke
     assert genes["median"].to_dict() == pytest.approx(medians, rel=1e-6)
 
     monkeypatch.setattr(ranking, "read_blocks", lambda path, ids, blocks=ranking.read_blocks: blocks(path, ids, 7))
-    measure_genes(corpus, [cells], tmp_path / "genes2.tsv")
-    rank_genes(corpus, cells, tmp_path / "genes2.tsv", tmp_path / "tokens2.parquet")
-    assert (tmp_path / "genes.tsv").read_bytes() == (tmp_path / "genes2.tsv").read_bytes()
+    measure_genes(corpus, [cells], tmp_path / "genes2.parquet")
+    rank_genes(corpus, cells, tmp_path / "genes2.parquet", tmp_path / "tokens2.parquet")
+    assert (tmp_path / "genes.parquet").read_bytes() == (tmp_path / "genes2.parquet").read_bytes()
     pd.testing.assert_frame_equal(TOKENS.read(tmp_path / "tokens2.parquet"), ranked)
     assert [len(part) for part in TOKENS.read_parts(tmp_path / "tokens2.parquet")] == [
         sum(i // 7 == block for i in in_file) for block in range(9)
@@ -201,31 +201,31 @@ def test_a_dataset_without_cells_in_the_corpus_gives_an_empty_table(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 2]], ["A", "B"])
     other = write_cells(tmp_path / "b.h5ad", "b", [[1, 2]], ["A", "B"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train"})
-    measure_genes(corpus, [cells, other], tmp_path / "genes.tsv")
-    rank_genes(corpus, other, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
+    measure_genes(corpus, [cells, other], tmp_path / "genes.parquet")
+    rank_genes(corpus, other, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
     assert len(TOKENS.read(tmp_path / "tokens.parquet")) == 0
 
 
 def test_genes_named_na_or_nan_keep_their_names(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 2]], ["NA", "nan"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train"})
-    measure_genes(corpus, [cells], tmp_path / "genes.tsv")
-    rank_genes(corpus, cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
+    measure_genes(corpus, [cells], tmp_path / "genes.parquet")
+    rank_genes(corpus, cells, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
     assert [list(tokens) for tokens in TOKENS.read(tmp_path / "tokens.parquet")["tokens"]] == [[0, 1]]
 
 
 def write_dictionary(path, *rows):
-    pd.DataFrame(rows, columns=list(GENES)).to_csv(path, sep="\t", index=False)
+    GENES.write(pd.DataFrame(rows, columns=list(GENES.columns)), path)
     return path
 
 
 def test_genes_with_the_same_token_are_summed_and_the_total_is_unchanged(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 4, 3, 2, 0], [0, 5, 0, 5, 9]], ["old", "B", "new", "C", "none"])
     rows = [(7, "new", "N", 2.0), (7, "old", "N", 2.0), (4, "B", "B", 1.0), (5, "C", "C", 1.0), (6, "D", "D", 9.0)]
-    look_up_genes(write_dictionary(tmp_path / "d.tsv", *rows), [cells], tmp_path / "genes.tsv")
-    assert read_genes_table(tmp_path / "genes.tsv")["gene_id"].tolist() == ["B", "C", "new", "old"]
+    look_up_genes(write_dictionary(tmp_path / "d.tsv", *rows), [cells], tmp_path / "genes.parquet")
+    assert read_genes_table(tmp_path / "genes.parquet")["gene_id"].tolist() == ["B", "C", "new", "old"]
     write_corpus(tmp_path / "corpus.parquet", {"a|0": "train", "a|1": "test"})
-    rank_genes(tmp_path / "corpus.parquet", cells, tmp_path / "genes.tsv", tmp_path / "tokens.parquet")
+    rank_genes(tmp_path / "corpus.parquet", cells, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet").set_index("cell_id")
     # (1 + 3) / 2 ties with 2 / 1, so the lower token comes first; the total includes the counts of "none"
     assert ranked["tokens"]["a|0"].tolist() == [4, 5, 7] and ranked["tokens"]["a|1"].tolist() == [4, 5]
@@ -246,5 +246,5 @@ def test_a_dataset_with_too_few_known_genes_is_an_error(tmp_path):
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1] * 12], [f"mouse{i}" for i in range(12)])
     dictionary = write_dictionary(tmp_path / "d.tsv", (0, "mouse3", "mouse3", 1.0))
     with pytest.raises(InputError, match=r"a.h5ad: var: the encoder knows only 8.3% of the genes \(mouse0"):
-        look_up_genes(dictionary, [cells], tmp_path / "genes.tsv")
-    assert not (tmp_path / "genes.tsv").exists()
+        look_up_genes(dictionary, [cells], tmp_path / "genes.parquet")
+    assert not (tmp_path / "genes.parquet").exists()

@@ -112,8 +112,8 @@ def with_geneformer(finished, tmp_path_factory):
     """A copy of the finished run that uses a tiny Geneformer with its genes and computes gene vectors on the fly."""
     folder = tmp_path_factory.mktemp("geneformer") / "work"
     shutil.copytree(finished, folder, symlinks=True)
-    shutil.rmtree(folder / "results/tiny/genes.tsv", ignore_errors=True)
-    symbols = pd.read_csv(finished / "results/tiny/genes.tsv", sep="\t", keep_default_na=False)["symbol"]
+    shutil.rmtree(folder / "results/tiny/genes.parquet", ignore_errors=True)
+    symbols = pd.read_parquet(finished / "results/tiny/genes.parquet")["symbol"]
     write_checkpoint(folder / "repository/Geneformer-tiny", V2, symbols=tuple(symbols), positions=64)
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
     settings(folder, "kind: coexpression", encoder)
@@ -130,7 +130,7 @@ def test_a_run_with_geneformer_and_without_cached_vectors(with_geneformer):
     assert (results / "encoder/model.safetensors").is_symlink()
     tensors, ids = EMBEDDINGS.read(results / "embeddings/pbmc68k/0.safetensors", [*EMBEDDINGS.tensors, "cls"])
     assert tensors["gene_vectors"].shape == (len(ids), 0, 16) and tensors["cls"].any(axis=1).all()
-    genes = pd.read_csv(results / "genes.tsv", sep="\t", keep_default_na=False)
+    genes = pd.read_parquet(results / "genes.parquet")
     assert genes["token"].min() == 4 and genes["gene_id"].isin(genes["symbol"]).all()
     rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
     cells = pd.read_parquet(results / "corpus/cells.parquet")

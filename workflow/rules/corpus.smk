@@ -10,7 +10,7 @@ rule sample_cells:
         cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
     output:
         cells="<results>/corpus/sampled.parquet",
-        diversity="<results>/corpus/diversity.tsv",
+        diversity="<results>/corpus/diversity.json",
     log:
         "<logs>/sample_cells.log",
     benchmark:
@@ -40,7 +40,7 @@ rule split_donors:
         # a split given by the user is a table
         [config["split"]] if config["split"].endswith(".tsv") else [],
         cells="<results>/corpus/sampled.parquet",
-        diversity="<results>/corpus/diversity.tsv",
+        diversity="<results>/corpus/diversity.json",
     output:
         cells="<results>/corpus/cells.parquet",
         audit="<results>/corpus/audit.json",

@@ -2,7 +2,7 @@
 From counts to vectors: ranked genes of each cell, and one vector per gene.
 
 Inputs: <results>/cells/, <results>/corpus/cells.parquet.
-Outputs: <results>/genes.tsv, <results>/tokens/, <results>/encoder/, <results>/embeddings/.
+Outputs: <results>/genes.parquet, <results>/tokens/, <results>/encoder/, <results>/embeddings/.
 """
 
 
@@ -12,7 +12,7 @@ rule measure_genes:
         cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
         encoder=FETCHED_ENCODER,
     output:
-        genes="<results>/genes.tsv",
+        genes="<results>/genes.parquet",
     log:
         "<logs>/measure_genes.log",
     benchmark:
@@ -35,7 +35,7 @@ rule rank_genes:
     input:
         corpus="<results>/corpus/cells.parquet",
         cells="<results>/cells/{dataset}.h5ad",
-        genes="<results>/genes.tsv",
+        genes="<results>/genes.parquet",
     output:
         tokens="<results>/tokens/{dataset}.parquet",
     log:
@@ -59,7 +59,7 @@ rule rank_genes:
 rule fit_encoder:
     input:
         corpus="<results>/corpus/cells.parquet",
-        genes="<results>/genes.tsv",
+        genes="<results>/genes.parquet",
         tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
         fetched=FETCHED_ENCODER,
     output:

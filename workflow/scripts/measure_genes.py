@@ -9,7 +9,7 @@ from cell2text.job import run_job
 def main(snakemake):
     """Run the rule."""
     if snakemake.input.encoder:
-        look_up_genes(Path(snakemake.input.encoder[0], "genes.tsv"), snakemake.input.cells, snakemake.output.genes)
+        look_up_genes(Path(snakemake.input.encoder[0], "genes.parquet"), snakemake.input.cells, snakemake.output.genes)
     else:
         measure_genes(snakemake.input.corpus, snakemake.input.cells, snakemake.output.genes)
 

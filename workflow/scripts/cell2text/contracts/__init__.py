@@ -72,9 +72,16 @@ DESCRIPTIONS = TableContract(
     {"cell_id": TEXT, "split": TEXT, **_SLOTS, "definition": TEXT, "text": TEXT},
     key="cell_id",
 )
-# genes.tsv: token (from 0, in the order of gene_id), Ensembl id or else symbol, symbol, and median of the non-zero
-# counts per 10,000 over the training cells
-GENES = ("token", "gene_id", "symbol", "median")
+GENES = TableContract(
+    "the tokens of genes",
+    {
+        "token": pa.int32(),  # from 0, in the order of gene_id
+        "gene_id": TEXT,  # Ensembl id, or else symbol
+        "symbol": TEXT,
+        "median": pa.float64(),  # of the non-zero counts per 10,000 over the training cells
+    },
+    key="gene_id",
+)
 TOKENS = TableContract(
     "ranked genes",
     {"cell_id": TEXT, "tokens": pa.list_(pa.int32()), "expression": pa.list_(pa.float32())},

@@ -16,7 +16,7 @@ from cell2text.cells.sampling import draw_sample, measure_diversity
 from cell2text.contracts import SAMPLED_CELLS
 from cell2text.contracts.table import hash_ids
 from cell2text.corpus.duplicates import hash_counts
-from cell2text.files import whole_file
+from cell2text.files import write_json
 from cell2text.ontology import live_terms
 from cell2text.progress import Progress
 from cell2text.settings import SampleSettings
@@ -49,7 +49,7 @@ def sample_cells(
     path
         Where to write the table (``contracts.SAMPLED_CELLS``), in the order of the files.
     diversity_file
-        Where to write the diversity before and after sampling, as TSV (``sampling.measure_diversity``).
+        Where to write the diversity before and after sampling, as JSON (``sampling.measure_diversity``).
     """
     cell_files = list(cell_files)
     known = _stack([read_labels(file)[DRAWN_BY] for file in cell_files])
@@ -70,8 +70,7 @@ def sample_cells(
     chosen[by_id[drawn]] = True
     del known, by_id, drawn
     SAMPLED_CELLS.write_parts(_hash_cells(cell_files, chosen), path)
-    with whole_file(diversity_file) as unfinished:
-        diversity.to_csv(unfinished, sep="\t", index=False, float_format="%.4f")
+    write_json(diversity.round(4).to_dict("records"), diversity_file)
 
 
 def _hash_cells(cell_files: Sequence[str | Path], chosen: np.ndarray) -> Iterator[pd.DataFrame]:

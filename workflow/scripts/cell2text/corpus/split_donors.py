@@ -14,7 +14,7 @@ from cell2text.corpus.audit import audit_split
 from cell2text.corpus.duplicates import find_pairs, join_cells
 from cell2text.corpus.splits import GROUPS, TEST, assign_cells, assign_groups, read_split
 from cell2text.errors import InputError
-from cell2text.files import write_json
+from cell2text.files import read_json, write_json
 
 log = logging.getLogger("cell2text.corpus")
 
@@ -75,7 +75,7 @@ def split_donors(
     cells["split"] = pd.Categorical.from_codes(codes, SPLITS)
     audit = audit_split(cells, split, shares if split in (*GROUPS, "cells") else {}, held_out)
     if diversity_file is not None:
-        audit["diversity"] = pd.read_csv(diversity_file, sep="\t").to_dict("records")
+        audit["diversity"] = read_json(diversity_file)
     log.info("%s", ", ".join(f"{name} {audit['cells'][name]}" for name in SPLITS))
     for guarantee in audit["guarantees"]:
         log.info("%s: %s (%s)", guarantee["claim"], "holds" if guarantee["holds"] else "fails", guarantee["detail"])

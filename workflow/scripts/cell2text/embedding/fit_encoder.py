@@ -4,9 +4,9 @@ import logging
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pyarrow.parquet as pq
 
+from cell2text.contracts import GENES
 from cell2text.embedding.encoders import encoder_class
 from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.files import whole_folder
@@ -39,7 +39,7 @@ def fit_encoder(
     fetched
         Directory of the fetched encoder, if the encoder is a pretrained checkpoint.
     """
-    vocabulary = int(pd.read_csv(genes, sep="\t", usecols=["token"])["token"].max()) + 1
+    vocabulary = int(GENES.read(genes)["token"].max()) + 1
     train, validation = (RankedSplit(tokens, corpus, split, vocabulary) for split in ("train", "validation"))
     checkpoint = None if fetched is None else Path(fetched)
     kind = encoder_class(settings.kind)

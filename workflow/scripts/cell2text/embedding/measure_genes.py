@@ -10,9 +10,8 @@ import pandas as pd
 
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import GENES
-from cell2text.embedding.rank_genes import read_gene_tokens, scale_counts
+from cell2text.embedding.rank_genes import scale_counts
 from cell2text.errors import InputError
-from cell2text.files import whole_file
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.embedding")
@@ -35,7 +34,7 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
     cell_files
         Filtered counts of each dataset.
     path
-        Where to write the table (``contracts.GENES``), as TSV.
+        Where to write the table (``contracts.GENES``).
     """
     cell_files = list(cell_files)
     genes = name_genes(cell_files)
@@ -52,8 +51,7 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
     median = median_of_each(read, len(genes))
     seen = genes.assign(median=median)[median > 0].reset_index(names="gene_id")
     log.info("%d of %d genes are expressed in training cells", len(seen), len(genes))
-    with whole_file(path) as unfinished:
-        seen.assign(token=np.arange(len(seen)))[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+    GENES.write(seen.assign(token=np.arange(len(seen))), path)
 
 
 def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
@@ -73,7 +71,7 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
     InputError
         If the encoder knows less than 10% of a dataset's genes.
     """
-    known = read_gene_tokens(dictionary)
+    known = GENES.read(dictionary).set_index("gene_id")
     cell_files = list(cell_files)
     for file in cell_files:
         genes = read_genes(file).index
@@ -86,9 +84,8 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
                 "Use Ensembl ids, or set a gene table under `genes` in the config",
             )
     measured = name_genes(cell_files)
-    with whole_file(path) as unfinished:
-        seen = known[known.index.isin(measured.index)].reset_index().sort_values(["token", "gene_id"])
-        seen[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+    seen = known[known.index.isin(measured.index)].reset_index()
+    GENES.write(seen.sort_values(["token", "gene_id"]), path)
 
 
 def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:

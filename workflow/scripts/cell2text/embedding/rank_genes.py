@@ -11,22 +11,16 @@ from pathlib import Path
 
 import numba
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
-from cell2text.contracts import TOKENS
+from cell2text.contracts import GENES, TOKENS
 
 log = logging.getLogger("cell2text.embedding")
 
 SCALE = 1e4
 CELLS_PER_CHUNK = 256  # the work unit of a thread: milliseconds
-
-
-def read_gene_tokens(path: str | Path) -> pd.DataFrame:
-    """Return a gene table (``contracts.GENES``) indexed by ``gene_id``."""
-    return pd.read_csv(path, sep="\t", keep_default_na=False, float_precision="round_trip").set_index("gene_id")
 
 
 def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
@@ -54,7 +48,7 @@ def rank_genes(
     threads
         Number of threads; they do not change the result.
     """
-    genes = read_gene_tokens(genes_file)
+    genes = GENES.read(genes_file).set_index("gene_id")
     token = genes["token"].reindex(read_genes(cells_file).index).fillna(-1).to_numpy(dtype=np.int32)
     median = np.full(genes["token"].max() + 1, np.nan)
     median[genes["token"]] = genes["median"]

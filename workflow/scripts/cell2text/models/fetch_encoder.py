@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+from cell2text.contracts import GENES
 from cell2text.errors import InputError
 from cell2text.files import read_json, reason, whole_folder, write_json
 from cell2text.models.gene_dictionaries import PLACES, SAME_SERIES, find_dictionaries
@@ -25,7 +26,7 @@ WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 def fetch_encoder(source: str, directory: str | Path) -> None:
     """Fetch a Geneformer checkpoint and store it with its gene table, without any pickles.
 
-    The directory holds ``config.json``, ``model.safetensors``, ``genes.tsv`` (``contracts.GENES``, one row per gene
+    The directory holds ``config.json``, ``model.safetensors``, ``genes.parquet`` (``contracts.GENES``, one row per gene
     name), ``encoder.json`` and ``source.json``. It is written atomically, and never over a model from another source.
 
     Parameters
@@ -53,7 +54,7 @@ def fetch_encoder(source: str, directory: str | Path) -> None:
         if pad != special["pad"]:
             raise InputError(checkpoint / "config.json", f"pad_token_id is {pad}, not {special['pad']}", SAME_SERIES)
         shutil.copyfile(checkpoint / "config.json", model / "config.json")
-        dictionaries.table().to_csv(model / "genes.tsv", sep="\t", index=False)
+        GENES.write(dictionaries.table(), model / "genes.parquet")
         about = {"kind": "geneformer", "layer": -2, "special": special, "dimensions": config["hidden_size"]}
         write_json(about, model / "encoder.json")
         write_json({"source": source, "licence": licence}, model / "source.json")

@@ -122,7 +122,7 @@ class GeneDictionaries:
             (self.tokens[gene], name, symbol.get(gene, gene), self.medians[gene])
             for name, gene in sorted((genes | known).items())
         ]
-        return pd.DataFrame(rows, columns=list(GENES))
+        return pd.DataFrame(rows, columns=list(GENES.columns))
 
 
 def find_dictionaries(checkpoint: Path, vocabulary: int) -> GeneDictionaries:
