@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,12 +7,14 @@ import scanpy as sc
 import scipy.sparse
 from sklearn.neighbors import KNeighborsClassifier
 
+from cell2text.cells.h5ad import write_cells
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, PREDICTIONS, TERMS
 from cell2text.errors import InputError
+from cell2text.evaluation.baselines import pca_logistic
 from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.evaluation.baselines.majority import predict_majority
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
-from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic, read_raw_counts
+from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic, read_logs
 from cell2text.evaluation.baselines.slots import read_pooled
 from cell2text.grammar import Slots, Terms, parse, render, with_definition
 from cell2text.ontology import slot_terms
@@ -68,6 +69,12 @@ def write_embeddings(path, cell_ids, pooled):
     EMBEDDINGS.write(tensors, list(cell_ids), path)
 
 
+def write_counts(path, counts, cell_ids, genes):
+    var = pd.DataFrame({"symbol": list(genes)}, index=pd.Index(list(genes), name="gene_id"))
+    counts = scipy.sparse.csr_matrix(counts, dtype=np.float32)
+    write_cells(path, [counts], [np.asarray(cell_ids, dtype=object)], pd.DataFrame(index=range(len(cell_ids))), var, {})
+
+
 @pytest.fixture(scope="module")
 def blood(tmp_path_factory):
     """Real blood cells: counts in two files with different genes, and principal components as embeddings."""
@@ -86,11 +93,7 @@ def blood(tmp_path_factory):
         disease=[NORMAL] * 700,
     )
     for name, rows, genes in (("a", slice(0, 400), slice(0, 700)), ("b", slice(400, 700), slice(50, 765))):
-        ad.AnnData(
-            scipy.sparse.csr_matrix(counts[rows, genes]),
-            obs=pd.DataFrame(index=table["cell_id"][rows].to_numpy()),
-            var=pd.DataFrame(index=cells.raw.var_names[genes]),
-        ).write_h5ad(folder / f"{name}.h5ad")
+        write_counts(folder / f"{name}.h5ad", counts[rows, genes], table["cell_id"][rows], cells.raw.var_names[genes])
     pooled = sc.pp.pca(log_counts, n_comps=32, random_state=0)
     write_embeddings(folder / "b.safetensors", table["cell_id"][400:], pooled[400:])
     write_embeddings(folder / "a.safetensors", table["cell_id"][:400], pooled[:400])
@@ -200,20 +203,41 @@ def test_the_knn_vote_equals_that_of_scikit_learn(blood, predictions):
     assert predicted["cell_type_confidence"].to_numpy() == pytest.approx(expected)
 
 
-def test_counts_of_studies_with_different_genes(tmp_path):
-    one = ad.AnnData(scipy.sparse.csr_matrix([[1, 2], [3, 4]]))
-    one.obs_names, one.var_names = ["x", "y"], ["GENE2", "GENE1"]
-    two = ad.AnnData(scipy.sparse.csr_matrix([[5, 6]]))
-    two.obs_names, two.var_names = ["z"], ["GENE3", "GENE2"]
-    one.write_h5ad(tmp_path / "one.h5ad")
-    two.write_h5ad(tmp_path / "two.h5ad")
+def test_log_counts_of_studies_with_different_genes(tmp_path):
+    write_counts(tmp_path / "one.h5ad", [[1, 2], [3, 4]], ["x", "y"], ["GENE2", "GENE1"])
+    write_counts(tmp_path / "two.h5ad", [[5, 6]], ["z"], ["GENE3", "GENE2"])
     files = [tmp_path / "two.h5ad", tmp_path / "one.h5ad"]
-    counts = read_raw_counts(files, pd.Series(["z", "y"]))
-    assert scipy.sparse.issparse(counts.X)
-    found = counts.to_df().loc[["y", "z"], ["GENE1", "GENE2", "GENE3"]]
-    assert found.to_numpy().tolist() == [[4, 3, 0], [0, 6, 5]]
-    with pytest.raises(InputError, match=r"cells with a description are missing \(1, such as w\)"):
-        read_raw_counts(files, pd.Series(["z", "w"]))
+    genes = pd.Index(["GENE1", "GENE2", "GENE3"])
+    found = {ids[0]: logs.toarray()[0] for ids, logs in read_logs(files, pd.Series(["z", "y"]), genes)}
+    assert set(found) == {"y", "z"}
+    np.testing.assert_allclose(found["y"], np.log1p([4e4 / 7, 3e4 / 7, 0]), rtol=1e-6)
+    np.testing.assert_allclose(found["z"], np.log1p([0, 6e4 / 11, 5e4 / 11]), rtol=1e-6)
+
+
+def test_a_cell_without_counts_is_reported(blood, tmp_path):
+    folder, _, _ = blood
+    corpus = [folder / "descriptions.parquet", folder / "terms.parquet"]
+    with pytest.raises(InputError, match="cells with a description are missing"):
+        predict_pca_logistic(*corpus, [folder / "a.h5ad"], tmp_path / "out.parquet", seed=0)
+
+
+def test_the_regression_is_fitted_on_a_sample_of_many_training_cells(blood, predictions, tmp_path, monkeypatch):
+    folder, table, _ = blood
+    read = []
+
+    def record(files, cell_ids, genes):
+        read.append(len(cell_ids))
+        return read_logs(files, cell_ids, genes)
+
+    monkeypatch.setattr(pca_logistic, "read_logs", record)
+    monkeypatch.setattr(pca_logistic, "MOST_CELLS", 300)
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "pca_logistic.parquet").unlink()
+    few = predict("pca_logistic", tmp_path)
+    assert read == [300, (table["split"] != "train").sum()]
+    assert list(few.index) == list(predictions["pca_logistic"].index)
+    assert (few["cell_type_id"] == predictions["pca_logistic"]["cell_type_id"]).mean() > 0.8
 
 
 def test_nearest_text_copies_the_whole_description_of_the_nearest_cell_by_cosine(tmp_path):

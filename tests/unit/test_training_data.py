@@ -145,17 +145,20 @@ def test_gene_vectors_computed_on_the_fly_equal_stored_ones(files, tiny_model):
     fresh = [str(files / f"fresh{shard}.safetensors") for shard in range(2)]
     fresh = Embeddings(fresh, str(files / "encoder"), [str(files / "tokens.parquet")], top_k=4)
     ids, rows = [f"study|{i}" for i in (29, 3, 14, 0, 15)], np.array([4, 0, 2, 2])
-    for reads in ("pooled", "gene_vectors"):
-        saved, computed = (some.vectors(ids, reads) for some in (stored, fresh))
-        assert len(saved) == len(computed) == 5
-        assert all(map(torch.equal, saved[rows], computed[rows])) == (reads != "pooled")
-        assert torch.equal(saved[rows][0], computed[rows][0])
-    assert saved[rows][0].shape == (4, 4, 6) and saved[rows][1].tolist() == [3, 4, 4, 4]
-    with pytest.raises(InputError, match="1 cells are missing, such as x"):
-        fresh.vectors(["study|1", "x"], "gene_vectors")
     mlp = PROJECTOR | {"kind": "mlp"}
-    first = finetune(files, tiny_model, "first", stored, mlp, epochs=2)
-    second = finetune(files, tiny_model, "second", fresh, mlp, epochs=2)
+    with fresh.with_store() as stocked, stored.with_store() as same:
+        assert same is stored
+        for reads in ("pooled", "gene_vectors"):
+            saved, computed = (some.vectors(ids, reads) for some in (stored, stocked))
+            assert len(saved) == len(computed) == 5
+            assert all(map(torch.equal, saved[rows], computed[rows])) == (reads != "pooled")
+            assert torch.equal(saved[rows][0], computed[rows][0])
+        assert saved[rows][0].shape == (4, 4, 6) and saved[rows][1].tolist() == [3, 4, 4, 4]
+        with pytest.raises(InputError, match="1 cells have no ranked genes, such as x"):
+            stocked.vectors(["study|1", "x"], "gene_vectors")
+        first = finetune(files, tiny_model, "first", stored, mlp, epochs=2)
+        second = finetune(files, tiny_model, "second", stocked, mlp, epochs=2)
+    assert not stocked.store.exists()
     assert losses(first).equals(losses(second)) and weights(first) == weights(second)
 
 

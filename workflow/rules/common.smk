@@ -50,12 +50,15 @@ FETCHED_ENCODER = [
     for kind in [config["encoder"]["kind"]]
     if kind == "geneformer"
 ]
-# Ranked genes from which later rules compute gene vectors on the fly, or nothing if the vectors are stored.
+# Ranked genes from which later rules compute gene vectors on the fly; nothing if the vectors are stored, or if the
+# projector reads only pooled vectors, which are always stored.
 TOKENS_ON_THE_FLY = (
     []
-    if config["encoder"]["cache"]
+    if config["encoder"]["cache"] or config["projector"]["kind"] == "pooled"
     else collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS)
 )
+# Whether the encoder is a neural network; fitting and embedding by coexpression is numpy's work.
+ENCODER_GPU = int(config["encoder"]["kind"] in ("geneformer", "pretrain"))
 
 
 wildcard_constraints:
@@ -65,8 +68,8 @@ wildcard_constraints:
 
 
 def on_the_fly(wildcards, input):
-    """Return the arguments for computing gene vectors on the fly; empty if they are stored."""
-    if config["encoder"]["cache"]:
+    """Return the arguments for computing gene vectors on the fly; empty if no rule does."""
+    if not TOKENS_ON_THE_FLY:
         return {}
     top_k = config["encoder"]["top_k"]
     return {"encoder": input.encoder, "tokens": list(input.tokens), "top_k": top_k}

@@ -101,7 +101,7 @@ rule embed_genes:
     resources:
         mem_mb=mem_from_input,
         runtime=hours(2),
-        gpu=1,
+        gpu=ENCODER_GPU,
     params:
         shard=lambda wildcards: int(wildcards.shard),
         shards=lookup("shards", within=config),

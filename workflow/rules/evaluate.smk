@@ -159,6 +159,8 @@ rule baseline_aligned:
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=hours(1),
+        # the projector is small, but gene vectors computed on the fly need the encoder
+        gpu=ENCODER_GPU if TOKENS_ON_THE_FLY else 0,
     params:
         on_the_fly=on_the_fly,
         library=library_version("baseline_aligned.py"),

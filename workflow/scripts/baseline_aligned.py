@@ -8,15 +8,17 @@ from cell2text.job import run_job
 
 def main(snakemake):
     """Run the rule."""
-    predict_aligned(
-        snakemake.input.model,
-        snakemake.input.language_model,
-        snakemake.input.corpus,
-        snakemake.input.terms,
-        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
-        snakemake.output.predictions,
-        splits=SPLITS[1:],
-    )
+    stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
+    with stored.with_store() as embeddings:
+        predict_aligned(
+            snakemake.input.model,
+            snakemake.input.language_model,
+            snakemake.input.corpus,
+            snakemake.input.terms,
+            embeddings,
+            snakemake.output.predictions,
+            splits=SPLITS[1:],
+        )
 
 
 if __name__ == "__main__":

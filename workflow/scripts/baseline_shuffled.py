@@ -9,17 +9,19 @@ from cell2text.settings import GenerateSettings
 
 def main(snakemake):
     """Run the rule."""
-    predict_shuffled(
-        snakemake.input.model,
-        snakemake.input.language_model,
-        snakemake.input.corpus,
-        snakemake.input.terms,
-        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
-        snakemake.output.predictions,
-        splits=SPLITS[1:],
-        settings=GenerateSettings(**snakemake.params.generate),
-        seed=snakemake.params.seed,
-    )
+    stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
+    with stored.with_store() as embeddings:
+        predict_shuffled(
+            snakemake.input.model,
+            snakemake.input.language_model,
+            snakemake.input.corpus,
+            snakemake.input.terms,
+            embeddings,
+            snakemake.output.predictions,
+            splits=SPLITS[1:],
+            settings=GenerateSettings(**snakemake.params.generate),
+            seed=snakemake.params.seed,
+        )
 
 
 if __name__ == "__main__":

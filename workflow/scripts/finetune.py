@@ -10,18 +10,20 @@ from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 def main(snakemake):
     """Run the rule."""
-    finetune(
-        snakemake.input.language_model,
-        snakemake.input.descriptions,
-        snakemake.input.terms,
-        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
-        snakemake.output.model,
-        projector=ProjectorSettings(**snakemake.params.projector),
-        settings=FinetuneSettings(**snakemake.params.finetune),
-        seed=snakemake.params.seed,
-        library=snakemake.params.library,
-        processes=snakemake.resources.gpu if torch.cuda.is_available() else 1,
-    )
+    stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
+    with stored.with_store() as embeddings:
+        finetune(
+            snakemake.input.language_model,
+            snakemake.input.descriptions,
+            snakemake.input.terms,
+            embeddings,
+            snakemake.output.model,
+            projector=ProjectorSettings(**snakemake.params.projector),
+            settings=FinetuneSettings(**snakemake.params.finetune),
+            seed=snakemake.params.seed,
+            library=snakemake.params.library,
+            processes=snakemake.resources.gpu if torch.cuda.is_available() else 1,
+        )
 
 
 if __name__ == "__main__":

@@ -8,16 +8,18 @@ from cell2text.settings import GenerateSettings
 
 def main(snakemake):
     """Run the rule."""
-    generate_descriptions(
-        snakemake.input.model,
-        snakemake.input.language_model,
-        snakemake.input.corpus,
-        snakemake.input.terms,
-        Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly),
-        snakemake.output.generations,
-        split=snakemake.wildcards.split,
-        settings=GenerateSettings(**snakemake.params.generate),
-    )
+    stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
+    with stored.with_store() as embeddings:
+        generate_descriptions(
+            snakemake.input.model,
+            snakemake.input.language_model,
+            snakemake.input.corpus,
+            snakemake.input.terms,
+            embeddings,
+            snakemake.output.generations,
+            split=snakemake.wildcards.split,
+            settings=GenerateSettings(**snakemake.params.generate),
+        )
 
 
 if __name__ == "__main__":

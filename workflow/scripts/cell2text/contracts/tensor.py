@@ -87,15 +87,23 @@ class TensorContract:
             If a cell is in none of the files.
         """
         paths, names, cell_ids = sorted(map(str, paths)), list(names), pd.Index(cell_ids)
-        parts = [self.read(path, names) for path in paths]
-        row = pd.Index([cell for _, cells in parts for cell in cells]).get_indexer(cell_ids)
-        if (row < 0).any():
+        wanted: dict[str, np.ndarray] = {}
+        absent = np.ones(len(cell_ids), dtype=bool)
+        for path in paths:  # one file in memory at a time
+            tensors, cells = self.read(path, names)
+            row = pd.Index(cells).get_indexer(cell_ids)
+            found = row >= 0
+            for name, tensor in tensors.items():
+                wanted.setdefault(name, np.empty((len(cell_ids), *tensor.shape[1:]), tensor.dtype))
+                wanted[name][found] = tensor[row[found]]
+            absent &= ~found
+        if absent.any():
             raise InputError(
                 ", ".join(paths),
-                f"{(row < 0).sum()} described cells are missing, such as {cell_ids[row < 0][0]}",
+                f"{absent.sum()} described cells are missing, such as {cell_ids[absent][0]}",
                 "Delete the files and run the workflow again",
             )
-        return {name: np.concatenate([tensors[name] for tensors, _ in parts])[row] for name in names}
+        return wanted
 
     def _check(self, tensors: dict[str, np.ndarray], cells: int, path: str | Path, partial: bool = False) -> None:
         known = self.tensors | self.optional

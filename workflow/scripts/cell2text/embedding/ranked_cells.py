@@ -1,15 +1,18 @@
 """Cells as lists of ranked genes in flat arrays, read in parts and without a loop over cells."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import scipy.sparse
 
 from cell2text.contracts import CELLS, TOKENS
 from cell2text.contracts.table import among, hash_ids
+from cell2text.errors import InputError
+from cell2text.files import writing
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,74 @@ class RankedCells:
         return scipy.sparse.csr_matrix((self.expression, self.tokens, self.offsets), shape=(len(self), genes))
 
 
-def join_cells(parts: Sequence[RankedCells]) -> RankedCells:
-    """Concatenate cells; there must be at least one part."""
-    lengths = np.concatenate([part.lengths for part in parts])
-    flat = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cell_ids", "tokens", "expression")]
-    return RankedCells(*flat, np.concatenate([[0], np.cumsum(lengths)]))
+def store_ranked(files: Iterable[str | Path], folder: str | Path) -> None:
+    """Copy ranked genes from compressed files to flat ones, from which single cells can be read; 8 bytes per gene.
+
+    Parameters
+    ----------
+    files
+        Files of ``contracts.TOKENS``, read in parts.
+    folder
+        An existing folder.
+
+    Raises
+    ------
+    InputError
+        If the disk is full.
+    """
+    folder, ids, lengths = Path(folder), [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
+    with writing(folder), (folder / "tokens").open("wb") as tokens, (folder / "expression").open("wb") as expression:
+        for path in files:
+            for table in TOKENS.read_arrow_parts(path):
+                part = RankedCells.of(table)
+                tokens.write(part.tokens.astype(np.int32).data)
+                expression.write(part.expression.astype(np.float32).data)
+                ids.append(hash_ids(part.cell_ids))
+                lengths.append(part.lengths)
+        np.save(folder / "ids.npy", np.concatenate(ids))
+        np.save(folder / "offsets.npy", np.cumsum(np.concatenate(lengths)))
+
+
+class RankedStore:
+    """Ranked genes of many cells in the files of :func:`store_ranked`, read by row and never in memory as a whole.
+
+    Parameters
+    ----------
+    folder
+        The folder given to :func:`store_ranked`.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.folder, self.hashes = folder, np.load(folder / "ids.npy")
+        self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        genes = int(self.offsets[-1])
+        self.tokens, self.expression = (
+            np.memmap(folder / name, dtype, "r", shape=(genes,)) if genes else np.empty(0, dtype)
+            for name, dtype in (("tokens", np.int32), ("expression", np.float32))
+        )
+
+    def find(self, cell_ids: Sequence[str]) -> np.ndarray:
+        """Return the row of each cell, int64.
+
+        Raises
+        ------
+        InputError
+            If a cell is not stored.
+        """
+        cell_ids = np.asarray(cell_ids, dtype=object)
+        row = pd.Index(self.hashes).get_indexer(hash_ids(cell_ids))
+        if (row < 0).any():
+            problem = f"{(row < 0).sum()} cells have no ranked genes, such as {cell_ids[row < 0][0]}"
+            raise InputError("tokens", problem, "Delete the folder and run the workflow again")
+        return row
+
+    def take(self, rows: np.ndarray) -> RankedCells:
+        """Return the cells of the given rows (int64), in that order; their ids are empty."""
+        starts, ends = self.offsets[rows], self.offsets[rows + 1]
+        offsets = np.concatenate([[0], np.cumsum(ends - starts)])
+        place = np.repeat(starts - offsets[:-1], np.diff(offsets)) + np.arange(offsets[-1])
+        return RankedCells(np.full(len(rows), ""), self.tokens[place], self.expression[place], offsets)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The vectors that a projector reads: in memory, read from files on demand, or computed on the fly."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cell2text.contracts import EMBEDDINGS, TOKENS
+from cell2text.contracts import EMBEDDINGS
 from cell2text.embedding.encoders import Encoder, load_encoder
-from cell2text.embedding.ranked_cells import RankedCells, join_cells
-from cell2text.errors import InputError
+from cell2text.embedding.ranked_cells import RankedStore, store_ranked
 
 
 class Vectors(Protocol):
@@ -78,19 +79,22 @@ class ComputedVectors:
     encoder
         Computes the vectors.
     cells
-        Ranked genes of the cells, in the order of their rows.
+        Ranked genes of all cells of the run.
+    cell_ids
+        Ids of the cells, in the order of their rows.
     top_k
         Gene vectors per cell.
     """
 
-    def __init__(self, encoder: Encoder, cells: RankedCells, top_k: int):
+    def __init__(self, encoder: Encoder, cells: RankedStore, cell_ids: Sequence[str], top_k: int):
         self.encoder, self.cells, self.top_k = encoder, cells, top_k
+        self.rows = cells.find(cell_ids)
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return len(self.rows)
 
     def __getitem__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        tensors = self.encoder.embed(self.cells.take(rows), self.top_k)
+        tensors = self.encoder.embed(self.cells.take(self.rows[rows]), self.top_k)
         return torch.from_numpy(tensors["gene_vectors"]).float(), torch.from_numpy(tensors["lengths"]).long()
 
 
@@ -105,12 +109,28 @@ class Embeddings:
     encoder, tokens, top_k
         Directory of the encoder, files of ``contracts.TOKENS`` and gene vectors per cell, if gene vectors are not
         stored but computed on the fly.
+    store
+        The ranked genes in those files as :func:`store_ranked` wrote them; see :meth:`with_store`.
     """
 
     files: Sequence[str]
     encoder: str | None = None
     tokens: Sequence[str] = ()
     top_k: int = 0
+    store: Path | None = None
+
+    @contextmanager
+    def with_store(self) -> Iterator["Embeddings"]:
+        """Yield these embeddings with the ranked genes in a temporary folder, where several processes can read them.
+
+        Nothing is written if gene vectors are not computed on the fly.
+        """
+        if self.encoder is None:
+            yield self
+            return
+        with tempfile.TemporaryDirectory(prefix="tokens-") as folder:
+            store_ranked(self.tokens, folder)
+            yield replace(self, store=Path(folder))
 
     def dimensions(self) -> int:
         """Return the number of dimensions of a vector."""
@@ -136,22 +156,6 @@ class Embeddings:
             return InMemoryVectors(torch.from_numpy(tensors["pooled"]), torch.from_numpy(tensors["lengths"]).long())
         if self.encoder is None:
             return StoredVectors(self.files, cell_ids)
-        return ComputedVectors(load_encoder(self.encoder), read_ranked(self.tokens, cell_ids), self.top_k)
-
-
-def read_ranked(files: Iterable[str | Path], cell_ids: Sequence[str]) -> RankedCells:
-    """Return the ranked genes of the given cells, in that order.
-
-    Raises
-    ------
-    InputError
-        If a cell is in none of the files.
-    """
-    wanted, files = pd.Index(cell_ids), list(files)
-    parts = [RankedCells.of(table) for path in files for table in TOKENS.read_arrow_parts(path)]
-    found = join_cells([part.take(np.flatnonzero(wanted.get_indexer(part.cell_ids) >= 0)) for part in parts])
-    row = pd.Index(found.cell_ids).get_indexer(wanted)
-    if (row < 0).any():
-        problem = f"{(row < 0).sum()} cells are missing, such as {wanted[row < 0][0]}"
-        raise InputError(", ".join(map(str, files)), problem, "Delete the files and run the workflow again")
-    return found.take(row)
+        if self.store is None:
+            raise ValueError("gene vectors are computed on the fly: use with_store")
+        return ComputedVectors(load_encoder(self.encoder), RankedStore(self.store), cell_ids, self.top_k)

@@ -4,8 +4,7 @@ import numpy as np
 import scipy.sparse
 from sklearn.neighbors import NearestNeighbors
 
-from cell2text.contracts import DESCRIPTIONS
-from cell2text.evaluation.baselines.slots import is_training, predict_slots, read_pooled, write_predictions
+from cell2text.evaluation.baselines.slots import is_training, predict_slots, read_pooled, read_slots, write_predictions
 
 NEIGHBOURS = 15
 
@@ -15,7 +14,7 @@ def predict_knn(descriptions: str, terms: str, embeddings: list[str], prediction
 
     The confidence is the share of the votes; neighbours without a known label do not vote.
     """
-    described = DESCRIPTIONS.read(descriptions)
+    described = read_slots(descriptions)
     pooled = read_pooled(embeddings, described["cell_id"])
     known, new = pooled[is_training(described)], pooled[~is_training(described)]
     nearest = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(known))).fit(known)

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from cell2text.contracts import DESCRIPTIONS, TERM_SLOTS
-from cell2text.evaluation.baselines.slots import cells_to_describe, training_rows, write_predictions
+from cell2text.contracts import TERM_SLOTS
+from cell2text.evaluation.baselines.slots import cells_to_describe, read_slots, training_rows, write_predictions
 
 
 def predict_majority(descriptions: str, terms: str, predictions: str) -> None:
@@ -13,7 +13,7 @@ def predict_majority(descriptions: str, terms: str, predictions: str) -> None:
     The confidence is the label's share of the labelled training cells. For gene sets, the most frequent
     combination is predicted. Ties are resolved by id, the first in sorted order.
     """
-    cells = DESCRIPTIONS.read(descriptions)
+    cells = read_slots(descriptions)
     training, predicted = training_rows(cells), cells_to_describe(cells)
     for slot in TERM_SLOTS:
         shares = training[f"{slot}_id"].value_counts(normalize=True)

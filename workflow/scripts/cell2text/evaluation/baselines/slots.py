@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from cell2text.contracts import EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS
+from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
 from cell2text.grammar import Slots, Terms, render, with_definition
 
@@ -67,6 +67,12 @@ def _predict_pathways(sets: pd.Series, cells: int, classify: Classifier) -> list
     order = np.argsort(-probability, axis=1, kind="stable")[:, :most]
     likely = np.take_along_axis(probability, order, axis=1) > 0
     return [names[chosen[kept]].tolist() for chosen, kept in zip(order, likely, strict=True)]
+
+
+def read_slots(descriptions: str) -> pd.DataFrame:
+    """Return ``contracts.DESCRIPTIONS`` without the texts, which take most of the memory."""
+    columns = [name for name in DESCRIPTIONS.columns if name not in ("definition", "text")]
+    return DESCRIPTIONS.read(descriptions, columns)
 
 
 def read_pooled(files: list[str], cell_ids: pd.Series) -> np.ndarray:
