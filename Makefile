@@ -8,7 +8,8 @@ export MPLBACKEND = Agg
 .PHONY: demo test lint dry-run unit workflow slow format requirements clean
 
 demo: .venv/ready
-	$(BIN)/snakemake --cores all
+	@$(BIN)/snakemake --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
+	killed: run $(BIN)/snakemake --unlock, then make demo again; finished steps are kept."; exit 1; }
 	@echo "Done: open results/pbmc68k/report.html in a browser"
 
 test: lint dry-run unit workflow
