@@ -92,7 +92,7 @@ _FAMILIES = (
 )
 # species, symbols, and the share of them from which on the species is not human
 _SYMBOLS_OF_OTHERS = (
-    ("mouse or rat", r"[A-Z][a-z]+[a-z0-9.-]*|mt-.*", 0.5),
+    ("mouse or rat", r"[A-Z][a-z]+[a-z0-9.-]*", 0.5),
     ("zebrafish", r"(?:si|zgc|wu|im):.*", 0.01),
     ("fruit fly", r"CG\d{4,5}|Rp[LS]\d.*", 0.01),
 )
@@ -187,7 +187,7 @@ def check_names(symbols: pd.Series, any_table: bool, where: str) -> None:
     Parameters
     ----------
     symbols
-        Symbols of the human genes, as the result has them.
+        Symbols of the human genes: those of the table, or as in the file.
     any_table
         Whether there is a table of genes. If it lacks the ids, this is only logged.
     where
@@ -210,7 +210,7 @@ def check_names(symbols: pd.Series, any_table: bool, where: str) -> None:
             found.sum(),
             len(found),
         )
-    named = symbols[~symbols.str.fullmatch(_NO_SYMBOLS.names)]
+    named = symbols[~symbols.str.fullmatch(_NO_SYMBOLS.names)].drop_duplicates()
     if len(named) >= MIN_NAMES and not named.str.match(_FAMILIES).any():
         raise _wrong(where, f"none of the {len(named)} names is that of a usual human gene", named, NAME_THEM)
 

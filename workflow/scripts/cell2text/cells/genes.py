@@ -12,8 +12,14 @@ from cell2text.cells.gene_kinds import OTHER_SPECIES, check_kinds, check_names, 
 from cell2text.cells.gene_names import ENSEMBL, MITOCHONDRIAL_IDS, MITOCHONDRIAL_SYMBOLS, clean_names, respell
 from cell2text.errors import InputError
 
-ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id")
-SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol")
+ID_COLUMNS = (
+    *("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id"),
+    *("ENSEMBL", "Accession"),  # of Bioconductor and loom
+)
+SYMBOL_COLUMNS = (
+    *("feature_name", "gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol"),
+    *("Symbol", "SYMBOL", "hgnc_symbol", "gene_short_name", "external_gene_name"),
+)
 ALIAS_COLUMNS = ("aliases", "prev_symbol", "alias_symbol")
 VAR_COLUMNS = (*ID_COLUMNS, *SYMBOL_COLUMNS, "feature_types")
 MITOCHONDRIAL = "MT-"  # prefix of the symbols of mitochondrially encoded genes
@@ -102,7 +108,8 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     """
     names = _as_text(pd.Series(var.index))
     columns = [names, *(_as_text(var[column]) for column in ID_COLUMNS if column in var)]
-    ids = [column.str.upper().str.extract(f"({ENSEMBL})")[0] for column in columns]
+    symbol_columns = [_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var]
+    ids = [column.str.upper().str.extract(f"({ENSEMBL})")[0] for column in (*columns, *symbol_columns)]
     ids = max(ids, key=lambda found: found.notna().sum())
     kinds = find_kinds(names.mask(ids.notna(), ""), _as_text(var["feature_types"]) if "feature_types" in var else None)
     if len(names):
@@ -111,20 +118,21 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     other = pd.concat([column.str.contains(OTHER_SPECIES) for column in columns], axis=1).any(axis=1) & ids.isna()
 
     symbols = pd.Series("", index=names.index)
-    for column in (*(_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var), *columns):
+    for column in (*symbol_columns, *columns):
         symbols = symbols.mask(symbols == "", clean_names(column))
     symbols = symbols.mask(symbols == "", ids.fillna(names))
     check_species(names[measured], symbols[measured], other[measured], ids.notna().any(), where)
-    usual = respell(symbols)
+    usual, known = respell(symbols), MITOCHONDRIAL_SYMBOLS
     if table is not None:
         ids = ids.where(ids.notna() | other, _look_up(symbols, usual, table))
-        usual = ids.map(table.symbols).fillna(usual)
+        known = table.symbols.to_dict() | known
         unknown = ids.isna() & measured & ~other
     else:
         ids = ids.where(ids.notna(), usual)
         unknown = pd.Series(False, index=names.index)
-    symbols = ids.map(MITOCHONDRIAL_SYMBOLS).fillna(usual)
-    check_names(symbols[measured & ~other], table is not None, where)
+    found = ids.map(known)
+    check_names(found.fillna(symbols)[measured & ~other], table is not None, where)
+    symbols = found.fillna(usual)
 
     kept = measured & ~other & ~unknown
     codes, unique = pd.factorize(ids[kept])
