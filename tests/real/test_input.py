@@ -2,12 +2,14 @@
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 from scipy import sparse
 
 from cell2text.cells import matrices
 from cell2text.cells.fetch_dataset import fetch_dataset
+from cell2text.cells.genes import map_genes, read_gene_table
 
 
 @pytest.fixture
@@ -46,6 +48,18 @@ def test_a_study_compressed_by_gene_is_sorted_on_disk(tmp_path, shared, monkeypa
     by_gene = given.copy()
     by_gene.X = sparse.csc_matrix(by_gene.X)
     assert (fetch(by_gene, tmp_path).X != given.X).nnz == 0
+
+
+@pytest.mark.parametrize("with_table", [False, True], ids=["no table", "table"])
+@pytest.mark.parametrize("name", ["pbmc3k", "tnbc_wu"])
+def test_symbols_written_by_r_are_found_again(shared, name, with_table):
+    symbols = ad.read_h5ad(shared / f"studies/{name}.h5ad", backed="r").var["feature_name"].astype(str)
+    symbols = symbols[~symbols.str.match("ENSG")].drop_duplicates()
+    by_r = symbols.str.replace("[^A-Za-z0-9._]", ".", regex=True)
+    table = read_gene_table(shared / "genes/genes_homo_sapiens.csv.gz") if with_table else None
+    lost = set(symbols) - set(map_genes(pd.DataFrame(index=by_r), name, table).genes["symbol"])
+    # clones, snoRNAs and the like
+    assert len(lost) <= 3 and not any(symbol.startswith(("MT-", "HLA-", "RP", "NKX")) for symbol in lost)
 
 
 @pytest.mark.parametrize("name", ["pbmc3k", "pancreas_baron", "tnbc_wu"])

@@ -1,5 +1,6 @@
 """Cells of a Census are chosen by their labels and fetched in shards; a small Census on disk replaces the real one."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
 from scipy import sparse
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 B_CELL, T_CELL, BLOOD, LUNG, NORMAL = "CL:0000236", "CL:0000084", "UBERON:0000178", "UBERON:0002048", "PATO:0000461"
 SMART_SEQ2, TENX, FLEX, FLEX_V1 = "EFO:0008931", "EFO:0009922", "EFO:0022606", "EFO:0920086"
 WANTED = CensusSettings(datasets=[], leave_out_datasets=["held-out"], leave_out_assays=[SMART_SEQ2, FLEX])
+LIMITS = QcSettings(1, 1, 100, mads=None, score_doublets=False, max_doublet_score=None)
 ALL = SampleSettings(cells=1000, shares={"natural": 1.0}, caps={})
 GENES = ["ENSG00000010610", "ENSG00000156738", "ENSG00000198804", "ENSG00000090382"]
 SYMBOLS = ["CD4", "MS4A1", "MT-CO1", "LYZ"]
@@ -56,8 +59,8 @@ COUNTS = np.random.default_rng(0).poisson(2, (12, 4)).astype(np.float32)
 COUNTS[3] = 0  # a cell without counts keeps its row
 
 
-def write_census(path, obs=None, counts=COUNTS, categories=True):
-    """Write a Census and return its source."""
+def write_census(path, obs=None, counts=COUNTS, categories=True, measured=None):
+    """Write a Census and return its source; ``measured`` has 0 or 1 for each gene of each study."""
     soma = pytest.importorskip("tiledbsoma", reason="cellxgene-census is not installed (envs/census.yaml)")
     import tiledbsoma.io
 
@@ -74,6 +77,22 @@ def write_census(path, obs=None, counts=COUNTS, categories=True):
     tiledbsoma.io.from_anndata(place, human, measurement_name="RNA", X_layer_name="raw")
     with soma.open(f"{path}/census_data", "w") as data, soma.open(place) as experiment:
         data.set("homo_sapiens", experiment)
+    if measured:
+        uri, values = f"{path}/census_info/datasets", np.array(list(measured.values()), dtype=np.uint8)
+        presence = sparse.coo_matrix(values)
+        with soma.open(f"{place}/ms/RNA", "w") as rna:
+            matrix = rna.add_new_sparse_ndarray(
+                "feature_dataset_presence_matrix", type=pa.uint8(), shape=presence.shape
+            )
+            matrix.write(pa.SparseCOOTensor.from_scipy(presence))
+        with soma.Collection.create(f"{path}/census_info"):
+            table = pa.table({"soma_joinid": np.arange(len(measured)), "dataset_id": list(measured)})
+        with soma.DataFrame.create(uri, schema=table.schema, domain=[[0, 9]]) as datasets:
+            datasets.write(table)
+        with soma.open(f"{path}/census_info", "w") as info, soma.open(uri) as datasets:
+            info.set("datasets", datasets)
+        with soma.open(str(path), "w") as top, soma.open(f"{path}/census_info") as info:
+            top.set("census_info", info)
     return f"census://{path}"
 
 
@@ -180,7 +199,7 @@ def test_shards_hold_the_counts_of_the_chosen_cells(source, tmp_path, shards, mo
 def test_a_shard_has_the_format_of_every_other_dataset(source, tmp_path):
     choose(source, tmp_path)
     shard = fetch(source, tmp_path, 0, 1)
-    study = ad.AnnData(sparse.csr_matrix(COUNTS), cells_of_the_census(), pd.DataFrame(index=GENES))
+    study = ad.AnnData(sparse.csr_matrix(COUNTS), cells_of_the_census(), pd.DataFrame({"feature_name": SYMBOLS}, GENES))
     study.write_h5ad(tmp_path / "study.h5ad")
     fetch_dataset({"dataset": "study", "source": str(tmp_path / "study.h5ad")}, tmp_path / "fetched.h5ad")
     fetched = ad.read_h5ad(tmp_path / "fetched.h5ad")
@@ -188,21 +207,31 @@ def test_a_shard_has_the_format_of_every_other_dataset(source, tmp_path):
     assert shard.obs.index.name == fetched.obs.index.name and shard.var.index.name == fetched.var.index.name
     names = ["cell_type", "tissue", "disease", "sex", "development_stage"]
     assert (shard.obs[names].astype(str).to_numpy() == fetched.obs[names].astype(str).to_numpy()[:10]).all()
-    assert list(shard.var) == list(fetched.var) and set(shard.uns) == {"source"} and shard.uns["source"] == source
+    assert list(shard.var) == list(fetched.var) and set(shard.uns) == {"source", "measured"}
 
-    limits = QcSettings(
-        min_genes=1,
-        min_counts=1,
-        max_mitochondrial_percent=100,
-        mads=None,
-        score_doublets=False,
-        max_doublet_score=None,
-    )
+    assert shard.uns["source"] == source and not shard.uns["measured"]  # this Census has no presence matrix
+
     outputs = [tmp_path / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
-    filter_cells(tmp_path / "0.h5ad", *outputs, limits=limits)
+    filter_cells(tmp_path / "0.h5ad", *outputs, limits=LIMITS)
     corpus = read_labels(tmp_path / "kept.h5ad")
     assert set(corpus["donor"]) == {"study-1|d1", "study-1|d2", "study-1|study-1", "study-2|d1", "study-2|d3"}
     assert len(corpus) == 9  # all cells except the one without counts
+
+
+def test_the_limits_of_a_study_in_the_census_follow_the_genes_that_it_measures(tmp_path):
+    source = write_census(tmp_path / "soma", measured={"study-2": [1, 1, 0, 1], "study-1": [1, 0, 1, 1]})
+    choose(source, tmp_path)
+    shard = fetch(source, tmp_path, 0, 1)
+    assert {name: list(genes) for name, genes in shard.uns["measured"].items()} == {
+        "study-1": [True, False, True, True], "study-2": [True, True, False, True],
+    }  # fmt: skip
+    outputs = [tmp_path / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
+    limits = replace(LIMITS, min_genes=10_000, max_mitochondrial_percent=10)
+    filter_cells(tmp_path / "0.h5ad", *outputs, limits=limits)
+    samples = {sample["donor"]: sample for sample in json.loads(outputs[2].read_text())["samples"]}
+    assert samples["study-1|d1"]["max_mitochondrial_percent"] == 50
+    assert "max_mitochondrial_percent" not in samples["study-2|d1"]  # only study-1 measures MT-CO1
+    assert {sample["min_genes"] for sample in samples.values()} == {2}
 
 
 def test_deprecated_and_unknown_ids_are_resolved():

@@ -176,12 +176,51 @@ def test_ribosomal_proteins_are_distinguished_from_kinases_and_pseudogenes():
     assert list(is_ribosomal(pd.Series(ribosomal + others))) == [True] * len(ribosomal) + [False] * len(others)
 
 
+UNSCALED = {"min_genes": 200, "min_counts": 300, "max_mitochondrial_percent": 20}
+
+
+def gene_names(genes, *named):
+    return pd.Series([*named, *(f"G{i}" for i in range(genes - len(named)))])
+
+
 def test_limits_scale_with_the_panel():
-    unscaled = {"min_genes": 200, "min_counts": 300, "max_mitochondrial_percent": 20}
-    limits = replace(fixed_limits(**unscaled), mads=5)
-    assert scale_limits(limits, 15_000) == scale_limits(limits, 30_000) == unscaled
-    # a tenth of the counts of the other genes, so the share is 20 of 20 + 8
-    assert scale_limits(limits, 1500) == {"min_genes": 20, "min_counts": 30, "max_mitochondrial_percent": 71.43}
+    limits = replace(fixed_limits(**UNSCALED), mads=5)
+    for genes in (15_000, 33_538):
+        assert scale_limits(limits, gene_names(genes, "MT-ND1")) == UNSCALED
+    # a third of the counts of the other genes, so the share is 20 of 20 + 80 / 3
+    expected = {"min_genes": 67, "min_counts": 100, "max_mitochondrial_percent": 42.86}
+    assert scale_limits(limits, gene_names(5000, "MT-ND1")) == expected
+    # never above half of the counts, and never below the limit of a whole transcriptome
+    assert scale_limits(limits, gene_names(691, "MT-ND1"))["max_mitochondrial_percent"] == 50
+    high = replace(limits, max_mitochondrial_percent=60)
+    assert scale_limits(high, gene_names(691, "MT-ND1"))["max_mitochondrial_percent"] == 60
+    zero = replace(limits, max_mitochondrial_percent=0)
+    assert scale_limits(zero, gene_names(691, "MT-ND1"))["max_mitochondrial_percent"] == 0
+    # without mitochondrial genes there is no share to limit
+    for genes, part in ((1500, {"min_genes": 20, "min_counts": 30}), (20_000, {"min_genes": 200, "min_counts": 300})):
+        assert scale_limits(limits, gene_names(genes, "MTOR", "MTND1P23")) == part
+
+
+def test_a_file_of_the_detected_genes_is_no_panel():
+    """Ribosomal proteins show whether only undetected genes are missing, or all but a choice of genes."""
+    ribosomal = [f"RPL{i}" for i in range(3, 40)] + [f"RPS{i}" for i in range(2, 30)]
+    limits = fixed_limits(**UNSCALED)
+    assert scale_limits(limits, gene_names(6000, "MT-ND1", *ribosomal)) == UNSCALED
+    assert scale_limits(limits, gene_names(6000, "MT-ND1", *ribosomal[:50]))["min_genes"] == 80
+    assert scale_limits(limits, gene_names(6000, "MT-ND1", *["RPL3"] * 65))["min_genes"] == 80
+
+
+def test_measured_genes_decide_however_few_are_detected(tmp_path):
+    counts = np.zeros((50, 16_000), dtype=np.float32)
+    counts[:, :300] = 1
+    counts[:, -1] = 60  # a sixth; the limit of a panel with 301 genes would be half
+    counts[:10, -1] = 100
+    cells = write_cells(tmp_path / "in.h5ad", counts, LABELS[:1], [*gene_names(15_999), "MT-CO1"])
+    kept, table, summary, _ = run(tmp_path, cells, fixed_limits(**UNSCALED), {})
+    summary = json.loads(summary.read_text())
+    assert summary["limits"] == UNSCALED
+    assert (summary["genes"], summary["genes_detected"]) == (16_000, 301)
+    assert list(QC.read(table)["reason"]) == ["too many mitochondrial counts (25 > 20)"] * 10 + [""] * 40
 
 
 def test_limits_of_the_sheet_are_not_scaled(tmp_path):

@@ -194,7 +194,7 @@ def test_a_file_from_before_anndata_07_is_read(tmp_path):
 
 
 def test_categories_in_the_format_of_anndata_07(tmp_path):
-    cells = ad.AnnData(COUNTS, pd.DataFrame(index=BARCODES), pd.DataFrame(index=IDS))
+    cells = ad.AnnData(COUNTS, pd.DataFrame(index=BARCODES), pd.DataFrame(index=SYMBOLS))
     cells.obs["donor_id"] = list("ababababa")
     cells.write_h5ad(tmp_path / "in.h5ad")
     with h5py.File(tmp_path / "in.h5ad", "r+") as file:

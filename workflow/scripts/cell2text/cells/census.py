@@ -26,7 +26,14 @@ BUFFER, BUDGET = 64 << 20, 3 << 30
 
 @contextmanager
 def open_census(source: str) -> Iterator[Any]:
-    """Open a Census and yield the SOMA experiment of its human cells.
+    """Open a Census and yield the SOMA experiment of its human cells; errors are those of ``open_whole_census``."""
+    with open_whole_census(source) as census:
+        yield census["census_data"]["homo_sapiens"]
+
+
+@contextmanager
+def open_whole_census(source: str) -> Iterator[Any]:
+    """Open a Census and yield its SOMA collection.
 
     Raises
     ------
@@ -54,7 +61,7 @@ def open_census(source: str) -> Iterator[Any]:
             tiledb_config={"soma.init_buffer_bytes": BUFFER, "sm.mem.total_budget": BUDGET},
         )
         with census:
-            yield census["census_data"]["homo_sapiens"]
+            yield census
     except (RequestException, SOMAError) as error:
         raise InputError(source, f"cannot be read ({str(error).strip().rstrip('.')})", fix) from error
 

@@ -1,7 +1,7 @@
 """Counts of one shard of the cells chosen from CELLxGENE Census, in the same format as every other dataset."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cell2text.cells.census import ASSAY, IDS, open_census, read_term
+from cell2text.cells.census import ASSAY, IDS, open_whole_census, read_term
 from cell2text.cells.genes import GeneMap, map_genes
 from cell2text.cells.h5ad import CELLS_AT_ONCE, write_cells
 from cell2text.cells.labels import CELLXGENE
@@ -19,6 +19,8 @@ from cell2text.ontology import UNKNOWN, name_of
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.census")
+
+PRESENCE = "feature_dataset_presence_matrix"
 
 
 def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: int, path: str | Path) -> None:
@@ -51,10 +53,12 @@ def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: 
             "config: shards", f"{shards} shards, but fewer cells were chosen from {source}", "Lower `shards`"
         )
     obs = label_census_cells(cells)
-    with open_census(source) as human:
+    with open_whole_census(source) as census:
+        human = census["census_data"]["homo_sapiens"]
         genes = read_census_genes(human, source)
+        uns = {"source": source, "measured": read_measured_genes(census, genes, cells["dataset_id"].unique())}
         blocks = read_census_counts(human, cells["soma_joinid"].to_numpy(), obs.index, genes, source)
-        write_cells(path, blocks, [obs.index], obs, genes.genes, {"source": source})
+        write_cells(path, blocks, [obs.index], obs, genes.genes, uns)
     log.info("%s: shard %d, %d cells, %d genes", source, shard, len(obs), len(genes.genes))
 
 
@@ -85,6 +89,34 @@ def read_census_genes(human: Any, source: str) -> GeneMap:
     columns = ["soma_joinid", "feature_id", "feature_name"]
     genes = human.ms["RNA"].var.read(column_names=columns).concat().to_pandas().sort_values("soma_joinid")
     return map_genes(genes.set_index("feature_id"), source)
+
+
+def read_measured_genes(census: Any, genes: GeneMap, datasets: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return which genes each dataset measures, bool, from the Census's presence matrix; {} if it has none.
+
+    Parameters
+    ----------
+    census
+        The SOMA collection.
+    genes
+        From ``read_census_genes``.
+    datasets
+        Ids of the datasets.
+    """
+    presence = census["census_data"]["homo_sapiens"].ms["RNA"]
+    if PRESENCE not in presence or "census_info" not in census or "datasets" not in census["census_info"]:
+        return {}
+    info = census["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pandas()
+    rows = info.set_index("dataset_id")["soma_joinid"].reindex(list(datasets)).dropna().astype(np.int64)
+    if rows.empty:
+        return {}
+    stored = presence[PRESENCE].read((np.sort(rows.to_numpy()),)).tables().concat().to_pandas()
+    stored = stored[(stored["soma_data"] > 0) & (stored["soma_dim_1"] < len(genes.column))]
+    measured = {}
+    for dataset, row in rows.items():
+        columns = genes.column[stored["soma_dim_1"][stored["soma_dim_0"] == row]]
+        measured[dataset] = np.isin(np.arange(len(genes.genes)), columns[columns >= 0])
+    return measured
 
 
 def read_census_counts(

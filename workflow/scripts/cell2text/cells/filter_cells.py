@@ -52,7 +52,8 @@ def filter_cells(
     Parameters
     ----------
     cells_file
-        Raw counts, as ``fetch_dataset`` writes them.
+        Raw counts, as ``fetch_dataset`` writes them. If its studies measure different genes, ``uns["measured"]`` has
+        for each which genes these are (bool), and the limits are scaled for each.
     kept_file, table_file, summary_file, plot_file
         The four files to write: h5ad, Parquet (``contracts.QC``), JSON and SVG.
     limits
@@ -88,7 +89,7 @@ def _judge_file(
     """Write the table of metrics, the summary and the plot; return which cells are kept."""
     with h5py.File(cells_file, "r") as file:
         symbols = ad.io.read_elem(file["var"])["symbol"]
-        source = str(ad.io.read_elem(file["uns"]).get("source", ""))
+        uns = ad.io.read_elem(file["uns"])
     obs = read_obs(cells_file, COLUMNS)
     study, donor, label = (pd.Categorical(obs[column]) for column in COLUMNS)
     studies = study.remove_unused_categories().categories
@@ -97,8 +98,10 @@ def _judge_file(
 
     blocks = (counts for _, counts in read_blocks(cells_file, np.ones(len(samples), dtype=bool)))
     metrics, detected = measure_cells(blocks, len(samples), symbols)
-    fixed = scale_limits(limits, detected) | dict(own_limits)
-    bounds = limit_samples(metrics, samples, fixed, limits.mads)
+    scaled = {name: scale_limits(limits, symbols[genes]) for name, genes in uns.get("measured", {}).items()}
+    fixed = scale_limits(limits, symbols) | dict(own_limits)
+    each = [scaled.get(name, fixed) | dict(own_limits) for name in _studies_of(samples, study)]
+    bounds = limit_samples(metrics, samples, pd.DataFrame(each, index=samples.categories), limits.mads)
     if limits.score_doublets:
         good = judge_cells(metrics, samples, bounds)[0] == ""
         scratch = Path(f"{table_file}.scratch")
@@ -117,7 +120,7 @@ def _judge_file(
         "genes_detected": detected,
         "genes_mitochondrial": int(is_mitochondrial(symbols).sum()),
         "genes_ribosomal": int(is_ribosomal(symbols).sum()),
-        "source": source,
+        "source": str(uns.get("source", "")),
     }
     table = {"dataset_id": study, "donor": samples, **metrics, "kept": kept, "reason": reasons}
     QC.write_parts(_add_ids(cells_file, table), table_file)
@@ -158,6 +161,11 @@ def _summarise_samples(samples: pd.Categorical, kept: np.ndarray, bounds: pd.Dat
     for name, row, n, n_kept in zip(bounds.index, bounds.to_dict("records"), cells, cells_kept, strict=True):
         limits = {limit: value for limit, value in row.items() if not math.isnan(value)}
         yield {"donor": name, "cells": int(n), "kept": int(n_kept), **limits}
+
+
+def _studies_of(samples: pd.Categorical, study: pd.Categorical) -> np.ndarray:
+    """Return the study of each sample."""
+    return np.asarray(study)[np.unique(samples.codes, return_index=True)[1]]
 
 
 def name_samples(study: pd.Categorical, donor: pd.Categorical) -> pd.Categorical:

@@ -8,15 +8,18 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from cell2text.cells.gene_kinds import OTHER_SPECIES, check_kinds, check_names, check_species, find_kinds
+from cell2text.cells.gene_names import ENSEMBL, MITOCHONDRIAL_IDS, MITOCHONDRIAL_SYMBOLS, clean_names, respell
 from cell2text.errors import InputError
 
-ENSEMBL = r"(?<![A-Z0-9])ENSG\d{11}(?!\d)"
-# How Cell Ranger prefixes the genes of a species mixture, and how Ensembl names genes of other species.
-HUMAN_GENOME = r"^(?:GRCh|hg)\d+_+"
-OTHER_SPECIES = r"^(?:GRCm|mm|mRatBN|Rnor_|rn)[\d.]+_+|^ENS[A-Z]{3,}G\d{11}"
-SPIKE_IN = r"^ERCC-\d{5}$"
-ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id")
-SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol")
+ID_COLUMNS = (
+    *("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id"),
+    *("ENSEMBL", "Accession"),  # of Bioconductor and loom
+)
+SYMBOL_COLUMNS = (
+    *("feature_name", "gene_symbols", "gene_symbol", "gene_names", "gene_name", "symbol"),
+    *("Symbol", "SYMBOL", "hgnc_symbol", "gene_short_name", "external_gene_name"),
+)
 ALIAS_COLUMNS = ("aliases", "prev_symbol", "alias_symbol")
 VAR_COLUMNS = (*ID_COLUMNS, *SYMBOL_COLUMNS, "feature_types")
 MITOCHONDRIAL = "MT-"  # prefix of the symbols of mitochondrially encoded genes
@@ -75,8 +78,10 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
 
     Ids are Ensembl ids without version, from the index or from the column of ``ID_COLUMNS`` that holds the most. A
     gene without an id is looked up by its symbol in ``table`` and excluded if it is not there; without a table its
-    symbol becomes its id. Symbols come from ``SYMBOL_COLUMNS``, else from the index; where these hold an Ensembl id,
-    the symbol comes from the table.
+    symbol becomes its id.
+
+    The symbol of a gene is that of the table. Otherwise it comes from ``SYMBOL_COLUMNS``, the index or ``ID_COLUMNS``,
+    the first of them that has a name and not just an id or a number, in the spelling of ``gene_names.respell``.
 
     Rows with the same id become one gene and their counts are summed: versions of an id, the X and Y copies of a
     gene, a repeated symbol, several symbols of one gene in the table. Names made unique by a suffix (``MATR3-1`` next
@@ -84,8 +89,8 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     because ``-1`` may be part of a symbol.
 
     Genes of other species in a mixture (``mm10_``, ``ENSMUSG``) are excluded: descriptions are of human cells.
-    Features that are not genes (antibodies, peaks, spike-ins) are dropped and do not count towards the share of
-    counts that is kept.
+    Features that are not genes (antibodies, peaks, guides, spike-ins, by feature type or by name) are dropped and do
+    not count towards the share of counts that is kept.
 
     Parameters
     ----------
@@ -94,37 +99,40 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     where
         The file, for messages.
     table
-        From ``read_gene_table``; None to keep symbols as they are.
+        From ``read_gene_table``; None to use the file's symbols.
 
     Raises
     ------
     InputError
-        If gene names are numbers, or symbols of another species.
+        If the rows are not genes, the genes are not human, or they have no symbols and there is no table.
     """
-    names = pd.Series(var.index.astype(str))
+    names = _as_text(pd.Series(var.index))
     columns = [names, *(_as_text(var[column]) for column in ID_COLUMNS if column in var)]
-    ids = max((column.str.extract(f"({ENSEMBL})")[0] for column in columns), key=lambda found: found.notna().sum())
+    symbol_columns = [_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var]
+    ids = [column.str.upper().str.extract(f"({ENSEMBL})")[0] for column in (*columns, *symbol_columns)]
+    ids = max(ids, key=lambda found: found.notna().sum())
+    kinds = find_kinds(names.mask(ids.notna(), ""), _as_text(var["feature_types"]) if "feature_types" in var else None)
+    if len(names):
+        check_kinds(names, kinds, where)
+    measured = kinds == ""
     other = pd.concat([column.str.contains(OTHER_SPECIES) for column in columns], axis=1).any(axis=1) & ids.isna()
-    measured = ~names.str.contains(SPIKE_IN)
-    if "feature_types" in var and (kinds := _as_text(var["feature_types"])).eq("Gene Expression").any():
-        measured &= kinds.eq("Gene Expression")
 
-    symbols = next((_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var), names)
-    symbols = symbols.mask(symbols.isin(["", "nan", "None"]), names)
-    symbols = symbols.str.replace(HUMAN_GENOME, "", regex=True)
-    # CELLxGENE writes repeated symbols as MATR3_ENSG00000015479
-    bare = symbols.str.replace(rf"[_|]?{ENSEMBL}(?:\.\d+)?(?:_PAR_Y)?[_|]?", "", regex=True)
-    symbols = bare.where(bare != "", symbols)
+    symbols = pd.Series("", index=names.index)
+    for column in (*symbol_columns, *columns):
+        symbols = symbols.mask(symbols == "", clean_names(column))
+    symbols = symbols.mask(symbols == "", ids.fillna(names))
+    check_species(names[measured], symbols[measured], other[measured], ids.notna().any(), where)
+    usual, known = respell(symbols), MITOCHONDRIAL_SYMBOLS
     if table is not None:
-        ids = ids.where(ids.notna() | other, _look_up(symbols, table))
-        unnamed = symbols.str.contains(ENSEMBL)
-        symbols = symbols.mask(unnamed, ids.map(table.symbols).fillna(ids))
+        ids = ids.where(ids.notna() | other, _look_up(symbols, usual, table))
+        known = table.symbols.to_dict() | known
         unknown = ids.isna() & measured & ~other
     else:
-        _check_symbols(symbols[ids.isna() & measured & ~other], ids.notna().any(), where)
-        ids = ids.where(ids.notna(), symbols)
+        ids = ids.where(ids.notna(), usual)
         unknown = pd.Series(False, index=names.index)
-    symbols = symbols.mask(symbols.str.contains(ENSEMBL), ids)
+    found = ids.map(known)
+    check_names(found.fillna(symbols)[measured & ~other], table is not None, where)
+    symbols = found.fillna(usual)
 
     kept = measured & ~other & ~unknown
     codes, unique = pd.factorize(ids[kept])
@@ -142,33 +150,23 @@ def _as_text(column: pd.Series) -> pd.Series:
     return column.astype(object).where(column.notna(), "").astype(str).reset_index(drop=True)
 
 
-def _look_up(symbols: pd.Series, table: GeneTable) -> pd.Series:
-    """Look up Ensembl ids by symbol: as written, with R's dots as hyphens, in upper case, without a suffix."""
-    ids = symbols.map(table.ids)
+def _look_up(symbols: pd.Series, usual: pd.Series, table: GeneTable) -> pd.Series:
+    """Look up Ensembl ids by symbol: as written, as usual, with R's dots as hyphens, without a suffix, in any case."""
     stems = symbols.str.replace(r"[-.]\d+$", "", regex=True)
-    for spelling in (
-        symbols.str.replace(".", "-", regex=False),
-        symbols.str.upper(),
-        stems.where(stems.isin(set(symbols))),
+    stems = stems.where(stems.isin(set(symbols)), "")
+    dotted = (names.str.replace(".", "-", regex=False) for names in (symbols, stems))
+    spellings = [symbols, usual, *dotted, symbols.str.upper(), stems]
+    any_case = pd.DataFrame({"symbol": table.ids.index.str.upper(), "id": table.ids.to_numpy()}).drop_duplicates()
+    any_case = any_case.drop_duplicates("symbol", keep=False).set_index("symbol")["id"]
+    ids = pd.Series(np.nan, index=symbols.index, dtype=object)
+    for known, written in (
+        (table.ids, spellings),
+        (any_case, [spelling.str.upper() for spelling in spellings]),
+        (pd.Series(MITOCHONDRIAL_IDS), [usual]),
     ):
-        ids = ids.where(ids.notna(), spelling.map(table.ids))
+        for spelling in written:
+            ids = ids.where(ids.notna(), spelling.map(known))
     return ids
-
-
-def _check_symbols(symbols: pd.Series, any_ids: bool, where: str) -> None:
-    if any_ids or not len(symbols):
-        return
-    if symbols.str.fullmatch(r"\d+").all():
-        raise InputError(
-            f"{where}: var", f"gene names are numbers ({', '.join(symbols[:3])})",
-            "Give Ensembl ids or symbols as index",
-        )  # fmt: skip
-    foreign = symbols.str.fullmatch(r"[A-Z][a-z]+[a-z0-9.-]*|mt-.*")
-    if foreign.mean() > 0.5:
-        raise InputError(
-            f"{where}: var", f"symbols look like mouse or rat genes ({', '.join(symbols[foreign][:3])})",
-            "Give human genes, or map them to human orthologues",
-        )  # fmt: skip
 
 
 def read_gene_table(path: str | Path) -> GeneTable:

@@ -16,7 +16,11 @@ log = logging.getLogger("cell2text.qc")
 
 # Ribosomal proteins; excludes kinases such as RPS6KA1, RPS19BP1, and pseudogenes such as RPL7P9.
 RIBOSOMAL = re.compile(r"RP[SL](\d+(A|L|X|AL|L1|Y[12])?|P[0-2]|A2?)", re.IGNORECASE)
-WHOLE_TRANSCRIPTOME = 15_000  # detected genes; a file with fewer is treated as a gene panel
+WHOLE_TRANSCRIPTOME = 15_000  # measured genes; a file with fewer may be a panel
+# A file of detected genes has nearly all 88 of them, and 81 or more in real studies with 11,000 to 21,000 genes. Panels
+# and highly variable genes (up to 4,000) have at most 15.
+MOST_RIBOSOMAL = 60
+HALF = 50.0  # percent; the largest limit on the mitochondrial share in a panel
 MIN_SAMPLE_CELLS = 50  # a smaller sample gives no reliable median
 SD_PER_MAD = 1.4826  # of a normal distribution
 USUAL_MITOCHONDRIAL = 5.0  # percent; the adaptive limit is never stricter, however little the cells vary
@@ -84,38 +88,47 @@ def measure_cells(blocks: Iterable[sparse.csr_matrix], cells: int, symbols: pd.S
     return pd.DataFrame(metrics), int(detected.sum())
 
 
-def scale_limits(limits: QcSettings, detected: int) -> dict[str, float]:
-    """Scale the limits of a whole transcriptome to a file that may measure a gene panel.
+def scale_limits(limits: QcSettings, symbols: pd.Series) -> dict[str, float]:
+    """Scale the limits of a whole transcriptome to the genes that a study measures, whatever its cells express.
 
-    A panel has a fraction f < 1 of the genes of a whole transcriptome (15,000 or more detected genes). The genes and
-    counts of a cell decrease with f, so ``min_genes`` and ``min_counts`` are multiplied by f. The share of
-    mitochondrial counts increases, because panels usually keep the mitochondrial genes: a share p of all counts
-    becomes p / (p + f (1 - p)). The limit on the doublet score, if any, is not scaled.
+    A whole transcriptome has 15,000 or more genes, or at least 60 of the 88 ribosomal proteins: every cell expresses
+    these, so they are in any file from which only undetected genes were removed, and no panel contains them all. Its
+    limits are unchanged.
+
+    Anything else is a panel with a fraction f < 1 of 15,000 genes. The genes and counts of a cell decrease with f, so
+    ``min_genes`` and ``min_counts`` are multiplied by f. The share of mitochondrial counts increases, because the
+    other genes are fewer: a share p of all counts becomes at most p / (p + f (1 - p)). As chosen genes have more counts
+    than others, that is a generous limit, which is therefore never above half of the counts. There is no limit if no
+    mitochondrial gene is measured. The limit on the doublet score, if any, is not scaled.
 
     Parameters
     ----------
     limits
         Limits of a whole transcriptome; those that are None are omitted from the result.
-    detected
-        Number of genes with a count in any cell.
+    symbols
+        Symbols of the measured genes.
 
     Examples
     --------
-    >>> scale_limits(QcSettings(200, 300, 20, mads=5, score_doublets=True, max_doublet_score=None), 1500)
-    {'min_genes': 20, 'min_counts': 30, 'max_mitochondrial_percent': 71.43}
+    >>> limits = QcSettings(200, 300, 20, mads=5, score_doublets=True, max_doublet_score=None)
+    >>> scale_limits(limits, pd.Series(["MT-ND1", "RPS6", *["GENE"] * 4998]))
+    {'min_genes': 67, 'min_counts': 100, 'max_mitochondrial_percent': 42.86}
     """
-    part = min(detected / WHOLE_TRANSCRIPTOME, 1)
+    whole = is_ribosomal(symbols.drop_duplicates()).sum() >= MOST_RIBOSOMAL
+    part = 1 if whole else min(len(symbols) / WHOLE_TRANSCRIPTOME, 1)
     scaled = {limit: getattr(limits, limit) for limit in LIMITS if getattr(limits, limit) is not None}
     for limit in ("min_genes", "min_counts"):
         if limit in scaled:
             scaled[limit] = math.ceil(part * scaled[limit])
-    if (share := scaled.get("max_mitochondrial_percent")) and part:
-        scaled["max_mitochondrial_percent"] = round(100 * share / (share + part * (100 - share)), 2)
+    share = scaled.pop("max_mitochondrial_percent", None)
+    if share is not None and is_mitochondrial(symbols).any():
+        raised = 100 * share / (share + part * (100 - share)) if share else 0
+        scaled["max_mitochondrial_percent"] = max(share, min(round(raised, 2), HALF))
     return scaled
 
 
 def limit_samples(
-    metrics: pd.DataFrame, samples: pd.Categorical, fixed: Mapping[str, float], mads: float | None
+    metrics: pd.DataFrame, samples: pd.Categorical, fixed: Mapping[str, float] | pd.DataFrame, mads: float | None
 ) -> pd.DataFrame:
     """Return the limits of each sample: the stricter of the fixed and the adaptive limits.
 
@@ -132,7 +145,7 @@ def limit_samples(
     samples
         Sample of each cell.
     fixed
-        Limits by name, as in ``scale_limits``.
+        Limits by name, as in ``scale_limits``; or one row of them per sample, NaN where there is none.
     mads
         Number of deviations; None for fixed limits only.
 
@@ -141,9 +154,7 @@ def limit_samples(
     DataFrame
         One row per sample, one column for each of ``LIMITS``; NaN if there is no limit.
     """
-    bounds = pd.DataFrame(
-        {limit: float(fixed.get(limit, np.nan)) for limit in LIMITS}, index=samples.categories, dtype=float
-    )
+    bounds = pd.DataFrame({limit: fixed.get(limit, np.nan) for limit in LIMITS}, index=samples.categories, dtype=float)
     # an empty cell cannot be normalised
     bounds["min_counts"] = bounds["min_counts"].fillna(1).clip(lower=1)
     if mads is None:
