@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from cell2text.device import pick_device
@@ -109,13 +110,38 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     model, tokenizer = load_language_model(
         language_model, device, mode, directory / "language_model" if mode == "full" else None
     )
+    tuned = model if mode == "full" else _load_adapter(model, directory / "adapter")
+    return Cell2Text(tuned, tokenizer, _load_projector(directory, about, model), about).eval()
+
+
+def load_projector(directory: str | Path, language_model: str | Path, device: torch.device | None = None) -> Cell2Text:
+    """Read the projector that :func:`save` wrote, with the original language model, whose embeddings it is aligned to.
+
+    The projector is aligned to the embeddings from before fine-tuning, which ``mode: full`` changes. No weights are
+    rounded to 4 bits, so this needs no GPU in any mode.
+
+    Parameters
+    ----------
+    directory, language_model, device
+        As in :func:`load`.
+
+    Raises
+    ------
+    InputError
+        If a weight of the projector is missing or surplus.
+    """
+    model, tokenizer = load_language_model(language_model, device or pick_device(), "lora")
+    about = read_json(Path(directory) / "cell2text.json")
+    return Cell2Text(model, tokenizer, _load_projector(Path(directory), about, model), about).eval()
+
+
+def _load_projector(directory: Path, about: dict[str, Any], model: PreTrainedModel) -> nn.Module:
     projector = build_projector(ProjectorSettings(**about["projector"]), about["dimensions"], model.config.hidden_size)
     try:
         projector.load_state_dict(load_file(directory / "projector.safetensors"), strict=True)
     except RuntimeError as error:
         raise InputError(directory / "projector.safetensors", str(error), "Fine-tune again") from error
-    tuned = model if mode == "full" else _load_adapter(model, directory / "adapter")
-    return Cell2Text(tuned, tokenizer, projector.to(device), about).eval()
+    return projector.to(model.device)
 
 
 def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
