@@ -14,16 +14,9 @@ def benchmarks_of_this_run(wildcards):
         "census": sorted(CENSUS),
         "name": [Path(model).name for model in [LANGUAGE_MODEL, *FETCHED_ENCODER]],
     }
-    measured = {
-        rule.name: getattr(rules, rule.name).benchmark
-        for rule in workflow.rules
-        if rule.benchmark
-    }
-    return {
-        name: expand(pattern, **values)
-        for name, pattern in measured.items()
-        if name != "render_report"  # its own cost is known only afterwards
-    }
+    names = [one.name for one in workflow.rules if one.benchmark]
+    names.remove("render_report")  # its own cost is known only afterwards
+    return {name: expand(getattr(rules, name).benchmark, **values) for name in names}
 
 
 rule render_report:
