@@ -43,7 +43,7 @@ def test_the_page_shows_the_run(files, tmp_path):
     # scores of the test split, not of the validation split
     for score in ("Cell type accuracy", "Gene programmes", "Texts parsed"):
         assert f"{score} 75.0% 95% interval 70.0–80.0; best baseline, {title_of('majority')}: 65.0" in text
-    assert "resampling cells, not donors: 1 donor in the test split, fewer than 8, are too few" in text
+    assert "resampling cells, not donors: the test cells have 1 donor, and fewer than 8 are too few" in text
     assert "11.1" not in text
     assert "✗ does not hold" in text and "One donor only." in text
     assert "10 too few genes" in text

@@ -251,7 +251,7 @@ def test_limits_follow_the_scores(files):
     ("unit", "donors", "sentence"),
     [
         ("donor", 12, "The intervals come from resampling donors (12)."),
-        ("cell", 7, "resampling cells, not donors: 7 donors in the test split, fewer than 8, are too few."),
+        ("cell", 7, "resampling cells, not donors: the test cells have 7 donors, and fewer than 8 are too few."),
         (None, 1, "There are no intervals, because the test split has fewer than 8 cells."),
     ],
 )

@@ -29,9 +29,9 @@ def describe_intervals(results: Results) -> str:
         return f"The intervals come from resampling donors ({donors:,})."
     if unit == "cell":
         return (
-            f"The intervals come from resampling cells, not donors: {donors} {'donor' if donors == 1 else 'donors'} in "
-            f"the test split, fewer than {FEWEST_UNITS}, are too few. They ignore the variation between donors and are "
-            "too narrow for a new donor."
+            f"The intervals come from resampling cells, not donors: the test cells have {donors} "
+            f"{'donor' if donors == 1 else 'donors'}, and fewer than {FEWEST_UNITS} are too few. They ignore the "
+            "variation between donors and are too narrow for a new donor."
         )
     return f"There are no intervals, because the test split has fewer than {FEWEST_UNITS} cells."
 
