@@ -82,12 +82,12 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
 
     metrics = [("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("pathways", "jaccard")]
     metrics += [("text", "bleu"), ("text", "parsed")]
-    rows = [
-        ("test", method, *metric, 0.75 - 0.1 * i, 0.7 - 0.1 * i, 0.8 - 0.1 * i, cells)
-        for i, method in enumerate(METHODS)
-        for metric in metrics
-    ]
-    rows.append(("validation", "cell2text", "cell_type", "accuracy", 0.111, 0.1, 0.12, 9))
+    rows = []
+    for i, method in enumerate(METHODS):
+        scores = (0.75 - 0.1 * i, 0.7 - 0.1 * i, 0.8 - 0.1 * i, cells, "cell")
+        difference = (0.1 * i, 0.1 * i - 0.15, 0.1 * i + 0.15) if i else (math.nan,) * 3
+        rows += [("test", method, *metric, *scores, *difference) for metric in metrics]
+    rows.append(("validation", "cell2text", "cell_type", "accuracy", 0.111, 0.1, 0.12, 9, "cell", *(math.nan,) * 3))
     write_tsv(rows, METRICS, folder / "metrics.tsv")
     scores = [("test", "cell2text", "cell_type", key, name, 8, math.nan, 0.5, 0.6) for key, name in TYPES.items()]
     write_tsv(scores, PER_CLASS, folder / "per_class.tsv")
@@ -135,7 +135,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         "files": {"x.h5ad": "b" * 64},
     }
     write_json(
-        {**provenance, "bootstrap": {"replicates": 100, "splits": {"test": {"unit": "cell"}}}},
+        {**provenance, "bootstrap": {"replicates": 100, "splits": {"test": {"unit": "cell", "donors": 1}}}},
         folder / "provenance.json",
     )
     model = {
@@ -206,14 +206,14 @@ class Page(HTMLParser):
             self.text += data
 
 
-def render_page(files, tmp_path, seed=3):
+def render_page(files, tmp_path, seed=3, benchmarks=None):
     render_report(
         files,
         tmp_path / "report.html",
         tmp_path / "model_card.md",
         run="demo",
         seed=seed,
-        benchmarks=tmp_path / "none",
+        benchmarks=benchmarks or {},
         notes={"study": "its labels are <approximate>"},
     )
     return (tmp_path / "report.html").read_text()

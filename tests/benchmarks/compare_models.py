@@ -50,7 +50,7 @@ def score(predictions: pd.DataFrame, truth: pd.DataFrame, bootstrap: Bootstrap) 
     """Return the metrics of a method on the test cells, as text with their confidence intervals."""
     predictions = predictions.set_index("cell_id").loc[truth["cell_id"]].reset_index()
     predictions = predictions.assign(**{f"{slot}_id": known(predictions[f"{slot}_id"]) for slot in TERM_SLOTS})
-    rows = {(row["slot"], row["metric"]): row for row in score_method(truth, predictions, {}, bootstrap)}
+    rows = {score.key: score.row() for score in score_method(truth, predictions, {}, bootstrap)}
     found = {f"{key[0]} {key[1]}": "{value:.3f} [{low:.3f}, {high:.3f}]".format(**rows[key]) for key in METRICS}
     return found | {"parsed": f"{(predictions['status'] == 'parsed').sum()}/{len(predictions)}"}
 
@@ -105,10 +105,11 @@ def main() -> None:
             about = read_json(model / "cell2text.json")
             history = HISTORY.read(model / "history.parquet")
             history = history[history["stage"] != "align"]
+            whole = history[history["stage"] == "finetune"]  # the steps with whole texts
             accuracies = history["validation_accuracy"].dropna()
             further = {
                 "weights to train": f"{about['trainable_parameters'] / 1e6:.2f} M",
-                "tokens/s": f"{history['tokens'].sum() / history['seconds'].iloc[-1]:.0f}",
+                "tokens/s": f"{(whole['tokens'] / whole['seconds'].diff()).median():.0f}",
                 "minutes": f"{history['seconds'].iloc[-1] / 60:.1f}",
                 "best epoch": str(about["best_epoch"]),
                 "validation accuracy of each epoch": " ".join(f"{value:.3f}" for value in accuracies),

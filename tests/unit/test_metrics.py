@@ -10,11 +10,11 @@ from sklearn.metrics import f1_score
 
 from cell2text.contracts import CELLS, DESCRIPTIONS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
-from cell2text.evaluation import statistics
+from cell2text.evaluation import sums
 from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.compare import compare
 from cell2text.evaluation.evaluate import evaluate
-from cell2text.evaluation.metrics import known, score_method, term_similarities
+from cell2text.evaluation.metrics import HELD_OUT, SEEN, known, score_method, term_similarities
 from cell2text.evaluation.tables import confusion, per_class
 from cell2text.files import read_json, write_jsonl
 from cell2text.grammar import Terms
@@ -47,8 +47,8 @@ def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test
 def scores(truth, predicted, donors=None, replicates=50):
     donors = pd.Series(range(len(truth))) if donors is None else donors
     bootstrap = Bootstrap(donors, replicates, seed=0)
-    rows = score_method(truth, predicted, term_similarities([truth, predicted]), bootstrap)
-    return {(row["slot"], row["metric"]): row for row in rows}
+    found = score_method(truth, predicted, term_similarities([truth, predicted]), bootstrap)
+    return {score.key: score.row() for score in found}
 
 
 def test_cell_type_metrics_by_hand():
@@ -96,15 +96,15 @@ labels = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcde")), 
 def test_macro_f1_equals_that_of_scikit_learn(pairs):
     truth, predicted = (pd.Series(list(column)) for column in zip(*pairs, strict=True))
     classes = pd.Index(sorted(set(truth)))
-    sums = statistics.class_statistics(truth, predicted, classes).sum(axis=0)[None]
+    whole = sums.class_terms(truth, predicted, classes).sum(axis=0)[None]
     expected = f1_score(truth, predicted, labels=list(classes), average="macro", zero_division=0)
-    assert statistics.macro_f1(sums)[0] == pytest.approx(expected)
+    assert sums.macro_f1(whole)[0] == pytest.approx(expected)
 
 
 def test_pathway_metrics_by_hand():
     truth = pd.Series([["P1", "P2"], ["P1", "P2"], [], ["P1"], ["P1", "P2"]])
     predicted = pd.Series([np.array(["P2", "P1"]), ["P1", "P3"], None, [], ["P1", "P1"]])
-    equal, jaccard = statistics.set_statistics(truth, predicted)
+    equal, jaccard = sums.compare_sets(truth, predicted)
     assert equal.tolist() == [1, 0, 1, 0, 0]
     assert jaccard.tolist() == pytest.approx([1, 1 / 3, 1, 0, 0.5])
 
@@ -132,8 +132,8 @@ TEXTS = [
 
 def test_bleu_equals_that_of_sacrebleu():
     reference, text = (pd.Series(list(column)) for column in zip(*TEXTS * 3, strict=True))
-    counts, overlap = statistics.text_statistics(reference, text)
-    assert statistics.bleu(counts.sum(axis=0)[None])[0] == pytest.approx(
+    counts, overlap = sums.text_terms(reference, text)
+    assert sums.bleu(counts.sum(axis=0)[None])[0] == pytest.approx(
         sacrebleu.corpus_bleu(list(text), [list(reference)]).score / 100, abs=1e-12
     )
     # second pair: 4 words in common, in order, of 5 and 6 words
@@ -141,9 +141,9 @@ def test_bleu_equals_that_of_sacrebleu():
 
 
 def test_text_metrics():
-    reference, text = (list(column) for column in zip(*TEXTS, strict=True))
-    truth = cells_of([B_CELL] * 4, texts=reference)
-    predicted = cells_of([B_CELL] * 4, texts=text, status=["parsed", "parsed", "failed", "partial"])
+    reference, text = (list(column) for column in zip(*TEXTS * 2, strict=True))
+    truth = cells_of([B_CELL] * 8, texts=reference)
+    predicted = cells_of([B_CELL] * 8, texts=text, status=["parsed", "parsed", "failed", "partial"] * 2)
     found = scores(truth, predicted)
     assert found["text", "exact_match"]["value"] == 0.25
     assert found["text", "parsed"]["value"] == 0.5
@@ -158,37 +158,74 @@ def test_methods_without_text_have_no_text_metrics():
     assert ("text", "parsed") in found
 
 
-def test_bootstrap_intervals_are_deterministic_and_contain_the_value():
-    rng = np.random.default_rng(0)
-    values = statistics.mean_statistics(rng.random(60) < 0.7)
-    donors = pd.Series(rng.integers(8, size=60))
-    one = Bootstrap(donors, 500, seed=3).estimate(values, statistics.ratio)
-    assert one == Bootstrap(donors, 500, seed=3).estimate(values, statistics.ratio)
-    assert one != Bootstrap(donors, 500, seed=4).estimate(values, statistics.ratio)
-    assert one[1] < one[0] < one[2]
+def test_the_unit_depends_on_the_donors_of_the_counted_cells():
+    donors = pd.Series([f"donor {i // 4}" for i in range(40)])
+    truth = cells_of([B_CELL, NK_CELL] * 20)
+    truth["tissue_id"] = ["UBERON:0000178"] * 28 + [None] * 12  # of seven donors
+    truth["disease_id"] = ["PATO:0000461"] * 7 + [None] * 33
+    found = scores(truth, truth, donors)
+    assert [found[slot, "accuracy"]["resampled"] for slot in ("cell_type", "tissue", "disease")] == [
+        "donor",
+        "cell",
+        None,
+    ]
+    assert found["text", "bleu"]["resampled"] == "donor"
+    assert np.isnan([found["disease", "accuracy"][end] for end in ("low", "high")]).all()
 
 
-def test_the_bootstrap_draws_whole_donors():
-    # The cells of a donor are all correct or all wrong. With two donors, the mean of a replicate is 0, 1/2 or 1, and
-    # 0 and 1 each have a probability of 1/4. If cells were drawn, the mean would stay close to 1/2.
-    values = statistics.mean_statistics(np.repeat([0.0, 1.0], 100))
-    donors = pd.Series(np.repeat(["one", "two"], 100))
-    bootstrap = Bootstrap(donors, 400, seed=0)
-    assert (bootstrap.unit, bootstrap.units) == ("donor", 2)
-    assert bootstrap.estimate(values, statistics.ratio) == (0.5, 0, 1)
-    one_donor = Bootstrap(pd.Series(["one"] * 200), 400, seed=0)
-    assert (one_donor.unit, one_donor.units) == ("cell", 200)
-    _, low, high = one_donor.estimate(values, statistics.ratio)
-    assert 0.4 < low < 0.5 < high < 0.6
+def test_a_paired_difference_is_narrower_than_the_overlap_of_two_intervals():
+    """One method has 120 of 200 cells right, the other the same and 12 more: better, although the intervals overlap."""
+    truth = cells_of([B_CELL] * 200)
+    better = cells_of([B_CELL] * 132 + [NK_CELL] * 68)
+    worse = cells_of([B_CELL] * 120 + [NK_CELL] * 80)
+    bootstrap = Bootstrap(pd.Series(["one"] * 200), 2000, seed=0)
+    ours, theirs = (
+        {score.key: score for score in score_method(truth, table, term_similarities([truth, table]), bootstrap)}
+        for table in (better, worse)
+    )
+    key = ("cell_type", "accuracy")
+    row, own = theirs[key].row(ours[key]), ours[key].row()
+    assert own["low"] < row["high"]
+    assert row["difference"] == pytest.approx(0.06)
+    # the difference per cell is 1 with a probability of 0.06, and 0 otherwise
+    error = 1.96 * np.sqrt(0.06 * 0.94 / 200)
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx((0.06 - error, 0.06 + error), abs=0.006)
+    assert row["difference_low"] > 0
+    assert "difference" not in own
+    for metric in ("abstention", "similarity_among_errors"):  # not scored on the same cells, or less is better
+        assert "difference" not in theirs["cell_type", metric].row(ours["cell_type", metric])
 
 
-def test_the_bootstrap_interval_of_a_mean_has_the_expected_width():
-    values = np.random.default_rng(1).random(400)
-    bootstrap = Bootstrap(pd.Series(["one"] * 400), 2000, seed=0)
-    value, low, high = bootstrap.estimate(statistics.mean_statistics(values), statistics.ratio)
-    error = 1.96 * values.std() / np.sqrt(400)
-    assert value == pytest.approx(values.mean())
-    assert (value - low, high - value) == pytest.approx((error, error), rel=0.1)
+def test_a_rare_class_does_not_lower_the_interval_of_macro_f1():
+    """Ten classes of one cell, all correct: in every resample a third of them is missing, and none is wrong."""
+    types = [f"CL:{i:07d}" for i in range(10)] + [B_CELL] * 10
+    found = scores(cells_of(types), cells_of(types), pd.Series(["one"] * 20))["cell_type", "macro_f1"]
+    assert (found["value"], found["low"], found["high"]) == (1, 1, 1)
+
+
+def test_held_out_cell_types_are_scored_apart():
+    truth = cells_of([B_CELL, B_CELL, NK_CELL, CD4_T, CD4_T, None])
+    predicted = cells_of([B_CELL, CD4_T, NK_CELL, CD4_T, NK_CELL, B_CELL])
+    bootstrap = Bootstrap(pd.Series(range(6)), 50, seed=0)
+    similarities = term_similarities([truth, predicted])
+
+    def score(trained):
+        found = score_method(truth, predicted, similarities, bootstrap, trained)
+        return {one.key: one.row() for one in found}
+
+    found = score({B_CELL, NK_CELL})
+    assert (found["cell_type", "accuracy"]["value"], found["cell_type", "accuracy"]["n"]) == (0.6, 5)
+    seen, held_out = ({key[1]: row for key, row in found.items() if key[0] == slot} for slot in (SEEN, HELD_OUT))
+    assert (seen["accuracy"]["value"], seen["accuracy"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert (held_out["accuracy"]["value"], held_out["accuracy"]["n"]) == (0.5, 2)
+    # seen: B 2/3, NK 1; a B cell predicted as CD4 T lowers the F1 of no held-out class
+    assert seen["macro_f1"]["value"] == pytest.approx((2 / 3 + 1) / 2)
+    assert held_out["macro_f1"]["value"] == pytest.approx(2 / 3)
+    near = similarities["cell_type"]["similarity"].loc[NK_CELL, CD4_T]
+    assert held_out["similarity"]["value"] == pytest.approx((1 + near) / 2)
+    for trained in (None, {B_CELL, NK_CELL, CD4_T}):
+        assert not {SEEN, HELD_OUT} & {slot for slot, _ in score(trained)}
+    assert SEEN not in {slot for slot, _ in score(set())}
 
 
 def test_tables_keep_names_with_commas_and_abstentions(tmp_path):
@@ -260,6 +297,12 @@ def test_evaluation_end_to_end(results):
     assert value["test", "majority", "cell_type", "accuracy"] == pytest.approx(1 / 3, abs=1e-6)
     assert value["validation", "majority", "pathways", "jaccard"] == 1
     assert metrics["value"].between(0, 1).all()
+    compared = metrics[(metrics["split"] == "test") & (metrics["metric"] == "accuracy")]
+    difference = compared.set_index(["method", "slot"])["difference"]
+    assert difference["majority", "cell_type"] == pytest.approx(2 / 3, abs=1e-6)
+    assert np.isnan(difference["cell2text", "cell_type"])
+    assert compared["resampled"].isna().all() and compared["low"].isna().all()  # six cells give no interval
+    assert compared["slot"].to_list() == ["cell_type", "cell_type_held_out"] * 2  # there are no training cells
     bins = pd.read_csv(outputs["calibration"], sep="\t")
     assert (bins["bin_low"].unique(), bins["bin_high"].unique()) == (0.7, 0.8)
     assert bins.groupby("method")["accuracy"].max().to_dict() == pytest.approx(
@@ -267,8 +310,8 @@ def test_evaluation_end_to_end(results):
     )
     provenance = read_json(outputs["provenance"])
     assert provenance["bootstrap"]["splits"] == {
-        "validation": {"unit": "donor", "units": 2},
-        "test": {"unit": "cell", "units": 6},
+        "validation": {"unit": None, "donors": 2},
+        "test": {"unit": None, "donors": 1},
     }
     assert sorted(provenance["model"]) == ["adapter/weights.safetensors", "projector.safetensors"]
     assert provenance["language_model"] == {"licence": "Apache-2.0"}

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cell2text.contracts import HISTORY
+from cell2text.contracts import HELD_OUT, HISTORY, SEEN
 from cell2text.evaluation import methods
 from cell2text.evaluation.methods import title_of
+from cell2text.files import read_json, write_json
 from cell2text.grammar import Terms
 from cell2text.report import cell_map
 from cell2text.report.cell_map import COLOURS, GRID, colours, lay_out, sample_cells
@@ -19,7 +20,14 @@ from cell2text.report.charts import Axis, reliability, training_curve
 from cell2text.report.examples import choose_examples, mark_text
 from cell2text.report.limits import list_limits
 from cell2text.report.results import CALIBRATION, read_results
-from cell2text.report.tables import best_baseline, clearly_best, compare_methods, confusion_matrix, lost_slots
+from cell2text.report.tables import (
+    best_baseline,
+    compare_methods,
+    compare_with_best,
+    confusion_matrix,
+    score_slots,
+    verdict,
+)
 from report_run import (
     METHODS,
     TYPES,
@@ -30,6 +38,8 @@ from report_run import (
     write_run,
     write_tsv,
 )
+
+NO_UNIT = {"unit": None, "donors": 1}
 
 
 @pytest.fixture
@@ -70,14 +80,23 @@ def test_every_class_has_its_own_colour():
     assert colours(3) == list(COLOURS[:3])
 
 
-def test_a_score_is_best_only_if_intervals_do_not_overlap():
-    def score(value, low, high):
-        return {"value": value, "low": low, "high": high, "n": 10}
+def test_the_verdict_is_read_from_the_interval_of_the_difference():
+    def judge(difference, low, high):
+        return verdict({"difference": difference, "difference_low": low, "difference_high": high})
 
-    assert clearly_best([score(0.5, 0.4, 0.6), None, score(0.9, 0.7, 1.0)]) == 2
-    assert clearly_best([score(0.5, 0.4, 0.7), score(0.9, 0.7, 1.0)]) is None
-    assert clearly_best([score(0.9, math.nan, math.nan), score(0.5, 0.4, 0.6)]) is None
-    assert clearly_best([None, score(0.9, 0.7, 1.0)]) is None
+    assert judge(-0.1, -0.2, -0.01) == "better"
+    assert judge(0.1, 0.01, 0.2) == "worse"
+    assert judge(-0.1, -0.2, 0.0) == judge(0.1, -0.01, 0.2) == judge(0.0, 0.0, 0.0) == "unclear"
+    assert judge(1.0, math.nan, math.nan) == "unclear"
+    assert judge(math.nan, math.nan, math.nan) is None
+
+
+def test_baselines_are_marked_by_their_paired_difference(files, tmp_path):
+    rows = {row["method"]: row["scores"] for row in compare_methods(read_results(files))}
+    # differences of 0.1, 0.2, ... with intervals of 0.15 to both sides
+    assert [rows[method][0]["verdict"] for method in METHODS] == [None, "unclear", *["worse"] * 4]
+    page = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert page.count("▼") == 1 + 4 * 4 and page.count("▲") == 1  # four columns with scores, and the explanation
 
 
 def test_methods_outside_the_registry_are_shown(files):
@@ -204,6 +223,12 @@ def test_whiskers_are_wilson_intervals(files):
     np.testing.assert_allclose(high, [0.7634, 1.0], atol=1e-3)
 
 
+def with_difference(metrics, method, *difference):
+    metrics = metrics.copy()
+    metrics.loc[metrics["method"] == method, ["difference", "difference_low", "difference_high"]] = difference
+    return metrics
+
+
 def test_limits_follow_the_scores(files):
     results = read_results(files)
     limits = " ".join(list_limits(results, {"study": "a note"}))
@@ -211,47 +236,101 @@ def test_limits_follow_the_scores(files):
     assert "study: a note" in limits
     assert "resampling cells, not donors" in limits
     assert "3 of 3 cell types have fewer than 10 test cells" in limits
-    assert f"intervals of Cell2Text and {title_of('majority')} overlap" in limits
-    metrics = results.metrics.copy()
-    metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.9, 0.85, 0.95]
-    limits = " ".join(list_limits(replace(results, metrics=metrics), {}))
-    assert f"{title_of('majority')} is more accurate than Cell2Text" in limits
-    metrics.loc[metrics["method"] == "majority", ["value", "low", "high"]] = [0.1, 0.05, 0.15]
-    metrics.loc[metrics["method"] == "pca_logistic", ["value", "low", "high"]] = [0.6, 0.5, 0.69]
-    limits = " ".join(list_limits(replace(results, metrics=metrics), {}))
-    assert "overlap" not in limits and "is more accurate than" not in limits
+    majority = title_of("majority")
+    assert f"these cells do not show whether Cell2Text or {majority} is better" in limits
+    assert "paired difference in accuracy +10.0 percentage points, 95% interval \N{MINUS SIGN}5.0 to +25.0" in limits
+    better = with_difference(results.metrics, "majority", -0.1, -0.15, -0.05)
+    limits = " ".join(list_limits(replace(results, metrics=better), {}))
+    assert f"{majority} is more accurate than Cell2Text" in limits
+    worse = with_difference(results.metrics, "majority", 0.1, 0.05, 0.15)
+    limits = " ".join(list_limits(replace(results, metrics=worse), {}))
+    assert "do not show" not in limits and "is more accurate than" not in limits
+
+
+@pytest.mark.parametrize(
+    ("unit", "donors", "sentence"),
+    [
+        ("donor", 12, "The intervals come from resampling donors (12)."),
+        ("cell", 7, "resampling cells, not donors: the test cells have 7 donors, and fewer than 8 are too few."),
+        (None, 1, "There are no intervals, because the test split has fewer than 8 cells."),
+    ],
+)
+def test_limits_say_what_was_resampled(files, unit, donors, sentence):
+    results = read_results(files)
+    results.provenance["bootstrap"]["splits"]["test"] = {"unit": unit, "donors": donors}
+    limits = list_limits(replace(results, metrics=results.metrics.assign(resampled=unit or "")), {})
+    assert sum(sentence in limit for limit in limits) == 1
+    assert not any(limit.startswith("Cell type: the intervals") for limit in limits)
+    few = replace(results, metrics=results.metrics.assign(resampled="cell" if unit == "donor" else "other"))
+    assert any(limit.startswith("Cell type: the intervals") for limit in list_limits(few, {}))
 
 
 def test_the_best_baseline_of_each_score(files):
     results = read_results(files)
     baseline = best_baseline(results, "pathways", "jaccard")
-    assert baseline == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7, "n": 24, "name": title_of("majority")})
+    numbers = {"value": 0.65, "low": 0.6, "high": 0.7, "n": 24}
+    difference = {"difference": 0.1, "difference_low": -0.05, "difference_high": 0.25}
+    assert baseline == pytest.approx(numbers | difference | {"name": title_of("majority")})
     assert best_baseline(results, "sex", "accuracy") is None
     own = results.metrics[results.metrics["method"] == "cell2text"]
     assert best_baseline(replace(results, metrics=own), "pathways", "jaccard") is None
 
 
-def test_the_first_screen_names_each_slot_in_which_a_baseline_scores_higher(files, tmp_path):
-    assert lost_slots(read_results(files)) == []
-    assert "scores higher than" not in Page(render_page(files, tmp_path)).text
+def test_the_first_screen_compares_each_score_with_the_best_baseline(files, tmp_path):
     table = pd.read_csv(files.metrics, sep="\t")
-    scores = ["value", "low", "high"]
+    differences = ["value", "difference", "difference_low", "difference_high"]
     knn = (table["method"] == "knn") & (table["split"] == "test")
-    table.loc[knn & (table["metric"] == "accuracy"), scores] = [0.78, 0.71, 0.85]
-    table.loc[knn & (table["metric"] == "jaccard"), scores] = [0.9, 0.85, 0.95]
-    table.loc[knn & (table["metric"] == "parsed"), scores] = [0.75, 0.7, 0.8]  # equal, not higher
-    table.to_csv(files.metrics, sep="\t", index=False)
-    sentences = lost_slots(read_results(files))
-    assert sentences == [
-        f"Cell type: {title_of('knn')} scores higher than Cell2Text "
-        "(accuracy 78.0% vs. 75.0%; the 95% intervals overlap).",
-        f"Gene programmes: {title_of('knn')} scores higher than Cell2Text "
-        "(Jaccard index 90.0% vs. 75.0%; the 95% intervals do not overlap).",
+    table.loc[knn & (table["metric"] == "macro_f1"), differences] = [0.78, -0.03, -0.07, 0.01]
+    table.loc[knn & (table["metric"] == "jaccard"), differences] = [0.9, -0.15, -0.25, -0.05]
+    accuracy = (table["metric"] == "accuracy") & (table["method"] == "majority")
+    table.loc[accuracy, differences] = [0.65, 0.1, 0.05, 0.15]
+    same = table[accuracy | ((table["metric"] == "accuracy") & (table["method"] == "cell2text"))].assign(slot="tissue")
+    same[differences[1:]] = 0.0  # as in a slot with a single term
+    pd.concat([table, same]).to_csv(files.metrics, sep="\t", index=False)
+    rows = compare_with_best(read_results(files))
+    assert [(row["title"], row["baseline"]["name"], row["words"]) for row in rows] == [
+        ("Cell type, accuracy", title_of("majority"), "Cell2Text better"),
+        ("Cell type, macro-F1", title_of("knn"), "no clear difference"),
+        ("Gene programmes, Jaccard index", title_of("knn"), "baseline better"),
     ]
     header = " ".join(Page(render_page(files, tmp_path)).text.split()).split("Map of the test cells")[0]
-    assert all(sentence in header for sentence in sentences)
+    for row in (
+        f"Cell type, accuracy 75.0 65.0 {title_of('majority')} +10.0 +5.0 to +15.0 Cell2Text better",
+        f"Cell type, macro-F1 75.0 78.0 {title_of('knn')} −3.0 −7.0 to +1.0 no clear difference",
+        f"Gene programmes, Jaccard index 75.0 90.0 {title_of('knn')} −15.0 −25.0 to −5.0 baseline better",
+    ):
+        assert row.replace("−", "\N{MINUS SIGN}") in header
+    assert "was chosen on these cells" in header and "resampling cells, not donors" in header
     card = (tmp_path / "model_card.md").read_text()
-    assert all(sentence in card for sentence in sentences)
+    assert f"| Cell type, macro-F1 | {title_of('knn')} | -0.030 [-0.070, +0.010] | no clear difference |" in card
+    assert "resampling cells, not donors" in card
+
+
+def test_held_out_cell_types_are_listed_apart(files, tmp_path):
+    table = pd.read_csv(files.metrics, sep="\t")
+    parts = [table.assign(slot=table["slot"].replace("cell_type", slot)) for slot in (SEEN, HELD_OUT)]
+    held_out = parts[1].assign(value=0.25, low=math.nan, high=math.nan, resampled="")
+    pd.concat([table, *(part[part["slot"].isin((SEEN, HELD_OUT))] for part in (parts[0], held_out))]).to_csv(
+        files.metrics, sep="\t", index=False
+    )
+    results = read_results(files)
+    terms = {row["slot"]: row["terms"] for row in score_slots(results)}
+    assert (terms["cell_type"], terms[SEEN], terms[HELD_OUT]) == (3, 1, 2)  # the model's labels have one of the types
+    text = " ".join(Page(render_page(files, tmp_path)).text.split())
+    assert "Cell type (held out) 2 25.0 25.0" in text
+    assert "Cell type (held out), accuracy 25.0" in text.split("Map of the test cells")[0]
+    assert "Cell type (held out): the intervals do not exist: it has fewer than 8 cells." in text
+
+
+def test_a_run_with_too_few_cells_has_no_intervals(files, tmp_path):
+    table = pd.read_csv(files.metrics, sep="\t")
+    table[["low", "high", "difference_low", "difference_high"]] = math.nan
+    table.assign(resampled="").to_csv(files.metrics, sep="\t", index=False)
+    write_json({**read_json(files.provenance), "bootstrap": {"splits": {"test": NO_UNIT}}}, files.provenance)
+    html = render_page(files, tmp_path)
+    text = " ".join(Page(html).text.split())
+    assert "nan" not in html.split('id="map-data"')[0].lower().replace("finance", "")
+    assert "Cell type accuracy 75.0% no interval;" in text and "There are no intervals" in text
 
 
 def test_scores_that_were_not_computed_are_absent(files, tmp_path):

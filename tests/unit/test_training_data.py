@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -204,6 +205,17 @@ def test_alignment_learns_to_distinguish_descriptions(files, tiny_model):
     assert not losses(finetune(files, tiny_model, "labels", align_steps=60)).equals(history)
 
 
+def predict_validation_cells(files, model, language_model):
+    """Return what the projector alone predicts for the validation cells."""
+    texts = DESCRIPTIONS.read(files / "descriptions.parquet")
+    corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
+    CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
+    inputs = [str(path) for path in (model, language_model, files / "cells.parquet", files / "terms.parquet")]
+    embeddings = Embeddings([str(files / "embeddings.safetensors")])
+    predict_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
+    return PREDICTIONS.read(files / "aligned.parquet")
+
+
 def test_the_aligned_projector_encodes_each_slot_in_its_own_soft_tokens(files, tiny_model):
     texts = DESCRIPTIONS.read(files / "descriptions.parquet")
     tissues = np.where(texts["cell_type_id"] == TYPES[0], "UBERON:0002048", "UBERON:0000178")
@@ -213,12 +225,7 @@ def test_the_aligned_projector_encodes_each_slot_in_its_own_soft_tokens(files, t
     TERMS.write(pd.concat([terms, lung], ignore_index=True), files / "terms.parquet")
     projector = PROJECTOR | {"soft_tokens": 3}  # for cell type, tissue and disease
     model = finetune(files, tiny_model, "model", align_steps=60, projector=projector)
-    corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
-    CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
-    inputs = [str(path) for path in (model, tiny_model, files / "cells.parquet", files / "terms.parquet")]
-    embeddings = Embeddings([str(files / "embeddings.safetensors")])
-    predict_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
-    predicted, truth = PREDICTIONS.read(files / "aligned.parquet"), texts["split"] == "validation"
+    predicted, truth = predict_validation_cells(files, model, tiny_model), texts["split"] == "validation"
     assert (predicted["tissue_id"].to_numpy() == tissues[truth]).mean() > 0.8
     assert (predicted["cell_type_id"].to_numpy() == texts.loc[truth, "cell_type_id"].to_numpy()).mean() > 0.8
 
@@ -226,16 +233,28 @@ def test_the_aligned_projector_encodes_each_slot_in_its_own_soft_tokens(files, t
 @pytest.mark.parametrize("align_to", ["labels", "descriptions"])
 def test_the_aligned_projector_alone_names_well_separated_cells(files, tiny_model, align_to):
     model = finetune(files, tiny_model, "model", align_steps=60, align_to=align_to)
-    texts = DESCRIPTIONS.read(files / "descriptions.parquet")
-    corpus = texts[["cell_id", "split"]].reindex(columns=list(CELLS.columns))
-    CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=1.0), files / "cells.parquet")
-    embeddings = Embeddings([str(files / "embeddings.safetensors")])
-    inputs = [str(path) for path in (model, tiny_model, files / "cells.parquet", files / "terms.parquet")]
-    predict_aligned(*inputs, embeddings, str(files / "aligned.parquet"), ["validation"])
-    predicted = PREDICTIONS.read(files / "aligned.parquet")
+    predicted, texts = (
+        predict_validation_cells(files, model, tiny_model),
+        DESCRIPTIONS.read(files / "descriptions.parquet"),
+    )
     truth = texts[texts["split"] == "validation"]
     assert predicted["cell_id"].tolist() == truth["cell_id"].tolist()
     assert (predicted["cell_type_id"].to_numpy() == truth["cell_type_id"].to_numpy()).mean() > 0.8
     assert set(predicted["tissue_id"]) == {"UBERON:0000178"} and (predicted["tissue_confidence"] == 1).all()
     assert predicted["sex_id"].isna().all() and predicted["cell_type_confidence"].between(1 / 3, 1).all()
     assert predicted["text"].str.startswith("This is a").all()
+
+
+@pytest.mark.parametrize("align_to", ["labels", "descriptions"])
+def test_the_aligned_projector_is_compared_with_the_embeddings_it_was_aligned_to(files, tiny_model, align_to):
+    """Also if fine-tuning has moved the embeddings of the language model far away."""
+    changes = {"mode": "full", "learning_rate": 0.001, "epochs": 1}
+    model = finetune(files, tiny_model, "model", align_steps=60, align_to=align_to, **changes)
+    before = predict_validation_cells(files, model, tiny_model)
+    path = model / "language_model/model.safetensors"
+    tuned = load_file(path)
+    tuned["model.embed_tokens.weight"] = tuned["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tuned, path, metadata={"format": "pt"})
+    pd.testing.assert_frame_equal(predict_validation_cells(files, model, tiny_model), before)
+    truth = DESCRIPTIONS.read(files / "descriptions.parquet").set_index("cell_id").loc[before["cell_id"]]
+    assert (before["cell_type_id"].to_numpy() == truth["cell_type_id"].to_numpy()).mean() > 0.8

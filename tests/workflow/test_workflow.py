@@ -118,6 +118,8 @@ def with_geneformer(finished, tmp_path_factory):
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
     settings(folder, "kind: coexpression", encoder)
     settings(folder, "shards: 2", "shards: 3")
+    benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
+    shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards
     return folder
 
 
@@ -135,6 +137,8 @@ def test_a_run_with_geneformer_and_without_cached_vectors(with_geneformer):
     rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
     cells = pd.read_parquet(results / "corpus/cells.parquet")
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
+    jobs = re.search(r"<th[^>]*>embed_genes</th><td>(\d+)</td>", (results / "report.html").read_text())
+    assert jobs[1] == "3"
     assert planned(folder)[0] == set()
 
 

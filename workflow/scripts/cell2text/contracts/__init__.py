@@ -124,4 +124,13 @@ HISTORY = TableContract(
         "seconds": pa.float64(),  # since the start of pretraining, alignment or fine-tuning
     },
 )
-METRICS = ("split", "method", "slot", "metric", "value", "low", "high", "n")
+# Slots of metrics.tsv besides those of a description: the cells whose type has training cells, and the other ones. They
+# are scored apart if there are others.
+SEEN, HELD_OUT = "cell_type_seen", "cell_type_held_out"
+# metrics.tsv, one row per split, method, slot and metric. low and high are the ends of the 95% interval; resampled says
+# whether donors or cells were drawn for it. difference is the fine-tuned model's value minus this method's, on the same
+# resamples. It is empty for the model itself, and for metrics that are not scored on the same cells for every method.
+METRICS = (
+    *("split", "method", "slot", "metric", "value", "low", "high", "n", "resampled"),
+    *("difference", "difference_low", "difference_high"),
+)

@@ -23,7 +23,8 @@ _OURS, _OTHERS, _INK, _FAINT = "#0072B2", "#666666", "#222222", "#E3E3E3"
 def compare(metrics: str, plot: str) -> None:
     """Plot the main metrics of every method on the test cells, with 95% confidence intervals, as SVG.
 
-    Methods are sorted by cell type accuracy; metrics that a run lacks are skipped.
+    Methods are sorted by cell type accuracy; metrics that a run lacks are skipped. A baseline's point is filled if the
+    interval of its paired difference to the fine-tuned model excludes zero.
 
     Parameters
     ----------
@@ -54,16 +55,25 @@ def compare(metrics: str, plot: str) -> None:
         for label, method in zip(axes[0].get_yticklabels(), methods, strict=True):
             label.set(color=_colour(method), weight=_weight(method))
         cells = int(table.loc[panels[0]]["n"].max())
-        figure.supxlabel(f"{cells:,} test cells; bars: 95% bootstrap confidence intervals", fontsize=8, color=_OTHERS)
+        legend = f"{cells:,} test cells; bars: {_describe_intervals(table)}\nhollow point: no clear difference to "
+        legend += f"{title_of(FINE_TUNED)} (the 95% interval of the paired difference includes zero)"
+        figure.supxlabel(legend, fontsize=8, color=_OTHERS)
         with whole_file(plot) as unfinished:
             figure.savefig(unfinished, format="svg", metadata={"Date": None, "Title": "Methods compared"})
+
+
+def _describe_intervals(table: pd.DataFrame) -> str:
+    units = " or ".join(f"{unit}s" for unit in sorted(set(table["resampled"].dropna())))
+    return f"95% intervals from resampling {units}" if units else "no intervals, because there are too few cells"
 
 
 def _plot_panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     """Draw value and interval of each method; the first row is at the bottom."""
     heights, colours = range(len(rows)), [_colour(method) for method in rows.index]
     axis.hlines(heights, rows["low"], rows["high"], colors=colours, linewidth=2, alpha=0.55)
-    axis.scatter(rows["value"], heights, s=36, c=colours, zorder=3)
+    clear = (rows["difference_low"] > 0) | (rows["difference_high"] < 0) | (rows.index == FINE_TUNED)
+    faces = [colour if filled else "white" for colour, filled in zip(colours, clear, strict=True)]
+    axis.scatter(rows["value"], heights, s=32, c=faces, edgecolors=colours, linewidths=1.4, zorder=3)
     for height, (method, value) in enumerate(rows["value"].items()):
         if pd.notna(value):
             style = {"color": _colour(method), "weight": _weight(method), "fontsize": 7.5}

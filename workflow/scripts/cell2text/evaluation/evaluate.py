@@ -12,7 +12,7 @@ from cell2text.contracts import CELLS, DESCRIPTIONS, METRICS, PREDICTIONS, TERM_
 from cell2text.errors import InputError
 from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.methods import FINE_TUNED
-from cell2text.evaluation.metrics import known, score_method, term_similarities
+from cell2text.evaluation.metrics import Score, known, score_method, term_similarities
 from cell2text.evaluation.tables import calibration, confusion, per_class
 from cell2text.files import read_json, read_jsonl, whole_file, write_json
 from cell2text.grammar import Terms
@@ -76,8 +76,7 @@ def evaluate(
     InputError
         If the cells that a method describes are not exactly those of the two splits.
     """
-    truth = DESCRIPTIONS.read(descriptions)
-    truth = truth[truth["split"].isin(EVALUATED)].sort_values("cell_id", ignore_index=True)
+    truth, trained = _read_truth(descriptions)
     truth = _clean(truth.merge(CELLS.read(corpus, ["cell_id", "donor"]), on="cell_id", validate="1:1"))
     methods = {
         method: _clean(_align(table, truth, where)) for method, table, where in _read_methods(generations, baselines)
@@ -91,10 +90,13 @@ def evaluate(
             continue
         cells = truth[chosen].reset_index(drop=True)
         bootstrap = bootstraps[split] = Bootstrap(cells["donor"], replicates, seed)
+        reference: dict[tuple[str, str], Score] = {}
         for method, predictions in methods.items():
             predicted = predictions[chosen].reset_index(drop=True)
             where = {"split": split, "method": method}
-            rows += [where | row for row in score_method(cells, predicted, similarities, bootstrap)]
+            scores = score_method(cells, predicted, similarities, bootstrap, trained)
+            rows += [where | score.row(reference.get(score.key)) for score in scores]
+            reference = reference or {score.key: score for score in scores}  # the fine-tuned model is the first method
             for slot in TERM_SLOTS:
                 for table, frame in _slot_tables(slot, cells, predicted, names).items():
                     tables[table].append(frame.assign(**where, slot=slot))
@@ -103,7 +105,7 @@ def evaluate(
     _write_tsv(metrics, outputs["metrics"])
     for table, columns in _TABLES.items():
         _write_tsv(_join(tables[table], ["split", "method", "slot", *columns]), outputs[table])
-    drawn = {split: {"unit": one.unit, "units": one.units} for split, one in bootstraps.items()}
+    drawn = {split: {"unit": one.unit(), "donors": one.count_donors()} for split, one in bootstraps.items()}
     write_json(
         {
             "config": config_hash,
@@ -118,6 +120,15 @@ def evaluate(
         outputs["provenance"],
     )
     _log_main_metrics(metrics)
+
+
+def _read_truth(path: str) -> tuple[pd.DataFrame, set[str]]:
+    """Return the cells to score, sorted by id, and the cell types of the training cells."""
+    parts, trained = [], set()
+    for part in DESCRIPTIONS.read_parts(path):
+        parts.append(part[part["split"].isin(EVALUATED)])
+        trained.update(known(part.loc[part["split"] == "train", "cell_type_id"]).dropna())
+    return pd.concat(parts).sort_values("cell_id", ignore_index=True), trained
 
 
 def _read_methods(generations: list[str], baselines: list[str]) -> list[tuple[str, pd.DataFrame, Path]]:

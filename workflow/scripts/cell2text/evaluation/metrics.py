@@ -1,19 +1,85 @@
 """The rows of metrics.tsv: every metric of one method on the cells of one split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
-from cell2text.contracts import TERM_SLOTS
-from cell2text.evaluation import statistics
-from cell2text.evaluation.bootstrap import Bootstrap
+from cell2text.contracts import HELD_OUT, SEEN, TERM_SLOTS
+from cell2text.evaluation import sums
+from cell2text.evaluation.bootstrap import Bootstrap, interval
 from cell2text.evaluation.similarity import TermGraph, ontology_edges
 from cell2text.ontology import ONTOLOGIES, UNKNOWN
 
 # The terms for sex and stage form no taxonomy, so graph distance does not measure how wrong a prediction is.
 SIMILARITY_SLOTS = ("cell_type", "tissue", "disease")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as a function of sums over cells.
+
+    Parameters
+    ----------
+    slot, metric
+        Names, as in ``contracts.METRICS``.
+    terms
+        The terms of the sums, dense or sparse, shape (cells, sums).
+    function
+        Maps sums of shape (resamples, sums) to one value per resample; NaN where it is undefined.
+    counted
+        The cells that are scored, bool (cells,).
+    compared
+        Whether methods can be compared: each is scored on the same cells, and more is better.
+    """
+
+    slot: str
+    metric: str
+    terms: np.ndarray | scipy.sparse.csr_array
+    function: Callable[[np.ndarray], np.ndarray]
+    counted: np.ndarray
+    compared: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one method.
+
+    Parameters
+    ----------
+    metric
+        The metric.
+    estimates
+        Its value on all cells, followed by those of the resamples, float64 (1 + resamples,).
+    resampled
+        What was resampled: ``"donor"``, ``"cell"`` or None.
+    """
+
+    metric: Metric
+    estimates: np.ndarray
+    resampled: str | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Slot and metric."""
+        return self.metric.slot, self.metric.metric
+
+    def row(self, reference: "Score | None" = None) -> dict[str, Any]:
+        """Return the row of ``contracts.METRICS``, without split and method.
+
+        The difference is that of the reference (the same metric of the fine-tuned model on the same resamples) minus
+        this score.
+        """
+        row = dict(zip(("slot", "metric"), self.key, strict=True))
+        row |= dict(zip(("value", "low", "high"), interval(self.estimates), strict=True))
+        row |= {"n": int(self.metric.counted.sum()), "resampled": self.resampled}
+        if reference is not None and self.metric.compared:
+            difference = interval(reference.estimates - self.estimates)
+            row |= dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
+        return row
 
 
 def known(ids: pd.Series) -> pd.Series:
@@ -40,8 +106,9 @@ def score_method(
     predicted: pd.DataFrame,
     similarities: dict[str, dict[str, pd.DataFrame]],
     bootstrap: Bootstrap,
-) -> list[dict[str, Any]]:
-    """Return slot, metric, value, low, high and n for every metric of a method.
+    trained: Collection[str] | None = None,
+) -> list[Score]:
+    """Return the scores of a method.
 
     Parameters
     ----------
@@ -52,71 +119,93 @@ def score_method(
         From :func:`term_similarities`.
     bootstrap
         Resamples of the same cells.
+    trained
+        Ids of the cell types of the training cells. Cells of other types are scored apart. None: there are no others.
     """
-    rows = []
-    for slot, metric, sums, function, n in _all_statistics(truth, predicted, similarities):
-        if n:
-            value, low, high = bootstrap.estimate(sums, function)
-            rows.append({"slot": slot, "metric": metric, "value": value, "low": low, "high": high, "n": n})
-    return rows
+    metrics = [metric for metric in _all_metrics(truth, predicted, similarities, trained) if metric.counted.any()]
+    units = [bootstrap.unit(metric.counted) for metric in metrics]
+    values: dict[int, np.ndarray] = {}
+    for unit in set(units):
+        rows = [row for row, one in enumerate(units) if one == unit]
+        terms = [scipy.sparse.csr_array(metrics[row].terms) for row in rows]
+        resampled = bootstrap.sum_up(scipy.sparse.hstack(terms, format="csr"), unit)
+        ends = np.cumsum([part.shape[1] for part in terms])
+        for row, part in zip(rows, np.split(resampled, ends[:-1], axis=1), strict=True):
+            values[row] = metrics[row].function(part)
+    return [Score(metric, values[row], units[row]) for row, metric in enumerate(metrics)]
 
 
-# slot, metric, per-cell statistics, function of their sums, number of cells
-Metric = tuple[str, str, Any, Callable[[np.ndarray], np.ndarray], int]
-
-
-def _all_statistics(
-    truth: pd.DataFrame, predicted: pd.DataFrame, similarities: dict[str, dict[str, pd.DataFrame]]
+def _all_metrics(
+    truth: pd.DataFrame,
+    predicted: pd.DataFrame,
+    similarities: dict[str, dict[str, pd.DataFrame]],
+    trained: Collection[str] | None,
 ) -> Iterator[Metric]:
     for slot in TERM_SLOTS:
-        yield from _slot_statistics(slot, truth[f"{slot}_id"], predicted, similarities.get(slot, {}))
-    yield from _pathway_statistics(truth["pathway_ids"], predicted["pathway_ids"])
-    yield from _text_statistics(truth["text"], predicted)
+        true, ids = truth[f"{slot}_id"], predicted[f"{slot}_id"]
+        yield from _label_metrics(slot, true, ids, similarities.get(slot, {}))
+        confidence = predicted[f"{slot}_confidence"].to_numpy(float)
+        yield from _error_metrics(slot, true, ids, confidence, similarities.get(slot, {}))
+    true, ids = truth["cell_type_id"], predicted["cell_type_id"]
+    seen = true.isin(true if trained is None else trained)
+    if (true.notna() & ~seen).any():
+        for part, among in ((SEEN, seen), (HELD_OUT, ~seen)):
+            yield from _label_metrics(part, true.where(among, None), ids, similarities.get("cell_type", {}))
+    yield from _pathway_metrics(truth["pathway_ids"], predicted["pathway_ids"])
+    yield from _text_metrics(truth["text"], predicted)
 
 
-def _slot_statistics(
-    slot: str, truth: pd.Series, table: pd.DataFrame, similarities: dict[str, pd.DataFrame]
+def _label_metrics(
+    slot: str, truth: pd.Series, predicted: pd.Series, similarities: dict[str, pd.DataFrame]
 ) -> Iterator[Metric]:
-    if truth.isna().all():
-        return
-    predicted, confidence = table[f"{slot}_id"], table[f"{slot}_confidence"].to_numpy(float)
     labelled = truth.notna().to_numpy()
+    if not labelled.any():
+        return
     correct = labelled & (truth == predicted).to_numpy()
     classes = pd.Index(np.unique(truth.dropna().astype(str)))
-    n = int(labelled.sum())
-    yield slot, "accuracy", statistics.mean_statistics(correct, labelled), statistics.ratio, n
-    yield slot, "macro_f1", statistics.class_statistics(truth, predicted, classes), statistics.macro_f1, n
-    yield slot, "abstention", statistics.mean_statistics(predicted.isna(), labelled), statistics.ratio, n
+    abstained = sums.mean_terms(predicted.isna(), labelled)
+    yield Metric(slot, "accuracy", sums.mean_terms(correct, labelled), sums.ratio, labelled)
+    yield Metric(slot, "macro_f1", sums.class_terms(truth, predicted, classes), sums.macro_f1, labelled)
+    yield Metric(slot, "abstention", abstained, sums.ratio, labelled, compared=False)
     for metric, pairwise in similarities.items():
-        similarity = statistics.look_up(pairwise, predicted, truth)
-        yield slot, metric, statistics.mean_statistics(similarity, labelled), statistics.ratio, n
+        similarity = sums.look_up(pairwise, predicted, truth)
+        yield Metric(slot, metric, sums.mean_terms(similarity, labelled), sums.ratio, labelled)
+
+
+def _error_metrics(
+    slot: str, truth: pd.Series, predicted: pd.Series, confidence: np.ndarray, similarities: dict[str, pd.DataFrame]
+) -> Iterator[Metric]:
+    labelled = truth.notna().to_numpy()
+    if not labelled.any():
+        return
+    correct = labelled & (truth == predicted).to_numpy()
     if similarities:
-        similarity = statistics.look_up(similarities["similarity"], predicted, truth)
-        wrong = labelled & ~correct
-        errors = statistics.mean_statistics(similarity, wrong)
-        yield slot, "similarity_among_errors", errors, statistics.ratio, int(wrong.sum())
+        similarity, wrong = sums.look_up(similarities["similarity"], predicted, truth), labelled & ~correct
+        errors = sums.mean_terms(similarity, wrong)
+        yield Metric(slot, "similarity_among_errors", errors, sums.ratio, wrong, compared=False)
     counted = labelled & predicted.notna().to_numpy() & ~np.isnan(confidence)
-    bins = statistics.calibration_statistics(confidence, correct, counted)
-    yield slot, "calibration_error", bins, statistics.calibration_error, int(counted.sum())
+    bins = sums.calibration_terms(confidence, correct, counted)
+    yield Metric(slot, "calibration_error", bins, sums.calibration_error, counted, compared=False)
 
 
-def _pathway_statistics(truth: pd.Series, predicted: pd.Series) -> Iterator[Metric]:
+def _pathway_metrics(truth: pd.Series, predicted: pd.Series) -> Iterator[Metric]:
     if not truth.explode().notna().any():
         return
-    equal, jaccard = statistics.set_statistics(truth, predicted)
-    yield "pathways", "subset_accuracy", statistics.mean_statistics(equal), statistics.ratio, len(truth)
-    yield "pathways", "jaccard", statistics.mean_statistics(jaccard), statistics.ratio, len(truth)
+    every = np.ones(len(truth), dtype=bool)
+    equal, jaccard = sums.compare_sets(truth, predicted)
+    yield Metric("pathways", "subset_accuracy", sums.mean_terms(equal), sums.ratio, every)
+    yield Metric("pathways", "jaccard", sums.mean_terms(jaccard), sums.ratio, every)
 
 
-def _text_statistics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Metric]:
-    n = len(reference)
+def _text_metrics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Metric]:
+    every = np.ones(len(reference), dtype=bool)
     parsed = (predicted["status"] == "parsed").to_numpy()
-    yield "text", "parsed", statistics.mean_statistics(parsed), statistics.ratio, n
+    yield Metric("text", "parsed", sums.mean_terms(parsed), sums.ratio, every)
     text = predicted["text"].fillna("").astype(str)
     if not text.any():
         return
-    counts, overlap = statistics.text_statistics(reference, text)
+    counts, overlap = sums.text_terms(reference, text)
     equal = (reference == text).to_numpy()
-    yield "text", "bleu", counts, statistics.bleu, n
-    yield "text", "rouge_l", statistics.mean_statistics(overlap), statistics.ratio, n
-    yield "text", "exact_match", statistics.mean_statistics(equal), statistics.ratio, n
+    yield Metric("text", "bleu", counts, sums.bleu, every)
+    yield Metric("text", "rouge_l", sums.mean_terms(overlap), sums.ratio, every)
+    yield Metric("text", "exact_match", sums.mean_terms(equal), sums.ratio, every)

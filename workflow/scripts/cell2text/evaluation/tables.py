@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from cell2text.evaluation.statistics import BINS, calibration_statistics, class_statistics
+from cell2text.evaluation.sums import BINS, calibration_terms, class_terms
 from cell2text.grammar import Terms
 
 ABSTAINED = "not determined"
@@ -15,7 +15,7 @@ def per_class(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -
     Precision is empty for a class that is never predicted.
     """
     classes = pd.Index(np.unique(truth.dropna().astype(str)))
-    sums = class_statistics(truth, predicted, classes).sum(axis=0)
+    sums = class_terms(truth, predicted, classes).sum(axis=0)
     hits, true_cells, predicted_cells = np.split(sums, 3)
     precision = np.divide(hits, predicted_cells, where=predicted_cells > 0, out=np.full(len(classes), np.nan))
     return pd.DataFrame(
@@ -41,7 +41,7 @@ def confusion(slot: str, truth: pd.Series, predicted: pd.Series, terms: Terms) -
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, counted: np.ndarray) -> pd.DataFrame:
     """Return mean confidence, accuracy and n of each non-empty bin of confidence."""
-    sums = calibration_statistics(confidence, correct, counted).sum(axis=0)
+    sums = calibration_terms(confidence, correct, counted).sum(axis=0)
     total_confidence, hits, cells = np.split(sums, 3)
     edges = np.arange(BINS + 1) / BINS
     filled = cells > 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from cell2text.device import pick_device
@@ -125,20 +126,46 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     about = read_sealed(directory, "cell2text.json")
     check_language_model(language_model)
     with reading(directory / "cell2text.json", FIX):
-        mode, settings, dimensions = (
-            about["finetune"]["mode"],
-            ProjectorSettings(**about["projector"]),
-            about["dimensions"],
-        )
+        mode = about["finetune"]["mode"]
     weights = directory / "language_model" if mode == "full" else None
     model, tokenizer = load_language_model(language_model, device, mode, weights)
-    with reading(directory / "projector.safetensors", FIX):
-        projector = build_projector(settings, dimensions, model.config.hidden_size)
-        projector.load_state_dict(read_weights(directory / "projector.safetensors", FIX), strict=True)
     if mode == "full":
         check_finite(dict(model.named_parameters()), weights, FIX)
     tuned = model if mode == "full" else _load_adapter(model, directory / "adapter")
-    return Cell2Text(tuned, tokenizer, projector.to(device), about).eval()
+    return Cell2Text(tuned, tokenizer, _load_projector(directory, about, model), about).eval()
+
+
+def load_projector(directory: str | Path, language_model: str | Path, device: torch.device | None = None) -> Cell2Text:
+    """Read the projector that :func:`save` wrote, with the original language model, whose embeddings it is aligned to.
+
+    The projector is aligned to the embeddings from before fine-tuning, which ``mode: full`` changes. No weights are
+    rounded to 4 bits, so this needs no GPU in any mode.
+
+    Parameters
+    ----------
+    directory, language_model, device
+        As in :func:`load`.
+
+    Raises
+    ------
+    InputError
+        If a file of either is damaged.
+    """
+    directory = Path(directory)
+    about = read_sealed(directory, "cell2text.json")
+    check_language_model(language_model)
+    model, tokenizer = load_language_model(language_model, device or pick_device(), "lora")
+    return Cell2Text(model, tokenizer, _load_projector(directory, about, model), about).eval()
+
+
+def _load_projector(directory: Path, about: dict[str, Any], model: PreTrainedModel) -> nn.Module:
+    with reading(directory / "cell2text.json", FIX):
+        settings, dimensions = ProjectorSettings(**about["projector"]), about["dimensions"]
+    file = directory / "projector.safetensors"
+    with reading(file, FIX):
+        projector = build_projector(settings, dimensions, model.config.hidden_size)
+        projector.load_state_dict(read_weights(file, FIX), strict=True)
+    return projector.to(model.device)
 
 
 def _load_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:

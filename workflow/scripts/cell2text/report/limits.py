@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from cell2text.evaluation.bootstrap import FEWEST_UNITS
 from cell2text.evaluation.methods import title_of
-from cell2text.report.results import METHOD, Results
-from cell2text.report.tables import best_baseline
+from cell2text.report.results import METHOD, Results, slot_name
+from cell2text.report.tables import DIFFERENCE, best_baseline, points, verdict
 
 FEW_CELLS = 10
 
@@ -21,20 +22,36 @@ def list_limits(results: Results, notes: dict[str, str]) -> list[str]:
     ]
 
 
+def describe_intervals(results: Results) -> str:
+    """Return how the 95% intervals of this run were computed, and what they leave out."""
+    unit, donors = results.resampled()
+    if unit == "donor":
+        return f"The intervals come from resampling donors ({donors:,})."
+    if unit == "cell":
+        return (
+            f"The intervals come from resampling cells, not donors: the test cells have {donors} "
+            f"{'donor' if donors == 1 else 'donors'}, and fewer than {FEWEST_UNITS} are too few. They ignore the "
+            "variation between donors and are too narrow for a new donor."
+        )
+    return f"There are no intervals, because the test split has fewer than {FEWEST_UNITS} cells."
+
+
 def _limits_of_intervals(results: Results) -> Iterator[str]:
     accuracy = results.metric(METHOD, "cell_type", "accuracy")
-    if accuracy is None:
-        return
-    width = 100 * (accuracy["high"] - accuracy["low"])
-    yield (
-        f"With {accuracy['n']:,.0f} test cells, the 95% confidence interval of the cell type accuracy is {width:.0f} "
-        "percentage points wide. Differences of a few points may be due to chance."
-    )
-    if results.resampled_unit() == "cell":
+    if accuracy and accuracy["low"] == accuracy["low"]:
+        width = 100 * (accuracy["high"] - accuracy["low"])
         yield (
-            "The intervals come from resampling cells, not donors. They ignore the variation between donors and are "
-            "too narrow for a new donor."
+            f"With {accuracy['n']:,.0f} test cells, the 95% confidence interval of the cell type accuracy is "
+            f"{width:.0f} percentage points wide. To compare two methods, read their paired difference, not whether "
+            "their intervals overlap."
         )
+    yield describe_intervals(results)
+    scores = results.metrics[(results.metrics["method"] == METHOD) & (results.metrics["metric"] == "accuracy")]
+    for slot, unit in zip(scores["slot"], scores["resampled"], strict=True):
+        if unit != (results.resampled()[0] or ""):
+            how = f"come from resampling cells: its cells are of fewer than {FEWEST_UNITS} donors"
+            none = f"do not exist: it has fewer than {FEWEST_UNITS} cells"
+            yield f"{slot_name(slot).capitalize()}: the intervals {how if unit == 'cell' else none}."
     sizes = results.cells["true_cell_type_id"].value_counts()
     few = int((sizes < FEW_CELLS).sum())
     if few:
@@ -46,24 +63,19 @@ def _limits_of_intervals(results: Results) -> Iterator[str]:
 
 
 def _limits_of_comparison(results: Results) -> Iterator[str]:
-    accuracy, baseline = (
-        results.metric(METHOD, "cell_type", "accuracy"),
-        best_baseline(results, "cell_type", "accuracy"),
+    baseline = best_baseline(results, "cell_type", "accuracy")
+    if baseline is None or verdict(baseline) is None:
+        return
+    difference, low, high = (points(baseline[end]) for end in DIFFERENCE)
+    about = f"(paired difference in accuracy {difference} percentage points, 95% interval {low} to {high})"
+    if verdict(baseline) == "better":
+        yield f"Cell types: {baseline['name']} is more accurate than {title_of(METHOD)} on these cells {about}."
+    elif verdict(baseline) == "unclear":
+        yield f"Cell types: these cells do not show whether {title_of(METHOD)} or {baseline['name']} is better {about}."
+    yield (
+        "The best baseline of each score was chosen on the same test cells, which favours it slightly. The intervals "
+        "of the differences are not corrected for the number of comparisons."
     )
-    if accuracy is None or baseline is None:
-        return
-    if accuracy["low"] > baseline["high"]:
-        return
-    if accuracy["high"] < baseline["low"]:
-        yield (
-            f"Cell types: {baseline['name']} is more accurate than {title_of(METHOD)} on these cells, and the "
-            "95% intervals do not overlap."
-        )
-    else:
-        yield (
-            f"Cell types: the 95% intervals of {title_of(METHOD)} and {baseline['name']} overlap, so these cells do "
-            "not show which one is better."
-        )
 
 
 def _limits_of_texts(results: Results) -> Iterator[str]:

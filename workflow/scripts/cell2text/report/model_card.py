@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 
 from cell2text.contracts import SPLITS
-from cell2text.evaluation.methods import METHODS
+from cell2text.evaluation.methods import METHODS, title_of
 from cell2text.files import whole_file
-from cell2text.report.limits import list_limits
-from cell2text.report.results import Results
-from cell2text.report.tables import lost_slots
+from cell2text.report.limits import describe_intervals, list_limits
+from cell2text.report.results import METHOD, Results
+from cell2text.report.tables import DIFFERENCE, compare_with_best
 
 SCORES = {
     "cell type accuracy": ("cell_type", "accuracy"),
@@ -81,7 +81,10 @@ def _data(results: Results) -> Iterator[str]:
 def _scores(results: Results) -> Iterator[str]:
     yield "## Scores"
     yield ""
-    yield f"On {len(results.cells):,} test cells, by ontology id, from 0 to 1, with 95% confidence intervals:"
+    yield (
+        f"On {len(results.cells):,} test cells, by ontology id, from 0 to 1, with 95% confidence intervals. "
+        f"{describe_intervals(results)}"
+    )
     yield ""
     yield f"| method | {' | '.join(SCORES)} |"
     yield "|---|" + "---|" * len(SCORES)
@@ -97,7 +100,17 @@ def _scores(results: Results) -> Iterator[str]:
         "Texts parsed: the share of texts that follow the grammar of the descriptions in full. Most baselines fill in "
         "a template, so their share is 1."
     )
-    yield from (f"\n{sentence}" for sentence in lost_slots(results))
+    compared = compare_with_best(results)
+    if not compared:
+        return
+    yield ""
+    yield f"{title_of(METHOD)} minus the best baseline, on the same cells and resamples:"
+    yield ""
+    yield "| score | best baseline | difference | verdict |"
+    yield "|---|---|---|---|"
+    for row in compared:
+        difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(row["baseline"][end] for end in DIFFERENCE))
+        yield f"| {row['title']} | {row['baseline']['name']} | {difference} | {row['words']} |"
 
 
 def _limits(results: Results, notes: dict[str, str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from cell2text.progress import clock
 from cell2text.report.cell_map import MOST_CELLS, map_data
 from cell2text.report.charts import reliability, training_curve
 from cell2text.report.examples import choose_examples
-from cell2text.report.limits import list_limits
+from cell2text.report.limits import describe_intervals, list_limits
 from cell2text.report.model_card import write_model_card
 from cell2text.report.results import METHOD, Results, RunFiles, read_results, slot_name
 from cell2text.report.tables import (
@@ -26,9 +26,10 @@ from cell2text.report.tables import (
     best_baseline,
     class_scores,
     compare_methods,
+    compare_with_best,
     confusion_matrix,
     limit_ranges,
-    lost_slots,
+    points,
     score_slots,
 )
 from cell2text.report.timings import rule_costs
@@ -59,7 +60,7 @@ def render_report(
     card: str | Path,
     run: str,
     seed: int,
-    benchmarks: str | Path,
+    benchmarks: dict[str, list[str]],
     notes: dict[str, str],
 ) -> None:
     """Write the report and the model card of a run.
@@ -77,7 +78,7 @@ def render_report(
     seed
         Seed of the map's layout and of the choice of examples.
     benchmarks
-        Folder of Snakemake's benchmark files; it may be missing.
+        Snakemake's benchmark files of each rule; files may be missing.
     notes
         Notes for readers from the sheet of datasets, by dataset.
 
@@ -97,6 +98,7 @@ def render_report(
     )
     environment.filters |= {
         "percent": percent,
+        "points": points,
         "count": lambda value: f"{value:,.0f}",
         "clock": clock,
         "words": lambda name: name.replace("_", " "),
@@ -117,7 +119,7 @@ def render_report(
 
 
 def _sections(
-    results: Results, files: RunFiles, run: str, seed: int, benchmarks: str | Path, notes: dict[str, str]
+    results: Results, files: RunFiles, run: str, seed: int, benchmarks: dict[str, list[str]], notes: dict[str, str]
 ) -> dict[str, Any]:
     """Return the variables of the template."""
     slots = score_slots(results)
@@ -139,12 +141,12 @@ def _sections(
             for title, slot, metric, note in HEADLINE
             if (own := results.metric(METHOD, slot, metric))
         ],
-        "lost_slots": lost_slots(results),
+        "compared": compare_with_best(results),
         "map": map_data(results, seed),
         "most_cells": MOST_CELLS,
         "columns": list(COLUMNS),
         "methods": compare_methods(results),
-        "resampled": results.resampled_unit(),
+        "intervals": describe_intervals(results),
         "comparison": files.comparison,
         "slots": slots,
         "confusion": confusion_matrix(results),

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
+from cell2text.contracts import (
+    CELLS,
+    DESCRIPTIONS,
+    EMBEDDINGS,
+    HELD_OUT,
+    HISTORY,
+    METRICS,
+    SEEN,
+    TERM_SLOTS,
+    TERMS,
+)
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.files import read_json, read_jsonl
@@ -20,7 +30,13 @@ RUN_AGAIN = "Run the workflow again"
 PER_CLASS = ("split", "method", "slot", "id", "name", "n", "precision", "recall", "f1")
 CONFUSION = ("split", "method", "slot", "true_id", "true_name", "predicted_id", "predicted_name", "n")
 CALIBRATION = ("split", "method", "slot", "bin_low", "bin_high", "confidence", "accuracy", "n")
-_TEXT_COLUMNS = {"split", "method", "slot", "metric", "id", "name", *CONFUSION[3:7]}
+SLOT_NAMES = {
+    "pathways": "gene programmes",
+    SEEN: "cell type (seen in training)",
+    HELD_OUT: "cell type (held out)",
+}
+_TEXT_COLUMNS = {"split", "method", "slot", "metric", "resampled", "id", "name", *CONFUSION[3:7]}
+_NUMBERS = ("value", "low", "high", "n", "difference", "difference_low", "difference_high")
 
 
 @dataclass(frozen=True)
@@ -109,22 +125,23 @@ class Results:
     qc: list[dict[str, Any]]
 
     def metric(self, method: str, slot: str, metric: str) -> dict[str, float] | None:
-        """Return value, low, high and n of a metric; None if it was not computed."""
+        """Return the numbers of a metric's row in ``contracts.METRICS``; None if it was not computed."""
         table = self.metrics
         rows = table[(table["method"] == method) & (table["slot"] == slot) & (table["metric"] == metric)]
         rows = rows[rows["value"].notna()]
-        return rows.iloc[0][["value", "low", "high", "n"]].astype(float).to_dict() if len(rows) else None
+        return rows.iloc[0][list(_NUMBERS)].astype(float).to_dict() if len(rows) else None
 
     def name(self, slot: str, term: str | None) -> str:
         """Return the name of a slot's term, or its id if it has no name."""
         if term is None:
             return "not determined"
-        slot = PATHWAY if slot == "pathways" else slot
+        slot = {"pathways": PATHWAY, SEEN: "cell_type", HELD_OUT: "cell_type"}.get(slot, slot)
         return self.terms.name.get(slot, {}).get(term, term)
 
-    def resampled_unit(self) -> str | None:
-        """Return what the bootstrap of the test split resampled: ``"donor"`` or ``"cell"``."""
-        return self.provenance["bootstrap"]["splits"].get("test", {}).get("unit")
+    def resampled(self) -> tuple[str | None, int]:
+        """Return what was resampled for metrics of all test cells (donor, cell or None), and their number of donors."""
+        about = self.provenance["bootstrap"]["splits"]["test"]
+        return about["unit"], about["donors"]
 
 
 def slot_name(slot: str) -> str:
@@ -135,7 +152,7 @@ def slot_name(slot: str) -> str:
     >>> slot_name("cell_type"), slot_name("pathways")
     ('cell type', 'gene programmes')
     """
-    return "gene programmes" if slot == "pathways" else slot.replace("_", " ")
+    return SLOT_NAMES.get(slot, slot.replace("_", " "))
 
 
 def read_results(files: RunFiles) -> Results:

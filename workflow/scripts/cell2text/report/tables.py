@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from cell2text.contracts import TERM_SLOTS
+from cell2text.contracts import HELD_OUT, SEEN, TERM_SLOTS
 from cell2text.evaluation.methods import METHODS, title_of
 from cell2text.report.results import METHOD, SLOTS, Results, slot_name
 
@@ -21,24 +21,50 @@ COLUMNS = {
     "ROUGE-L": ("text", "rouge_l"),
     "Exact match": ("text", "exact_match"),
 }
+# The scores of the first screen that are compared with the best baseline: title, slot, metric.
+COMPARED = (
+    ("Cell type, accuracy", "cell_type", "accuracy"),
+    ("Cell type, macro-F1", "cell_type", "macro_f1"),
+    *((f"{slot_name(slot).capitalize()}, accuracy", slot, "accuracy") for slot in (SEEN, HELD_OUT, *TERM_SLOTS[1:])),
+    ("Gene programmes, Jaccard index", "pathways", "jaccard"),
+    ("Gene programmes, all correct", "pathways", "subset_accuracy"),
+)
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 MOST_CLASSES = 30
 
 
 def compare_methods(results: Results) -> list[dict[str, Any]]:
-    """Return one row per method: title, summary and scores, with the clearly best score of each column marked.
-
-    A score is clearly best if its interval lies above that of the second best.
-    """
+    """Return one row per method: title, summary and scores, each of a baseline with its :func:`verdict`."""
     rows = []
     for method in _list_methods(results):
         scores = [results.metric(method, slot, metric) for slot, metric in COLUMNS.values()]
         summary = METHODS[method].summary if method in METHODS else ""
+        scores = [score and score | {"verdict": verdict(score)} for score in scores]
         rows.append({"method": method, "name": title_of(method), "summary": summary, "scores": scores})
-    for column in range(len(COLUMNS)):
-        best = clearly_best([row["scores"][column] for row in rows])
-        if best is not None:
-            rows[best]["scores"][column]["best"] = True
     return rows
+
+
+def verdict(score: dict[str, float]) -> str | None:
+    """Return whether a baseline is ``"better"``, ``"worse"`` or ``"unclear"``; None if no difference was computed.
+
+    It is unclear if the 95% interval of the paired difference includes zero, or if there is no interval.
+    """
+    if np.isnan(score["difference"]):
+        return None
+    if score["difference_high"] < 0:
+        return "better"
+    return "worse" if score["difference_low"] > 0 else "unclear"
+
+
+def points(difference: float) -> str:
+    """Return a difference of shares in percentage points, with its sign.
+
+    Examples
+    --------
+    >>> points(0.0123), points(float("nan"))
+    ('+1.2', '–')
+    """
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}") if difference == difference else "–"
 
 
 def _list_methods(results: Results) -> list[str]:
@@ -47,20 +73,8 @@ def _list_methods(results: Results) -> list[str]:
     return [name for name in METHODS if name in present] + sorted(present - set(METHODS))
 
 
-def clearly_best(scores: list[dict[str, float] | None]) -> int | None:
-    """Return the index of the highest score if its interval lies above that of the second highest, else None."""
-    order = sorted(
-        (i for i, score in enumerate(scores) if score is not None),
-        key=lambda i: -scores[i]["value"],
-    )
-    if len(order) < 2:
-        return None
-    first, second = (scores[i] for i in order[:2])
-    return order[0] if first["low"] > second["high"] else None
-
-
 def best_baseline(results: Results, slot: str, metric: str) -> dict[str, Any] | None:
-    """Return name, value, low, high and n of the baseline that scores highest; None if no baseline has a score."""
+    """Return name and numbers of the baseline that scores highest; None if no baseline has a score."""
     baselines = (method for method in _list_methods(results) if method != METHOD)
     scores = [
         {"name": title_of(method), **score} for method in baselines if (score := results.metric(method, slot, metric))
@@ -68,41 +82,54 @@ def best_baseline(results: Results, slot: str, metric: str) -> dict[str, Any] | 
     return max(scores, key=lambda score: score["value"], default=None)
 
 
-def lost_slots(results: Results) -> list[str]:
-    """Return one sentence for each slot in which a baseline scores higher than the fine-tuned model."""
-    sentences = []
-    for slot in SLOTS:
-        metric, name = ("jaccard", "Jaccard index") if slot == "pathways" else ("accuracy", "accuracy")
+def compare_with_best(results: Results) -> list[dict[str, Any]]:
+    """Return one row per score of ``COMPARED``: title, Cell2Text's score, the best baseline's, and the verdict on it.
+
+    Scores without any difference, as in slots with one term, are skipped.
+    """
+    words = {"better": "baseline better", "worse": f"{title_of(METHOD)} better", "unclear": "no clear difference"}
+    rows = []
+    for title, slot, metric in COMPARED:
         own, baseline = results.metric(METHOD, slot, metric), best_baseline(results, slot, metric)
-        if own and baseline and baseline["value"] > own["value"]:
-            overlap = "do not overlap" if baseline["low"] > own["high"] else "overlap"
-            sentences.append(
-                f"{slot_name(slot).capitalize()}: {baseline['name']} scores higher than {title_of(METHOD)} "
-                f"({name} {100 * baseline['value']:.1f}% vs. {100 * own['value']:.1f}%; the 95% intervals {overlap})."
-            )
-    return sentences
+        if (
+            own
+            and baseline
+            and (found := verdict(baseline))
+            and np.nan_to_num([baseline[end] for end in DIFFERENCE]).any()
+        ):
+            rows.append({"title": title, "own": own, "baseline": baseline, "verdict": found, "words": words[found]})
+    return rows
 
 
 def score_slots(results: Results) -> list[dict[str, Any]]:
     """Return for each slot the number of terms in the reference and the scores of the fine-tuned model."""
     rows = []
-    for slot in SLOTS:
-        if slot in TERM_SLOTS:
-            terms = results.cells[f"true_{slot}_id"].dropna().unique()
-        else:
-            terms = results.cells["true_pathway_ids"].explode().dropna().unique()
+    for slot in (SLOTS[0], SEEN, HELD_OUT, *SLOTS[1:]):
+        accuracy = results.metric(METHOD, slot, "accuracy") or results.metric(METHOD, slot, "subset_accuracy")
+        if accuracy is None and slot in (SEEN, HELD_OUT):
+            continue
+        terms = _true_terms(results, slot)
         rows.append(
             {
                 "slot": slot,
                 "terms": len(terms),
-                "only": results.name(slot, terms[0]) if len(terms) == 1 else None,
-                "accuracy": results.metric(METHOD, slot, "accuracy") or results.metric(METHOD, slot, "subset_accuracy"),
+                "only": results.name(slot, terms[0]) if len(terms) == 1 and slot in SLOTS else None,
+                "accuracy": accuracy,
                 "macro_f1": results.metric(METHOD, slot, "macro_f1"),
                 "jaccard": results.metric(METHOD, slot, "jaccard"),
                 "abstention": results.metric(METHOD, slot, "abstention"),
             }
         )
     return rows
+
+
+def _true_terms(results: Results, slot: str) -> np.ndarray:
+    if slot == "pathways":
+        return results.cells["true_pathway_ids"].explode().dropna().unique()
+    if slot in TERM_SLOTS:
+        return results.cells[f"true_{slot}_id"].dropna().unique()
+    types = results.cells["true_cell_type_id"].dropna()
+    return types[types.isin(results.model["labels"]["cell_type"]) == (slot == SEEN)].unique()
 
 
 def class_scores(results: Results) -> list[dict[str, Any]]:

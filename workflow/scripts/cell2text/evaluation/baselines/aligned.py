@@ -11,7 +11,7 @@ from cell2text.embedding.vectors import Embeddings
 from cell2text.generation.describe import cells_in
 from cell2text.grammar import Slots, Terms, render, with_definition
 from cell2text.model.alignment import LabelTargets
-from cell2text.model.bundle import load
+from cell2text.model.bundle import load_projector
 
 CELLS_AT_ONCE = 4096
 
@@ -28,10 +28,11 @@ def predict_aligned(
 ) -> None:
     """Predict for each slot the label whose words are nearest to the cell's soft tokens, with the projector alone.
 
-    The confidence is the softmax over the labels of a slot. Gene sets are not predicted. The parameters are those
-    of :func:`generate_descriptions`, except ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
+    The words are embedded by the original language model, as in the alignment; ``mode: full`` changes the embeddings
+    afterwards. The confidence is the softmax over the labels of a slot. Gene sets are not predicted. The parameters
+    are those of :func:`generate_descriptions`, except ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
-    loaded, table = load(model, language_model), TERMS.read(terms)
+    loaded, table = load_projector(model, language_model), TERMS.read(terms)
     # In TERM_SLOTS order, which assigns soft tokens to slots; the JSON file sorts its keys.
     labels = {slot: loaded.about["labels"][slot] for slot in TERM_SLOTS if slot in loaded.about["labels"]}
     known = Terms(table)

@@ -1,7 +1,8 @@
-"""Metrics, each as per-cell statistics and a function of their sums over cells.
+"""Metrics as sums over cells: the terms of each cell, and a function of their sums.
 
-In this form a bootstrap replicate is a weighted sum (see :class:`~.bootstrap.Bootstrap`). Missing labels are
-None: cells without a true label are excluded, and a missing prediction counts as wrong.
+In this form a resample is a weighted sum (see :class:`~.bootstrap.Bootstrap`). The functions take sums of shape
+(resamples, sums), of which the first row is over all cells. Missing labels are None: cells without a true label are
+excluded, and a missing prediction counts as wrong.
 """
 
 import numpy as np
@@ -15,27 +16,30 @@ _ORDERS = 4  # longest n-gram of BLEU
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """Return first sum / second sum, shape (replicates,): the mean of a value over the counted cells."""
+    """Return first sum / second sum, shape (resamples,): the mean of a value over the counted cells."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[:, 0] / sums[:, 1]
 
 
-def mean_statistics(values: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Return the statistics of :func:`ratio` for the mean of a value over the counted cells, shape (cells, 2)."""
+def mean_terms(values: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Return the terms of :func:`ratio` for the mean of a value over the counted cells, shape (cells, 2)."""
     counted = np.ones(len(values), dtype=bool) if counted is None else counted
     return np.column_stack([np.where(counted, values, 0), counted]).astype(float)
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Return the mean F1 over the classes among the true labels, from sums of :func:`class_statistics`."""
+    """Return the mean F1 over the classes, from sums of :func:`class_terms`.
+
+    The classes are the same in every resample. In a resample with neither true nor predicted cells of a class, its F1
+    is undefined (0/0), and its F1 over all cells is used. A class with predicted cells alone has an F1 of 0.
+    """
     hits, true, predicted = np.split(sums, 3, axis=1)
-    present = true > 0
-    f1 = np.divide(2 * hits, true + predicted, where=present, out=np.zeros_like(hits))
     with np.errstate(invalid="ignore"):
-        return f1.sum(axis=1) / present.sum(axis=1)
+        f1 = 2 * hits / (true + predicted)
+    return np.where(np.isnan(f1), f1[0], f1).mean(axis=1)
 
 
-def class_statistics(truth: pd.Series, predicted: pd.Series, classes: pd.Index) -> scipy.sparse.csr_array:
+def class_terms(truth: pd.Series, predicted: pd.Series, classes: pd.Index) -> scipy.sparse.csr_array:
     """Return indicators of hit, true class and predicted class for each class, shape (cells, 3 x classes).
 
     Predictions for cells without a true label are ignored.
@@ -61,7 +65,7 @@ def look_up(similarity: pd.DataFrame, predicted: pd.Series, truth: pd.Series) ->
 
 
 def calibration_error(sums: np.ndarray) -> np.ndarray:
-    """Return the expected calibration error (Naeini et al., AAAI 2015) from :func:`calibration_statistics`.
+    """Return the expected calibration error (Naeini et al., AAAI 2015) from :func:`calibration_terms`.
 
     This is the mean over bins of |mean confidence - accuracy|, weighted by the number of cells in the bin.
     """
@@ -70,7 +74,7 @@ def calibration_error(sums: np.ndarray) -> np.ndarray:
         return np.abs(confidence - correct).sum(axis=1) / cells.sum(axis=1)
 
 
-def calibration_statistics(confidence: np.ndarray, correct: np.ndarray, counted: np.ndarray) -> np.ndarray:
+def calibration_terms(confidence: np.ndarray, correct: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Return confidence, correctness and membership by bin of confidence, shape (cells, 3 x bins).
 
     The ten bins have equal width. A confidence on an edge falls into the upper bin; 1 falls into the last.
@@ -82,7 +86,7 @@ def calibration_statistics(confidence: np.ndarray, correct: np.ndarray, counted:
     return np.hstack([members * confidence[:, None], members * correct[:, None], members])
 
 
-def set_statistics(truth: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def compare_sets(truth: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Return for each cell whether its two sets of ids are equal, and their Jaccard index (1 for two empty sets)."""
     names = pd.Index(pd.unique(pd.concat([truth, predicted]).explode().dropna()))
     true_sets, predicted_sets = (_multi_hot(sets, names) for sets in (truth, predicted))
@@ -100,7 +104,7 @@ def _multi_hot(sets: pd.Series, names: pd.Index) -> scipy.sparse.csr_array:
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
-    """Return corpus BLEU-4 from 0 to 1, computed by sacrebleu from sums of :func:`text_statistics`."""
+    """Return corpus BLEU-4 from 0 to 1, computed by sacrebleu from sums of :func:`text_terms`."""
     scores = [
         BLEU.compute_bleu(row[:_ORDERS], row[_ORDERS:-2], *row[-2:], smooth_method="exp").score
         for row in np.rint(sums).astype(int).tolist()
@@ -108,7 +112,7 @@ def bleu(sums: np.ndarray) -> np.ndarray:
     return np.array(scores) / 100
 
 
-def text_statistics(reference: pd.Series, text: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def text_terms(reference: pd.Series, text: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Return each cell's n-gram counts for BLEU, shape (cells, 10), and its ROUGE-L F-score.
 
     The counts are sacrebleu's: matching n-grams, all n-grams, length of the text, length of the reference.
