@@ -16,6 +16,7 @@ from cell2text.embedding.encoders.coexpression import Coexpression
 from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
 from cell2text.evaluation.baselines.aligned import predict_aligned
+from cell2text.files import seal
 from cell2text.finetuning.data import BatchSize, Cells, balance, find_depths, plan_epoch, read_cells
 from cell2text.finetuning.loop import Finetuning
 from cell2text.finetuning.optimiser import MasterAdamW
@@ -255,6 +256,7 @@ def test_the_aligned_projector_is_compared_with_the_embeddings_it_was_aligned_to
     tuned = load_file(path)
     tuned["model.embed_tokens.weight"] = tuned["model.embed_tokens.weight"].flip(0).contiguous()
     save_file(tuned, path, metadata={"format": "pt"})
+    seal(model, "cell2text.json")
     pd.testing.assert_frame_equal(predict_validation_cells(files, model, tiny_model), before)
     truth = DESCRIPTIONS.read(files / "descriptions.parquet").set_index("cell_id").loc[before["cell_id"]]
     assert (before["cell_type_id"].to_numpy() == truth["cell_type_id"].to_numpy()).mean() > 0.8

@@ -224,6 +224,7 @@ def seal(folder: str | Path, marker: str) -> None:
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / marker)
     facts = read_json(folder / marker)
+    facts.pop("seal", None)
     facts["sha256"] = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
     write_json(facts | {"seal": hash_config(facts)}, folder / marker)
 
