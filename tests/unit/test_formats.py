@@ -235,7 +235,7 @@ def test_a_missing_compression_filter_is_named(tmp_path, code, name):
         h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, options)
     with pytest.raises(InputError) as error, open_study(str(tmp_path / "x.h5ad")):
         pass
-    for part in ["x.h5ad: X/data", f"compressed with ", name, "not installed", "hdf5plugin", 'compression="gzip"']:
+    for part in ["x.h5ad: X/data", "compressed with ", name, "not installed", "hdf5plugin", 'compression="gzip"']:
         assert part in str(error.value)
 
 

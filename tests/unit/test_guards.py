@@ -1,9 +1,11 @@
 """A study that leads outside of its file, or declares what it does not hold, is refused before its values are read."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import anndata as ad
@@ -12,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
-import zarr
 from numcodecs.zstd import Zstd
 from scipy import sparse
 
@@ -98,15 +99,11 @@ def virtual(path):
 
 def same_string(file):
     """All cells have the same name of a megabyte."""
-    names = file["obs/_index"]
     del file["obs/donor_id"]
-    names[0] = "A" * 1_000_000
-    offset, raw = (0,), names[:]
-    del raw
-    long = file.create_dataset("long", (200_000,), h5py.string_dtype(), chunks=(200_000,))
+    long = file.create_dataset("long", (200_000,), h5py.string_dtype(), chunks=(200_000,), compression="gzip")
     long[0] = "A" * 1_000_000
-    reference = long.id.read_direct_chunk(offset)[1][:16]
-    long.id.write_direct_chunk(offset, reference * 200_000)
+    reference = zlib.decompress(long.id.read_direct_chunk((0,))[1])[:16]
+    long.id.write_direct_chunk((0,), zlib.compress(reference * 200_000))
     file["obs/donor_id"] = long
     file["obs/donor_id"].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
 
@@ -120,7 +117,7 @@ def deflated_twice(file):
     options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     options.set_chunk((9,))
     options.set_deflate(9)
-    options.set_filter(h5py.h5z.FILTER_SZIP if False else h5py.h5z.FILTER_LZF)
+    options.set_filter(h5py.h5z.FILTER_LZF)
     del file["X/data"]
     h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, h5py.h5s.create_simple((9,)), options)
 
@@ -191,7 +188,7 @@ REFUSED = {
     "one string many times": (changed(same_string), "donor_id: more text than the study has bytes"),
     "compressed twice": (changed(deflated_twice), "X/data: compressed more than once"),
     "references": (changed(references), "_index: values of an unsupported type"),
-    "a group within itself": (changed(loop), "uns"),
+    "a group within itself": (changed(loop), "a group that contains itself"),
     "three hundred levels": (changed(deep), "32 levels"),
     "10x: a trillion counts": (tenx(data={"shape": (HUGE,), "dtype": "i4", **CHUNK}), "data: declares"),
     "10x: a trillion cells": (tenx(barcodes={"shape": (HUGE,), "dtype": "S9", **CHUNK}), "barcodes: declares"),
@@ -216,8 +213,8 @@ def test_a_hostile_hdf5_file_is_refused(tmp_path, case):
 
 def zarr_study(path, zarr_format=3):
     write(path.with_suffix(".h5ad"))
-    ad.settings.zarr_write_format = zarr_format
-    ad.read_h5ad(path.with_suffix(".h5ad")).write_zarr(path)
+    with ad.settings.override(zarr_write_format=zarr_format):
+        ad.read_h5ad(path.with_suffix(".h5ad")).write_zarr(path)
 
 
 def edit(path, change):
@@ -242,7 +239,7 @@ def link_in_zarr(path):
 
 def pipe_in_zarr(path):
     zarr_study(path)
-    __import__("os").mkfifo(path / "X/pipe")
+    os.mkfifo(path / "X/pipe")
 
 
 def zarr_shape(path):
@@ -261,12 +258,10 @@ def zarr_outside(path):
     edit(path / "obs/zarr.json", lambda text: text["attributes"].update(_index="../../other.zarr/obs/_index"))
 
 
-def zarr_pickle(path):
+def zarr_twice(path):
     zarr_study(path, 2)
-    edit(
-        path / "X/data/.zarray",
-        lambda text: text.update(compressor={"id": "zlib", "level": 1}, filters=[{"id": "zlib", "level": 1}]),
-    )
+    codec = {"id": "zlib", "level": 1}
+    edit(path / "X/data/.zarray", lambda text: text.update(compressor=codec, filters=[codec]))
 
 
 def zarr_bz2(path):
@@ -287,7 +282,7 @@ ZARR = {
     "a trillion cells": (zarr_shape, "_index: declares 1000000000000 values"),
     "huge chunks": (zarr_chunks, "X: data: chunks of"),
     "a path that leads outside": (zarr_outside, "x.zarr"),
-    "compressed twice": (zarr_pickle, "X: data: unsupported compression (zlib)"),
+    "compressed twice": (zarr_twice, "X: data: unsupported compression (zlib, zlib)"),
     "another compression": (zarr_bz2, "X: data: unsupported compression (bz2)"),
     "a chunk that unpacks to 300 MB": (zarr_bomb, "a chunk that unpacks to more than it should"),
 }
@@ -295,9 +290,8 @@ ZARR = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", ZARR)
-def test_a_hostile_zarr_folder_is_refused(tmp_path, monkeypatch, case):
+def test_a_hostile_zarr_folder_is_refused(tmp_path, case):
     make, expected = ZARR[case]
-    monkeypatch.setattr(ad.settings, "zarr_write_format", 3)
     make(tmp_path / "x.zarr")
     with pytest.raises(InputError) as error, open_study(str(tmp_path / "x.zarr")) as study:
         next(study.matrices["X"][0].blocks(tmp_path))

@@ -211,6 +211,8 @@ def explain_failure(error: Exception, source: object, kind: str) -> InputError:
         return InputError(source, *_FAILURES[int(number)])
     if int(number):
         return InputError(source, f"cannot be read: {os.strerror(int(number))}", "Check the disk, then run again")
+    if isinstance(error, RecursionError):
+        return InputError(source, "a group that contains itself", _AGAIN)
     if isinstance(error, MemoryError):
         return InputError(source, *_FAILURES[errno.ENOMEM])
     return InputError(source, f"not a complete {kind} ({type(error).__name__}: {text[:200]})", _AGAIN)

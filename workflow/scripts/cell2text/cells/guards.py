@@ -130,7 +130,8 @@ def _unpacked_size(start: bytes) -> float:
     single = flags >> 5 & 1
     width = (single, 2, 4, 8)[flags >> 6]
     first = 5 + (not single) + (0, 1, 2, 4)[flags & 3]
-    return int.from_bytes(start[first : first + width], "little") if width else math.inf
+    size = int.from_bytes(start[first : first + width], "little")
+    return size + 256 * (width == 2) if width else math.inf
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry]:

@@ -113,7 +113,7 @@ def _report_failure(source: str, kind: str) -> Iterator[None]:
 def _from_hdf5(file: h5py.File, source: str, wanted: list[str], bounds: Bounds) -> Study:
     if isinstance(file.get("obs"), h5py.Dataset):
         # before anndata 0.7 a table was one compound dataset; such files are small
-        bounds.check_file(file, source)
+        bounds.check_file(file, f"{source}: ")
         return _from_memory(ad.read_h5ad(source), source, wanted)
     if {"obs", "var"} <= set(file) and "mod" not in file:
         return _from_anndata(file, source, wanted, bounds)
