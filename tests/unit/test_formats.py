@@ -123,7 +123,7 @@ SOURCES = {
     "a dangling link": ("x.h5ad", dangling, ["a link to elsewhere.h5ad, which does not exist"]),
     "a circular link": ("x.h5ad", circular, ["a link that leads back to itself"]),
     "a pipe": ("x.h5ad", os.mkfifo, ["not a file, but a pipe"]),
-    "gzipped": ("x.h5ad.gz", lambda path: path.write_bytes(gzip.compress(saved(path))), ["gunzip x.h5ad.gz"]),
+    "Velocyto": ("Velocyto", folder("spliced.mtx", "barcodes.tsv", "features.tsv"), ["Velocyto", "GeneFull"]),
     "gzipped, name lost": ("x.h5ad", lambda path: path.write_bytes(gzip.compress(saved(path))), ["a gzipped HDF5"]),
     "rds": ("x.rds", content(gzip.compress(b"X\n\0\0\0\3\0\4\1\2")), ["an R object (.rds)", "writeH5AD"]),
     "rds, not compressed": ("x.rds", content(b"X\n\0\0\0\3\0\4\1\2"), ["an R object (.rds)", "writeH5AD"]),
@@ -156,7 +156,7 @@ SOURCES = {
     "another HDF5": ("x.h5", keys("weights"), ["contains weights"]),
     "an empty HDF5": ("x.h5", keys(), ["contains nothing"]),
     "SpatialData": ("x.zarr", spatial, ["SpatialData", "tables/NAME"]),
-    "a Zarr array": ("x.zarr", bare_array, ["not a complete AnnData Zarr folder"]),
+    "a Zarr array": ("x.zarr", bare_array, ["a single Zarr array"]),
     "Cell Ranger's output": (
         "outs", folder("filtered_feature_bc_matrix/matrix.mtx", "web_summary.html"),
         ["Cell Ranger's output folder", "Give filtered_feature_bc_matrix"]),
@@ -201,6 +201,24 @@ def test_the_reason_is_the_one_that_the_system_gives(tmp_path, monkeypatch, numb
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=expected), open_study(str(tmp_path / "x.h5ad")):
         pass
+
+
+@pytest.mark.parametrize("closed", ["x.h5ad", "."])
+def test_without_permission(tmp_path, closed):
+    saved(tmp_path / "x.h5ad")
+    modes = {path: path.stat().st_mode for path in [*list(tmp_path.parents)[:2], tmp_path, tmp_path / closed]}
+    user = os.geteuid()
+    for path in modes:
+        path.chmod(0 if path == tmp_path / closed else 0o711)
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        with pytest.raises(InputError, match="x.h5ad: permission denied. Ask"), open_study(str(tmp_path / "x.h5ad")):
+            pass
+    finally:
+        os.seteuid(user)
+        for path, mode in modes.items():
+            path.chmod(mode)
 
 
 @pytest.mark.parametrize(

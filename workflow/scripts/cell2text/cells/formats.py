@@ -17,7 +17,8 @@ KINDS = f"an h5ad file, an AnnData Zarr folder, a 10x HDF5 file, a 10x folder or
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _AGAIN = "Download or write the file again"
 _SAVED_PAGE = "Download it again: the link may need a login, or lead to a page about the file"
-_IN_R = "In R: zellkonverter::writeH5AD(x, 'new.h5ad'), for a Seurat object x after Seurat::as.SingleCellExperiment(x)"
+_IN_R = "In R: zellkonverter::writeH5AD(x, 'new.h5ad'), for a Seurat object with Seurat::as.SingleCellExperiment(x)"
+_UNPACK = f"Unpack it with `{{}}`; an R file needs no unpacking. {_IN_R}"
 _MATRIX = "Give the 10x folder that holds matrix.mtx, barcodes.tsv and features.tsv"
 _TABLE = "In Python: scanpy.read_csv(file).write_h5ad(new), with .T after read_csv(file) if its rows are genes"
 _PANDAS = "In Python: anndata.AnnData(pandas.{}(file, index_col=0)).write_h5ad(new)"
@@ -36,8 +37,8 @@ _STARTS = (
     (b"rdx2\n", "an R file (.rda)", _IN_R),
     (b"rdx3\n", "an R file (.rda)", _IN_R),
     (b"x\n\0\0\0", "an R object (.rds)", _IN_R),
-    (b"bzh", "compressed with bzip2", "Unpack it with `bunzip2`, or in R, if it is an .rds file, convert it"),
-    (b"\xfd7zxz", "compressed with xz", "Unpack it with `unxz`, or in R, if it is an .rds file, convert it"),
+    (b"bzh", "compressed with bzip2", _UNPACK.format("bunzip2")),
+    (b"\xfd7zxz", "compressed with xz", _UNPACK.format("unxz")),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "Unpack it with `unzstd`"),
     *((bytes([128, n]), "a Python pickle, which could run any code", "Where it was made, write it with write_h5ad")
       for n in (2, 3, 4, 5)),
@@ -126,7 +127,7 @@ def find_kind(path: Path) -> str:
         with path.open("rb") as file:
             start = file.read(1 << 16)
     except OSError as error:
-        if path.is_symlink() and error.errno == errno.ENOENT:
+        if error.errno == errno.ENOENT and path.is_symlink():
             raise InputError(path, f"a link to {path.readlink()}, which does not exist", _SHEET) from error
         raise explain_failure(error, path, "file") from error
     if path.suffix in _UNFINISHED or path.with_name(f"{path.name}.aria2").exists():
@@ -161,7 +162,7 @@ def _recognise_gzipped(path: Path, start: bytes) -> tuple[str, str]:
     except zlib.error:
         return "a damaged gzip file", _AGAIN
     if inner.startswith(_HDF5):
-        return "a gzipped HDF5 file", f"Unpack it with `gunzip {path.name}`"
+        return "a gzipped HDF5 file", f"Unpack it with `gunzip < {path.name} > new.h5ad`"
     problem, fix = _recognise(path, inner)
     if "tar archive" in problem:
         fix = "Unpack it with `tar -xzf` and give the study in it"

@@ -4,12 +4,11 @@ A file must not lead outside of itself, and must not declare much more than it h
 terabytes, through fill values, compression or references to the same string. With ``stored``, the bytes that the
 study takes on disk, the limits are
 
-- what is read whole (columns, names, categories): ``stored`` + a million values of at most 64 bytes on average, because
-  every cell and every gene takes at least one byte somewhere in the file;
+- what is read whole (a column, names, categories): ``stored`` + a million values of at most 64 bytes on average,
+  because every cell and every gene takes at least one byte somewhere in the file;
 - a chunk, and all values of a sparse matrix: 1,032 x ``stored`` + 64 MiB, because deflate compresses no better.
 
-So a file of a few kilobytes takes at most about 64 MiB per column. Dense matrices and the values of sparse ones are
-read in blocks, however many there are.
+So a column of a file of a few kilobytes takes at most about 64 MiB. Matrices are read in blocks, whatever their size.
 """
 
 import math

@@ -82,8 +82,10 @@ def open_study(source: str, columns: Iterable[str] = ()) -> Iterator[Study]:
         with _report_failure(source, "Zarr folder"):
             store, bounds = open_zarr(path)
             group = zarr.open(store, mode="r")
-            if not isinstance(group, zarr.Group) or not {"obs", "var"} <= set(group) or "mod" in group:
-                raise explain_keys(set(group) if isinstance(group, zarr.Group) else (), source, "AnnData Zarr folder")
+            if isinstance(group, zarr.Array):
+                raise InputError(source, "a single Zarr array, not a study", f"Give {KINDS}")
+            if not {"obs", "var"} <= set(group) or "mod" in group:
+                raise explain_keys(set(group), source, "AnnData Zarr folder")
             study = _from_anndata(group, source, wanted, bounds)
         yield study
     elif kind == "10x folder":
