@@ -123,7 +123,7 @@ SOURCES = {
     "a dangling link": ("x.h5ad", dangling, ["a link to elsewhere.h5ad, which does not exist"]),
     "a circular link": ("x.h5ad", circular, ["a link that leads back to itself"]),
     "a pipe": ("x.h5ad", os.mkfifo, ["not a file, but a pipe"]),
-    "Velocyto": ("Velocyto", folder("spliced.mtx", "barcodes.tsv", "features.tsv"), ["Velocyto", "GeneFull"]),
+    "gzipped": ("x.h5ad.gz", lambda path: path.write_bytes(gzip.compress(saved(path))), ["gunzip < x.h5ad.gz > new"]),
     "gzipped, name lost": ("x.h5ad", lambda path: path.write_bytes(gzip.compress(saved(path))), ["a gzipped HDF5"]),
     "rds": ("x.rds", content(gzip.compress(b"X\n\0\0\0\3\0\4\1\2")), ["an R object (.rds)", "writeH5AD"]),
     "rds, not compressed": ("x.rds", content(b"X\n\0\0\0\3\0\4\1\2"), ["an R object (.rds)", "writeH5AD"]),
