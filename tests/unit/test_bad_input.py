@@ -160,9 +160,9 @@ def other_hdf5(path):
         (lambda path: None, ["in.h5ad", "no such file", "Correct the column `source`"]),
         (
             lambda path: path.write_text("cell,gene\n"),
-            ["in.h5ad", "not a complete h5ad", "Give an h5ad file"],
+            ["in.h5ad", "a table of text", "write_h5ad"],
         ),
-        (truncate, ["in.h5ad", "not a complete h5ad", "write the file again"]),
+        (truncate, ["in.h5ad: cut off: 3000 of ", " bytes", "fetch it again"]),
         (other_hdf5, ["in.h5ad", "not a complete h5ad file: contains table", "Give an h5ad file"]),
     ],
     ids=["missing", "text", "truncated", "another HDF5"],

@@ -146,8 +146,14 @@ def break_zarr_values(path):
     [
         (cut_lines, ["matrix.mtx: ", "entries, but the header says", "write the file again"]),
         (cut_bytes, ["matrix.mtx.gz: damaged", "write the file again"]),
-        (lambda path: edit(path, "matrix.mtx", lambda text: text + "1 2 x\n"), ["matrix.mtx: damaged"]),
-        (lambda path: edit(path, "matrix.mtx", lambda text: text.replace("integer", "pattern")), ["of counts"]),
+        (
+            lambda path: edit(path, "matrix.mtx", lambda text: text + "1 2 x\n"),
+            ["matrix.mtx line", "'1 2 x' is not the number of a gene"],
+        ),
+        (
+            lambda path: edit(path, "matrix.mtx", lambda text: text.replace("integer", "pattern")),
+            ["line 1: positions without counts (pattern)"],
+        ),
         (
             lambda path: edit(path, "matrix.mtx", lambda text: text + "77 1 1\n"),
             ["gene index 76, but there are 5 genes"],
@@ -159,7 +165,7 @@ def break_zarr_values(path):
         ),
         (two_genomes, ["several genomes: GRCh38, mm10", "human genes only"]),
         (break_zarr, ["not a complete Zarr folder", "write the file again"]),
-        (break_zarr_values, ["source: X: damaged", "while reading values"]),
+        (break_zarr_values, ["source: X: not a complete matrix, or damaged"]),
     ],
     ids=[
         "missing lines",

@@ -54,7 +54,7 @@ def check_counts(study: Study, place: str, scratch: Path) -> Iterator[sparse.csr
     """
     matrix, _ = study.matrices[place]
     _check_first(matrix)
-    start = 0
+    start, empty = 0, 0
     for block in matrix.blocks(scratch):
         invalid = find_invalid_value(block.data)
         if invalid is not None:
@@ -62,8 +62,15 @@ def check_counts(study: Study, place: str, scratch: Path) -> Iterator[sparse.csr
             raise NotCountsError(f"{problem}{_name_value(study, place, start, block, position)}", maybe_logs)
         counts = (np.rint(block) if block.dtype.kind == "f" else block).astype(np.float32, copy=False)
         counts.eliminate_zeros()
+        empty += int((np.diff(counts.indptr) == 0).sum())
         yield counts
         start += block.shape[0]
+    if 2 * empty > start:
+        log.warning(
+            "%s: %d of %d barcodes have no counts: this seems to be the unfiltered (raw) matrix. QC excludes them; "
+            "better give the filtered one",
+            study.where, empty, start,
+        )  # fmt: skip
 
 
 def _check_first(matrix: Matrix) -> None:
@@ -81,6 +88,7 @@ def find_invalid_value(values: np.ndarray) -> tuple[int, str, bool] | None:
 
     A value that cannot be a log1p value either (negative, NaN, infinite) is reported first. None if all are counts.
     """
+    values = values.astype(float, copy=False)  # small types cannot represent LARGEST
     rounded = np.rint(values)
     with np.errstate(invalid="ignore"):  # inf - inf
         valid = (

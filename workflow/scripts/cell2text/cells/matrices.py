@@ -1,27 +1,24 @@
 """Cell by gene matrices in the storage formats of files, read in blocks of whole cells.
 
-Four formats: dense, compressed by cell (CSR), compressed by gene (CSC) and coordinate lists (Matrix Market). Arrays
-may be in memory, in HDF5 or in Zarr; all are sliced in the same way. Whatever the size of the study, a block holds at
-most about ``VALUES_AT_ONCE`` stored values, or one cell.
+Three formats here, dense, compressed by cell (CSR) and compressed by gene (CSC); coordinate lists are in
+``matrix_market``. Arrays may be in memory, in HDF5 or in Zarr; all are sliced in the same way. Whatever the size of the
+study, a block holds at most about ``VALUES_AT_ONCE`` stored values, or one cell.
 """
 
-import gzip
-import itertools
 import shutil
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
+from cell2text.cells.formats import explain_failure
 from cell2text.errors import InputError
 
 VALUES_AT_ONCE = 4_000_000
+MOST_PER_CELL = 4_000_000  # or one for each gene
 FIRST_VALUES = 40_000  # enough to distinguish log1p values from counts
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray]  # cells, genes and values of some entries
 
@@ -35,7 +32,7 @@ class Matrix(Protocol):
         """Return the first stored values, enough to distinguish log1p values from counts."""
 
     def blocks(self, scratch: Path) -> Iterator[sparse.csr_matrix]:
-        """Yield all cells in order: CSR, values of the stored type, sorted indices, duplicate entries summed.
+        """Yield all cells in order: CSR, sorted indices, duplicate entries summed as float64.
 
         Parameters
         ----------
@@ -94,12 +91,17 @@ class CellMatrix:
         ends = _read_ends(self, self.shape[0])
         for start, stop in row_runs(ends):
             first, last = ends[start], ends[stop]
+            if last - first > max(MOST_PER_CELL, self.shape[1]):
+                problem = f"{last - first} values in a cell, but there are {self.shape[1]} genes"
+                raise InputError(f"{self.where}: indptr", problem, _REWRITE)
             genes = _native_slice(self.indices, first, last, self.where)
-            _check_range(genes, self.shape[1], "gene", self.where)
-            values = _native_slice(self.data, first, last, self.where)
+            check_range(genes, self.shape[1], "gene", self.where)
+            values = _native_slice(self.data, first, last, self.where).astype(float)  # a sum may need a wider type
             parts = (values, genes.astype(np.int32, copy=False), ends[start : stop + 1] - first)
             block = sparse.csr_matrix(parts, shape=(stop - start, self.shape[1]))
+            negative = (values < 0).any()  # a sum could hide it
             block.sum_duplicates()
+            _check_repeated(block, len(values), negative, self.where)
             yield block
 
 
@@ -119,76 +121,16 @@ class GeneMatrix:
 
     def blocks(self, scratch: Path) -> Iterator[sparse.csr_matrix]:
         """Sort the entries by cell on disk, then yield the cells."""
-        return sort_by_cell(self._entries(), int(self.data.shape[0]), self.shape, scratch)
+        return sort_by_cell(self._entries(), int(self.data.shape[0]), self.shape, scratch, self.where)
 
     def _entries(self) -> Iterator[Entries]:
         ends = _read_ends(self, self.shape[1])
         for first in range(0, int(ends[-1]), VALUES_AT_ONCE):
             last = min(first + VALUES_AT_ONCE, int(ends[-1]))
             cells = _native_slice(self.indices, first, last, self.where)
-            _check_range(cells, self.shape[0], "cell", self.where)
+            check_range(cells, self.shape[0], "cell", self.where)
             genes = np.repeat(np.arange(self.shape[1]), np.diff(ends.clip(first, last)))
             yield cells, genes, _native_slice(self.data, first, last, self.where)
-
-
-@dataclass(frozen=True)
-class EntryList:
-    """A Matrix Market file as written by 10x: one line per entry, genes by cells, both numbered from one.
-
-    Format: https://math.nist.gov/MatrixMarket/formats.html
-    """
-
-    path: Path
-    shape: tuple[int, int]
-    entries: int
-    lines_before: int
-
-    @classmethod
-    def open(cls, path: Path) -> "EntryList":
-        """Read the header of a file, which may be gzipped.
-
-        Raises
-        ------
-        InputError
-            If the file is not a Matrix Market file of real numbers or integers.
-        """
-        with _open_text(path) as file:
-            header, lines_before = file.readline().lower().split(), 2
-            if header[:3] != ["%%matrixmarket", "matrix", "coordinate"] or header[3:] not in (
-                ["integer", "general"],
-                ["real", "general"],
-            ):
-                raise InputError(path, "not a Matrix Market file of counts", "Give a folder as Cell Ranger writes it")
-            for line in file:
-                if not line.startswith("%"):
-                    genes, cells, entries = (int(number) for number in line.split())
-                    return cls(path, (cells, genes), entries, lines_before)
-                lines_before += 1
-        raise InputError(path, "no line with the numbers of genes and cells", _REWRITE)
-
-    def first_values(self) -> np.ndarray:
-        """Return the values of the first lines."""
-        _, _, values = next(self._read(FIRST_VALUES), (None, None, np.empty(0)))
-        return values
-
-    def blocks(self, scratch: Path) -> Iterator[sparse.csr_matrix]:
-        """Sort the entries by cell on disk, then yield the cells."""
-        return sort_by_cell(self._read(VALUES_AT_ONCE), self.entries, self.shape, scratch)
-
-    def _read(self, lines: int) -> Iterator[Entries]:
-        read = 0
-        with _open_text(self.path) as file:
-            next(itertools.islice(file, self.lines_before - 1, None))
-            types = {"gene": np.int64, "cell": np.int64, "value": np.float64}
-            options = {"sep": r"\s+", "header": None, "names": list(types), "dtype": types, "index_col": False}
-            for table in pd.read_csv(file, chunksize=lines, **options) if self.entries else ():
-                genes, cells = (table[column].to_numpy() - 1 for column in ("gene", "cell"))
-                _check_range(genes, self.shape[1], "gene", self.path)
-                _check_range(cells, self.shape[0], "cell", self.path)
-                read += len(table)
-                yield cells, genes, table["value"].to_numpy()
-        if read != self.entries:
-            raise InputError(self.path, f"{read} entries, but the header says {self.entries}", _REWRITE)
 
 
 _REWRITE = "Download or write the file again"
@@ -213,7 +155,7 @@ def row_runs(ends: np.ndarray, rows: int | None = None) -> Iterator[tuple[int, i
 
 
 def sort_by_cell(
-    entries: Iterator[Entries], amount: int, shape: tuple[int, int], scratch: Path
+    entries: Iterator[Entries], amount: int, shape: tuple[int, int], scratch: Path, where: str | Path
 ) -> Iterator[sparse.csr_matrix]:
     """Turn entries in any order into blocks of whole cells, in bounded memory.
 
@@ -231,6 +173,8 @@ def sort_by_cell(
         Cells and genes.
     scratch
         Folder for the files; removed at the end.
+    where
+        The matrix, for messages.
     """
     cells_per_run = max(1, shape[0] // max(1, 4 * amount // VALUES_AT_ONCE))
     try:
@@ -243,8 +187,10 @@ def sort_by_cell(
         for start in range(0, shape[0], cells_per_run):
             path = scratch / str(start // cells_per_run)
             stored = np.fromfile(path, dtype=entry_type) if path.exists() else np.empty(0, entry_type or _EMPTY_TYPE)
-            rows = (stored["value"], (stored["cell"] - start, stored["gene"]))
-            yield sparse.csr_matrix(rows, shape=(min(cells_per_run, shape[0] - start), shape[1]))
+            rows = (stored["value"].astype(float), (stored["cell"] - start, stored["gene"]))
+            block = sparse.csr_matrix(rows, shape=(min(cells_per_run, shape[0] - start), shape[1]))
+            _check_repeated(block, len(stored), (stored["value"] < 0).any(), where)
+            yield block
             path.unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -263,13 +209,9 @@ def _write_runs(scratch, runs, cells, genes, values, entry_type) -> None:
             part.tofile(file)
 
 
-@contextmanager
-def _open_text(path: Path):
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        try:
-            yield file
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise InputError(path, f"damaged ({error})", _REWRITE) from error
+def _check_repeated(block: sparse.csr_matrix, entries: int, negative: bool, where: str | Path) -> None:
+    if negative and block.nnz < entries:
+        raise InputError(where, "negative values in entries of the same cell and gene", "Give whole counts")
 
 
 def _native_slice(array: Any, start: int, stop: int, where: str | Path) -> np.ndarray:
@@ -283,7 +225,7 @@ def _slice(array: Any, start: int, stop: int, where: str | Path) -> np.ndarray:
     try:
         return np.asarray(array[int(start) : int(stop)])
     except Exception as error:  # h5py and zarr raise many types
-        raise InputError(where, f"damaged ({type(error).__name__} while reading values)", _REWRITE) from error
+        raise explain_failure(error, where, "matrix, or damaged") from error
 
 
 def _read_ends(matrix: CellMatrix | GeneMatrix, number: int) -> np.ndarray:
@@ -299,7 +241,14 @@ def _read_ends(matrix: CellMatrix | GeneMatrix, number: int) -> np.ndarray:
     return ends
 
 
-def _check_range(numbers: np.ndarray, end: int, what: str, where: str | Path) -> None:
+def check_range(numbers: np.ndarray, end: int, what: str, where: str | Path) -> None:
+    """Check that numbers of cells or genes lie between zero and ``end``.
+
+    Raises
+    ------
+    InputError
+        If one does not.
+    """
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= end):
         invalid = numbers[(numbers < 0) | (numbers >= end)][0]
         raise InputError(f"{where}: indices", f"{what} index {invalid}, but there are {end} {what}s", _REWRITE)

@@ -17,13 +17,15 @@ import scanpy as sc
 import zarr
 from scipy import sparse
 
+from cell2text.cells.formats import BUNDLED, KINDS, explain_failure, explain_folder, explain_keys, find_kind
 from cell2text.cells.genes import VAR_COLUMNS
-from cell2text.cells.matrices import CellMatrix, DenseMatrix, EntryList, GeneMatrix, Matrix
+from cell2text.cells.guards import Bounds, check_hdf5, open_zarr
+from cell2text.cells.matrices import CellMatrix, DenseMatrix, GeneMatrix, Matrix
+from cell2text.cells.matrix_market import EntryList
 from cell2text.errors import InputError
 
-BUNDLED = "scanpy://pbmc68k_reduced"
 HUMAN = "NCBITaxon:9606"
-KINDS = f"an h5ad file, an AnnData Zarr folder, a 10x HDF5 file, a 10x folder or {BUNDLED}"
+CHUNK_CACHE = 32 * 2**20  # bytes of HDF5 chunks kept unpacked per array, so that reading in batches unpacks each once
 _REWRITE = "Download or write the file again"
 
 
@@ -68,76 +70,86 @@ def open_study(source: str, columns: Iterable[str] = ()) -> Iterator[Study]:
     InputError
         If the study does not exist, has an unsupported format, or is damaged.
     """
-    path = Path(source)
     wanted = [*columns, "organism_ontology_term_id"]
     if source == BUNDLED:
         yield _from_memory(sc.datasets.pbmc68k_reduced(), source, wanted)
-    elif "://" in source:
+        return
+    if "://" in source:
         raise InputError(f"datasets sheet: source: {source}", "unsupported kind of source", f"Give {KINDS}")
-    elif path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zattrs")):
-        with _report_damage(source, "Zarr folder"):
-            study = _from_anndata(zarr.open_group(path, mode="r"), source, wanted)
+    path = Path(source)
+    kind = find_kind(path)
+    if kind == "zarr":
+        with _report_failure(source, "Zarr folder"):
+            store, bounds = open_zarr(path)
+            group = zarr.open(store, mode="r")
+            if isinstance(group, zarr.Array):
+                raise InputError(source, "a single Zarr array, not a study", f"Give {KINDS}")
+            if not {"obs", "var"} <= set(group) or "mod" in group:
+                raise explain_keys(set(group), source, "AnnData Zarr folder")
+            study = _from_anndata(group, source, wanted, bounds)
         yield study
-    elif path.is_dir():
-        yield _from_10x_folder(path)
-    elif not path.is_file():
-        raise InputError(source, "no such file", "Correct the column `source` of the datasets sheet")
-    elif not h5py.is_hdf5(path):
-        raise InputError(source, "not a complete h5ad file, nor any other supported format", f"Give {KINDS}")
+    elif kind == "10x folder":
+        with _report_failure(source, "10x folder"):
+            study = _from_10x_folder(path)
+        yield study
     else:
-        with _report_damage(source, "h5ad file"):
-            file = h5py.File(path, "r")
+        with _report_failure(source, "h5ad file"):
+            file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
         with file:
-            with _report_damage(source, "h5ad file"):
-                study = _from_hdf5(file, source, wanted)
+            with _report_failure(source, "h5ad file"):
+                check_hdf5(file, source)
+                study = _from_hdf5(file, source, wanted, Bounds(path.stat().st_size))
             yield study
 
 
 @contextmanager
-def _report_damage(source: str, kind: str) -> Iterator[None]:
+def _report_failure(source: str, kind: str) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # a damaged file may fail anywhere in h5py, zarr or anndata
-        raise InputError(source, f"not a complete {kind} ({type(error).__name__})", _REWRITE) from error
+        raise explain_failure(error, source, kind) from error
 
 
-def _from_hdf5(file: h5py.File, source: str, wanted: list[str]) -> Study:
+def _from_hdf5(file: h5py.File, source: str, wanted: list[str], bounds: Bounds) -> Study:
     if isinstance(file.get("obs"), h5py.Dataset):
         # before anndata 0.7 a table was one compound dataset; such files are small
+        bounds.check_file(file, f"{source}: ")
         return _from_memory(ad.read_h5ad(source), source, wanted)
-    if "obs" in file and "var" in file:
-        return _from_anndata(file, source, wanted)
+    if {"obs", "var"} <= set(file) and "mod" not in file:
+        return _from_anndata(file, source, wanted, bounds)
     genomes = [name for name, group in file.items() if isinstance(group, h5py.Group) and "barcodes" in group]
     if len(genomes) == 1:
-        return _from_10x_hdf5(file[genomes[0]], source)
+        return _from_10x_hdf5(file[genomes[0]], source, bounds)
     if genomes:
         raise InputError(source, f"several genomes: {', '.join(genomes)}", "Give a file with human genes only")
-    raise InputError(source, f"not a complete h5ad file: contains {', '.join(file) or 'nothing'}", f"Give {KINDS}")
+    raise explain_keys(set(file), source, "h5ad file")
 
 
-def _from_anndata(group: Any, source: str, wanted: list[str]) -> Study:
+def _from_anndata(group: Any, source: str, wanted: list[str], bounds: Bounds) -> Study:
     """Return the study in an HDF5 or Zarr group written by AnnData."""
-    obs, names = read_table(group["obs"], wanted, f"{source}: obs")
-    var, _ = read_table(group["var"], VAR_COLUMNS, f"{source}: var")
+    obs, names = read_table(group["obs"], wanted, f"{source}: obs", bounds)
+    var, _ = read_table(group["var"], VAR_COLUMNS, f"{source}: var", bounds)
     matrices: dict[str, tuple[Matrix, pd.DataFrame]] = {}
     raw = _entries(group, "raw")
     if "X" in raw and not _is_null(raw["X"]):
-        genes, _ = read_table(raw["var"], VAR_COLUMNS, f"{source}: raw.var")
-        matrices["raw.X"] = _stored(raw["X"], f"{source}: raw.X"), _add_columns(genes, var)
+        genes, _ = read_table(raw["var"], VAR_COLUMNS, f"{source}: raw.var", bounds)
+        matrices["raw.X"] = _stored(raw["X"], f"{source}: raw.X", bounds), _add_columns(genes, var)
     for name, layer in _entries(group, "layers").items():
         place = f'layers["{name}"]'
-        matrices[place] = _stored(layer, f"{source}: {place}"), var
+        matrices[place] = _stored(layer, f"{source}: {place}", bounds), var
     if "X" in group and not _is_null(group["X"]):
-        matrices["X"] = _stored(group["X"], f"{source}: X"), var
+        matrices["X"] = _stored(group["X"], f"{source}: X", bounds), var
     for place, (matrix, genes) in matrices.items():
         if matrix.shape != (len(obs), len(genes)):
             raise InputError(
                 f"{source}: {place}", f"{matrix.shape} values for {len(obs)} cells and {len(genes)} genes", _REWRITE
             )
-    uns = _entries(group, "uns")
-    species = [_text(ad.io.read_elem(uns["organism_ontology_term_id"]))] if "organism_ontology_term_id" in uns else []
+    uns, key = _entries(group, "uns"), "organism_ontology_term_id"
+    if key in uns:
+        bounds.check_whole(uns[key], f"{source}: uns/{key}")
+    species = [_text(ad.io.read_elem(uns[key]))] if key in uns else []
     return Study(source, obs, names, matrices, species or _species(obs))
 
 
@@ -160,23 +172,38 @@ def _add_columns(genes: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
     return genes.join(var[absent])
 
 
-def _stored(element: Any, where: str) -> Matrix:
+def _stored(element: Any, where: str, bounds: Bounds) -> Matrix:
     """Return a matrix written by AnnData."""
     if hasattr(element, "shape"):
+        bounds.check_blocks(element, 2, where)
         return DenseMatrix(element, where)
     kind = _text(element.attrs.get("encoding-type") or element.attrs.get("h5sparse_format", "absent"))
     shape = tuple(int(size) for size in element.attrs.get("shape", element.attrs.get("h5sparse_shape", ())))
     matrix_class = {"csr": CellMatrix, "csc": GeneMatrix}.get(kind.removesuffix("_matrix"))
     if matrix_class is None or len(shape) != 2:
         raise InputError(where, f"neither dense nor sparse (encoding-type {kind})", _REWRITE)
-    return matrix_class(element["data"], element["indices"], element["indptr"], shape, where)
+    return _sparse(matrix_class, element, shape, where, bounds)
+
+
+def _sparse(matrix_class: type, group: Any, shape: tuple[int, int], where: str, bounds: Bounds) -> Matrix:
+    arrays = [group[name] for name in ("data", "indices", "indptr")]
+    for array, name in zip(arrays, ("data", "indices", "indptr"), strict=True):
+        bounds.check_blocks(array, 1, f"{where}: {name}")
+        if name != "data" and array.dtype.kind not in "iu":
+            raise InputError(f"{where}: {name}", f"values of type {array.dtype}, not integers", _REWRITE)
+        # Missing chunks of a Zarr folder are read as zeros. Chunks of zeros are not written, but here they are hardly
+        # possible unless there is a single short one.
+        checked = name != "indptr" and isinstance(array, zarr.Array) and array.size > min(*array.chunks, max(shape))
+        if checked and array.nchunks_initialized < array.nchunks:
+            raise InputError(f"{where}: {name}", "parts of the folder are missing", "Copy or download it again")
+    return matrix_class(*arrays, shape, where)
 
 
 def _is_null(element: Any) -> bool:
     return _text(element.attrs.get("encoding-type", "")) == "null" or getattr(element, "shape", ()) is None
 
 
-def read_table(group: Any, columns: Iterable[str], where: str) -> tuple[pd.DataFrame, list[str]]:
+def read_table(group: Any, columns: Iterable[str], where: str, bounds: Bounds) -> tuple[pd.DataFrame, list[str]]:
     """Return selected columns of a table written by AnnData, and the names of all columns.
 
     Parameters
@@ -187,6 +214,8 @@ def read_table(group: Any, columns: Iterable[str], where: str) -> tuple[pd.DataF
         Columns to read, if they exist.
     where
         The table, for messages.
+    bounds
+        How much the file may declare.
 
     Raises
     ------
@@ -196,14 +225,16 @@ def read_table(group: Any, columns: Iterable[str], where: str) -> tuple[pd.DataF
     key = _text(group.attrs.get("_index", "_index"))
     if key not in group:
         raise InputError(where, f"no row names (no column {key})", _REWRITE)
-    index = pd.Index(_column(group, key)).astype(str)
+    index = pd.Index(_column(group, key, f"{where}: {key}", bounds)).astype(str)
     table = {}
     for name in dict.fromkeys(columns):
         if name not in group:
             continue
         fix = "Correct the column or drop it"
         try:
-            table[name] = _column(group, name)
+            table[name] = _column(group, name, f"{where}: {name}", bounds)
+        except InputError:
+            raise
         except Exception as error:  # anndata raises many types
             raise InputError(f"{where}: {name}", f"cannot be read ({type(error).__name__})", fix) from error
         if np.ndim(table[name]) != 1 or len(table[name]) != len(index):
@@ -211,11 +242,14 @@ def read_table(group: Any, columns: Iterable[str], where: str) -> tuple[pd.DataF
     return pd.DataFrame(table, index=index), [name for name in group if name not in (key, "__categories")]
 
 
-def _column(group: Any, name: str) -> Any:
+def _column(group: Any, name: str, where: str, bounds: Bounds) -> Any:
     """Return the values of a column, strings as str."""
     element = group[name]
+    bounds.check_whole(element, where)
     if "categories" in element.attrs:  # the format of anndata 0.7
-        values = pd.Categorical.from_codes(element[:], _decode(group[element.attrs["categories"]][:]))
+        names = group[element.attrs["categories"]]
+        bounds.check_whole(names, where)
+        values = pd.Categorical.from_codes(element[:], _decode(names[:]))
     else:
         values = ad.io.read_elem(element)
     if isinstance(values, pd.Categorical):
@@ -254,31 +288,41 @@ def _in_memory(matrix: Any, where: str) -> Matrix:
     return matrix_class(matrix.data, matrix.indices, matrix.indptr, matrix.shape, where)
 
 
-def _from_10x_hdf5(group: h5py.Group, source: str) -> Study:
+def _from_10x_hdf5(group: h5py.Group, source: str, bounds: Bounds) -> Study:
     """Return the study in an HDF5 file from Cell Ranger: genes by cells, compressed by cell."""
-    barcodes = _decode(group["barcodes"][:])
     features = group.get("features", group)
     names = {"gene_ids": "id", "gene_symbols": "name", "feature_types": "feature_type"}
     if features is group:  # Cell Ranger 2
         names = {"gene_ids": "genes", "gene_symbols": "gene_names"}
+    names = {column: name for column, name in names.items() if name in features}
+    if "gene_symbols" not in names:
+        raise InputError(source, f"no names of genes: contains {', '.join(features)}", _REWRITE)
+    for table in (group["barcodes"], group["shape"], *(features[name] for name in names.values())):
+        bounds.check_whole(table, f"{source}: {table.name}")
+    barcodes = _decode(group["barcodes"][:])
     genes = pd.DataFrame({column: _decode(features[name][:]) for column, name in names.items()})
     shape = len(barcodes), len(genes)
     if tuple(group["shape"][:]) != shape[::-1]:
         raise InputError(
             source, f"{tuple(group['shape'][:])} values for {shape[1]} genes and {shape[0]} cells", _REWRITE
         )
-    matrix = CellMatrix(group["data"], group["indices"], group["indptr"], shape, source)
+    matrix = _sparse(CellMatrix, group, shape, source, bounds)
     return Study(source, pd.DataFrame(index=barcodes), [], {"X": (matrix, genes.set_index("gene_symbols", drop=False))})
 
 
 def _from_10x_folder(folder: Path) -> Study:
     """Return the study in a folder from Cell Ranger, whose file names may have a prefix."""
+    if not any(folder.glob("*matrix.mtx*")) and (error := explain_folder(folder)):
+        raise error
     matrix = EntryList.open(_only_file(folder, "matrix.mtx"))
     barcodes = _read_lines(_only_file(folder, "barcodes.tsv"))[0]
     genes = _read_lines(_only_file(folder, "features.tsv", "genes.tsv"))
     genes = genes.rename(columns={0: "gene_ids", 1: "gene_symbols", 2: "feature_types"})
     if "gene_symbols" not in genes:
         genes["gene_symbols"] = genes["gene_ids"]
+    if matrix.shape == (len(genes), len(barcodes)) != matrix.shape[::-1]:
+        problem = f"cells by genes ({matrix.shape[1]} x {matrix.shape[0]}), not genes by cells"
+        raise InputError(matrix.path, problem, "In Python: scipy.io.mmwrite(file, scipy.io.mmread(file).T)")
     if matrix.shape != (len(barcodes), len(genes)):
         raise InputError(
             matrix.path, f"{matrix.shape} values for {len(barcodes)} cells and {len(genes)} genes", _REWRITE
@@ -288,7 +332,13 @@ def _from_10x_folder(folder: Path) -> Study:
 
 
 def _only_file(folder: Path, *endings: str) -> Path:
-    found = sorted(path for ending in endings for name in (ending, f"{ending}.gz") for path in folder.glob(f"*{name}"))
+    found = sorted(
+        path
+        for ending in endings
+        for name in (ending, f"{ending}.gz")
+        for path in folder.glob(f"*{name}")
+        if not path.name.startswith(".")  # such as ._matrix.mtx, which macOS adds to archives
+    )
     if len(found) != 1:
         listed = ", ".join(path.name for path in found) or "none"
         raise InputError(
