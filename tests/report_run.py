@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
-from cell2text.files import write_json, write_jsonl
+from cell2text.files import read_json, write_json, write_jsonl
 from cell2text.grammar import Slots, Terms, render
+from cell2text.provenance import hash_file
 from cell2text.report.render_report import render_report
 from cell2text.report.results import CALIBRATION, CONFUSION, PER_CLASS, RunFiles
 
@@ -138,6 +139,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         {**provenance, "bootstrap": {"replicates": 100, "splits": {"test": {"unit": "cell", "donors": 1}}}},
         folder / "provenance.json",
     )
+    record_tables(folder)
     model = {
         "language_model": {"source": "hf://org/Tiny@main", "licence": "<own>"},
         "projector": {"kind": "perceiver"},
@@ -164,6 +166,12 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         encoder=folder / "encoder",
         model=folder,
     )
+
+
+def record_tables(folder):
+    """Record the hashes of the tables as they are now, as ``evaluate`` does."""
+    tables = {path.name: hash_file(path) for path in folder.glob("*.tsv")}
+    write_json({**read_json(folder / "provenance.json"), "tables": tables}, folder / "provenance.json")
 
 
 def write_tsv(rows, columns, path):

@@ -16,8 +16,9 @@ from cell2text.evaluation.compare import compare
 from cell2text.evaluation.evaluate import evaluate
 from cell2text.evaluation.metrics import HELD_OUT, SEEN, known, score_method, term_similarities
 from cell2text.evaluation.tables import confusion, per_class
-from cell2text.files import read_json, write_jsonl
+from cell2text.files import read_json, write_json, write_jsonl
 from cell2text.grammar import Terms
+from cell2text.provenance import hash_file
 
 B_CELL, NK_CELL, CD4_T = "CL:0000236", "CL:0000623", "CL:0000624"
 NAMES = {B_CELL: "B cell", NK_CELL: "natural killer cell", CD4_T: "CD4-positive, alpha-beta T cell"}
@@ -335,13 +336,24 @@ def test_a_method_with_the_wrong_cells_is_rejected(results, fault):
 
 
 def test_the_comparison_plot_is_deterministic_and_needs_test_cells(results):
-    metrics = run(results)["metrics"]
+    written = run(results)
+    metrics, provenance = written["metrics"], written["provenance"]
     plots = [results / "one.svg", results / "two.svg"]
     for plot in plots:
-        compare(metrics, plot)
+        compare(metrics, provenance, plot)
     assert plots[0].read_bytes() == plots[1].read_bytes()
     assert plots[0].read_text().count("<!-- Cell2Text -->") == 1
     table = pd.read_csv(metrics, sep="\t")
     table[table["split"] == "validation"].to_csv(metrics, sep="\t", index=False)
+    write_json({"tables": {metrics.name: hash_file(metrics)}}, provenance)
     with pytest.raises(InputError, match="no score for the test cells"):
-        compare(metrics, results / "three.svg")
+        compare(metrics, provenance, results / "three.svg")
+
+
+def test_half_a_table_of_scores_is_not_plotted(results):
+    written = run(results)
+    lines = written["metrics"].read_text().splitlines(keepends=True)
+    written["metrics"].write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(InputError, match=r"metrics\.tsv: cannot be read: its sha256 is not that in .*provenance\.json"):
+        compare(written["metrics"], written["provenance"], results / "plot.svg")
+    assert not (results / "plot.svg").exists()

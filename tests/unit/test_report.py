@@ -23,6 +23,7 @@ from report_run import (
     RULES,
     TYPES,
     Page,
+    record_tables,
     render_page,
     term_table,
     write_run,
@@ -99,6 +100,7 @@ def test_a_hostile_term_is_escaped(files, tmp_path):
     TERMS.write(terms, files.terms)
     for path in (files.per_class, files.confusion):
         path.write_text(path.read_text().replace("B cell", HOSTILE.replace('"', "'")))
+    record_tables(files.metrics.parent)
     page = Page(render_page(files, tmp_path))
     assert len(page.scripts) == 2
     assert json.loads(page.scripts[0])["classes"][0]["name"] == HOSTILE
@@ -160,6 +162,7 @@ def test_a_cell_without_reference_or_embedding_is_reported(files, tmp_path):
 
 def test_a_missing_column_is_named(files):
     files.metrics.write_text(files.metrics.read_text().replace("\tvalue\t", "\tvalues\t"))
+    record_tables(files.metrics.parent)
     with pytest.raises(InputError, match="columns missing: value"):
         read_results(files)
 

@@ -33,6 +33,7 @@ from report_run import (
     TYPES,
     Page,
     history,
+    record_tables,
     render_page,
     term_table,
     write_run,
@@ -216,6 +217,7 @@ def test_pre_training_is_drawn_first_and_only_if_there_was_any(files, tmp_path):
 def test_whiskers_are_wilson_intervals(files):
     bins = [(0.4, 0.5, 0.45, 0.5, 10), (0.9, 1.0, 0.95, 1.0, 10)]
     write_tsv([("test", "cell2text", "cell_type", *row) for row in bins], CALIBRATION, files.calibration)
+    record_tables(files.calibration.parent)
     drawn = reliability(read_results(files), "cell_type")["bins"]
     low, high = ([(290 - bin[end]) / 280 for bin in drawn] for end in ("low", "high"))  # positions to shares
     # by hand with z = 1.96: (5 + z^2/2 -+ z sqrt(10/4 + z^2/4)) / (10 + z^2), and 10 / (10 + z^2) to 1
@@ -287,6 +289,7 @@ def test_the_first_screen_compares_each_score_with_the_best_baseline(files, tmp_
     same = table[accuracy | ((table["metric"] == "accuracy") & (table["method"] == "cell2text"))].assign(slot="tissue")
     same[differences[1:]] = 0.0  # as in a slot with a single term
     pd.concat([table, same]).to_csv(files.metrics, sep="\t", index=False)
+    record_tables(files.metrics.parent)
     rows = compare_with_best(read_results(files))
     assert [(row["title"], row["baseline"]["name"], row["words"]) for row in rows] == [
         ("Cell type, accuracy", title_of("majority"), "Cell2Text better"),
@@ -313,6 +316,7 @@ def test_held_out_cell_types_are_listed_apart(files, tmp_path):
     pd.concat([table, *(part[part["slot"].isin((SEEN, HELD_OUT))] for part in (parts[0], held_out))]).to_csv(
         files.metrics, sep="\t", index=False
     )
+    record_tables(files.metrics.parent)
     results = read_results(files)
     terms = {row["slot"]: row["terms"] for row in score_slots(results)}
     assert (terms["cell_type"], terms[SEEN], terms[HELD_OUT]) == (3, 1, 2)  # the model's labels have one of the types
@@ -326,6 +330,7 @@ def test_a_run_with_too_few_cells_has_no_intervals(files, tmp_path):
     table = pd.read_csv(files.metrics, sep="\t")
     table[["low", "high", "difference_low", "difference_high"]] = math.nan
     table.assign(resampled="").to_csv(files.metrics, sep="\t", index=False)
+    record_tables(files.metrics.parent)
     write_json({**read_json(files.provenance), "bootstrap": {"splits": {"test": NO_UNIT}}}, files.provenance)
     html = render_page(files, tmp_path)
     text = " ".join(Page(html).text.split())
@@ -336,6 +341,7 @@ def test_a_run_with_too_few_cells_has_no_intervals(files, tmp_path):
 def test_scores_that_were_not_computed_are_absent(files, tmp_path):
     table = pd.read_csv(files.metrics, sep="\t")
     table[table["slot"] != "pathways"].to_csv(files.metrics, sep="\t", index=False)
+    record_tables(files.metrics.parent)
     text = " ".join(Page(render_page(files, tmp_path)).text.split())
     assert "Jaccard index of" not in text and "Texts parsed 75.0%" in text
     values = "0.750 [0.700, 0.800]"

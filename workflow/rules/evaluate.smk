@@ -209,6 +209,7 @@ rule evaluate:
 rule compare:
     input:
         metrics="<results>/evaluation/metrics.tsv",
+        provenance="<results>/evaluation/provenance.json",
     output:
         plot=report(
             "<results>/evaluation/comparison.svg",

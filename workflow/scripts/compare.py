@@ -6,7 +6,7 @@ from cell2text.job import run_job
 
 def main(snakemake):
     """Run the rule."""
-    compare(snakemake.input.metrics, snakemake.output.plot)
+    compare(snakemake.input.metrics, snakemake.input.provenance, snakemake.output.plot)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,30 @@ def read_sealed(folder: str | Path, marker: str) -> dict[str, Any]:
     return facts
 
 
+def check_hashes(files: Iterable[str | Path], provenance: str | Path) -> None:
+    """Check text tables, which have no checksum of their own, against the hashes that were recorded with them.
+
+    Parameters
+    ----------
+    files
+        The tables.
+    provenance
+        JSON file whose key ``tables`` has the SHA-256 of each by name.
+
+    Raises
+    ------
+    InputError
+        If one is missing or has changed.
+    """
+    facts = read_json(provenance)
+    for file in map(Path, files):
+        with reading(provenance):
+            expected = facts["tables"][file.name]
+        with reading(file):
+            if hash_file(file) != expected:
+                raise ValueError(f"its sha256 is not that in {provenance}")
+
+
 @contextmanager
 def reading(path: str | Path, fix: str = DAMAGED) -> Iterator[None]:
     """Turn what libraries raise about a damaged or missing file in the block into an ``InputError``.

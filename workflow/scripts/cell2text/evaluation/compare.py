@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from cell2text.contracts import METRICS
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import FINE_TUNED, title_of
-from cell2text.files import whole_file
+from cell2text.files import check_hashes, whole_file
 
 _PANELS = {
     ("cell_type", "accuracy"): "Cell type\naccuracy",
@@ -20,7 +20,7 @@ _PANELS = {
 _OURS, _OTHERS, _INK, _FAINT = "#0072B2", "#666666", "#222222", "#E3E3E3"
 
 
-def compare(metrics: str, plot: str) -> None:
+def compare(metrics: str, provenance: str, plot: str) -> None:
     """Plot the main metrics of every method on the test cells, with 95% confidence intervals, as SVG.
 
     Methods are sorted by cell type accuracy; metrics that a run lacks are skipped. A baseline's point is filled if the
@@ -30,14 +30,17 @@ def compare(metrics: str, plot: str) -> None:
     ----------
     metrics
         Table of ``contracts.METRICS``, TSV.
+    provenance
+        The file that ``evaluate`` wrote with it, which has its hash.
     plot
         The SVG file to write.
 
     Raises
     ------
     InputError
-        If the table has none of the main metrics for the test cells.
+        If the table is damaged, or has none of the main metrics for the test cells.
     """
+    check_hashes([metrics], provenance)
     table = pd.read_csv(metrics, sep="\t", usecols=list(METRICS))
     table = table[table["split"] == "test"].set_index(["slot", "metric", "method"]).sort_index()
     panels = [panel for panel in _PANELS if panel in table.index.droplevel("method")]

@@ -112,6 +112,7 @@ def evaluate(
             "seed": seed,
             "bootstrap": {"replicates": replicates, "splits": drawn},
             "descriptions": hash_file(descriptions),
+            "tables": {Path(outputs[table]).name: hash_file(outputs[table]) for table in ("metrics", *_TABLES)},
             "model": _hash_files(Path(model)),
             "language_model": read_json(Path(language_model) / "source.json"),
             "packages": versions(*_PACKAGES),

@@ -21,7 +21,7 @@ from cell2text.contracts import (
 )
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import FINE_TUNED
-from cell2text.files import read_json, read_jsonl
+from cell2text.files import check_hashes, read_json, read_jsonl
 from cell2text.grammar import PATHWAY, Terms
 
 METHOD = FINE_TUNED
@@ -170,6 +170,7 @@ def read_results(files: RunFiles) -> Results:
     for path in (*single, *parts, model / "history.parquet", model / "cell2text.json"):
         if not Path(path).is_file():
             raise InputError(path, "no such file", RUN_AGAIN)
+    check_hashes([files.metrics, files.per_class, files.confusion, files.calibration], files.provenance)
     terms = Terms(TERMS.read(files.terms))
     corpus = CELLS.read(files.corpus, ["cell_id", "dataset_id", "donor"])
     cells = _read_cells(files, corpus)
