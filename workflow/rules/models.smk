@@ -2,11 +2,18 @@
 This part of the workflow downloads the models that the config names, once, and stores them as safetensors. Apart from
 the Census rules, only these rules use the network.
 
+A local model is an input like any other: if one of its files changes, it is copied again, and what depends on it is
+computed again.
+
 Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json.
 """
 
 
 rule fetch_language_model:
+    input:
+        lambda wildcards: fetch_language_model.local_files(
+            config["language_model"]["source"]
+        ),
     output:
         directory("<resources>/models/{name}"),
     log:
@@ -24,6 +31,7 @@ rule fetch_language_model:
         runtime=hours(1),
     params:
         source=lookup("language_model/source", within=config),
+        content=lambda wildcards, input: fingerprint(input),
         library=library_version("fetch_language_model.py"),
     message:
         "Fetching {wildcards.name}"
@@ -32,6 +40,8 @@ rule fetch_language_model:
 
 
 rule fetch_encoder:
+    input:
+        lambda wildcards: fetch_encoder.local_files(config["encoder"]["source"]),
     output:
         directory("<resources>/models/{name}"),
     log:
@@ -49,6 +59,7 @@ rule fetch_encoder:
         runtime=hours(1),
     params:
         source=lookup("encoder/source", within=config),
+        content=lambda wildcards, input: fingerprint(input),
         library=library_version("fetch_encoder.py"),
     message:
         "Fetching {wildcards.name}"
