@@ -31,7 +31,10 @@ rule fetch_language_model:
         runtime=hours(1),
     params:
         source=lookup("language_model/source", within=config),
-        content=lambda wildcards, input: fingerprint(input),
+        # not from `input`, because Snakemake does not compare what it derives from files
+        content=lambda wildcards: fingerprint(
+            fetch_language_model.local_files(config["language_model"]["source"])
+        ),
         library=library_version("fetch_language_model.py"),
     message:
         "Fetching {wildcards.name}"
@@ -59,7 +62,10 @@ rule fetch_encoder:
         runtime=hours(1),
     params:
         source=lookup("encoder/source", within=config),
-        content=lambda wildcards, input: fingerprint(input),
+        # not from `input`, because Snakemake does not compare what it derives from files
+        content=lambda wildcards: fingerprint(
+            fetch_encoder.local_files(config["encoder"]["source"])
+        ),
         library=library_version("fetch_encoder.py"),
     message:
         "Fetching {wildcards.name}"
