@@ -14,18 +14,10 @@ if not workflow.configfiles:
     configfile: "config/config.yaml"
 
 
-include: "workflow/rules/common.smk"
-
-
-pathvars:
-    results="results/{}".format(config["run"]),
-    logs="logs/{}".format(config["run"]),
-    benchmarks="logs/{}/benchmarks".format(config["run"]),
-
-
 report: "workflow/report/workflow.rst"
 
 
+include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/cells.smk"
 include: "workflow/rules/corpus.smk"

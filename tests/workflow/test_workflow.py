@@ -107,6 +107,42 @@ def test_changing_an_evaluation_key_reruns_only_the_evaluation(finished, tmp_pat
     assert rules == {"all", "evaluate", "compare", "render_report"}
 
 
+def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
+    def edit(name, old, new):
+        path = fresh / name
+        path.write_text(path.read_text().replace(old, new))
+
+    def refused(*arguments):
+        code, output = snakemake(fresh, "models", "--cores", "1", "--configfile", fresh / "tiny.yaml", *arguments)
+        assert code != 0 and "Traceback" not in output
+        return output
+
+    assert snakemake(fresh, "models", "--cores", "1", "--configfile", fresh / "tiny.yaml")[0] == 0
+    model = fresh / "resources/models/tiny"
+    kept = (model / "source.json").read_bytes()
+    assert planned(fresh, "--nolock", "models")[0] == set()
+    # an older file in place of a newer one
+    edit("tiny-model/config.json", '"max_position_embeddings": 512', '"max_position_embeddings": 256')
+    os.utime(fresh / "tiny-model/config.json", (0, 0))
+    assert planned(fresh, "--nolock", "models")[0] == {"fetch_language_model", "models"}
+    edit("tiny-model/config.json", '"max_position_embeddings": 256', '"max_position_embeddings": 512')
+    assert planned(fresh, "--nolock", "models")[0] == set()
+    shutil.copytree(fresh / "tiny-model", fresh / "other-model")
+    edit("tiny.yaml", "source: tiny-model", "source: other-model")
+    assert "resources/models/tiny holds a model from another source, tiny-model. Set another" in refused()
+    assert (model / "source.json").read_bytes() == kept
+    edit("tiny.yaml", "source: other-model", "source: nowhere")
+    assert "tiny.yaml: language_model.source: no such file or directory: nowhere. Correct the path" in refused()
+    edit("tiny.yaml", "source: nowhere", "source: tiny-model")
+    for folder in (model, fresh / "results/tiny/model", fresh / "results/tiny/encoder"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("three years")
+        assert f"{folder.relative_to(fresh)}: this folder was not written by the workflow" in refused("--forceall")
+        assert (folder / "thesis.txt").read_text() == "three years"
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="module")
 def with_geneformer(finished, tmp_path_factory):
     """A copy of the finished run that uses a tiny Geneformer with its genes and computes gene vectors on the fly."""

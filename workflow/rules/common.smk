@@ -16,7 +16,10 @@ sys.executable = shlex.quote(sys.executable)
 from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import BASELINES
+from cell2text.files import check_ours
 from cell2text.job import INVOCATION
+from cell2text.models import fetch_encoder, fetch_language_model
+from cell2text.models.sources import check_target, fingerprint
 from cell2text.provenance import hash_config, library_version
 
 os.environ.setdefault(INVOCATION, uuid4().hex)
@@ -28,6 +31,13 @@ try:
     PIECES = cut_census(SHEET, config["shards"])
 except InputError as error:
     raise WorkflowError(str(error)) from None
+
+
+pathvars:
+    results="results/{}".format(config["run"]),
+    logs="logs/{}".format(config["run"]),
+    benchmarks="logs/{}/benchmarks".format(config["run"]),
+
 
 NOTES = {name: row["notes"] for name, row in SHEET.items() if "notes" in row}
 CENSUS = {name: SHEET[name]["source"] for name in PIECES}
@@ -50,6 +60,27 @@ FETCHED_ENCODER = [
     for kind in [config["encoder"]["kind"]]
     if kind == "geneformer"
 ]
+# Snakemake deletes a folder before the job that writes it, so what is in its place is checked here.
+try:
+    for folder, key in [
+        (LANGUAGE_MODEL, "language_model"),
+        *((folder, "encoder") for folder in FETCHED_ENCODER),
+    ]:
+        check_target(
+            workflow.pathvars.apply(folder),
+            config[key]["source"],
+            f"{CONFIG_FILE}: {key}.source",
+        )
+    for folder in ("<results>/encoder", "<results>/model"):
+        check_ours(workflow.pathvars.apply(folder))
+    if LANGUAGE_MODEL in FETCHED_ENCODER:
+        raise InputError(
+            f"{CONFIG_FILE}: language_model.name",
+            f"the encoder is stored in {LANGUAGE_MODEL}, too",
+            "Choose another name",
+        )
+except InputError as error:
+    raise WorkflowError(str(error)) from None
 # Ranked genes from which later rules compute gene vectors on the fly; nothing if the vectors are stored, or if the
 # projector reads only pooled vectors, which are always stored.
 TOKENS_ON_THE_FLY = (

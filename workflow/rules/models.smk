@@ -2,11 +2,18 @@
 This part of the workflow downloads the models that the config names, once, and stores them as safetensors. Apart from
 the Census rules, only these rules use the network.
 
+A local model is an input like any other: if one of its files changes, it is copied again, and what depends on it is
+computed again.
+
 Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json.
 """
 
 
 rule fetch_language_model:
+    input:
+        lambda wildcards: fetch_language_model.local_files(
+            config["language_model"]["source"]
+        ),
     output:
         directory("<resources>/models/{name}"),
     log:
@@ -14,7 +21,7 @@ rule fetch_language_model:
     benchmark:
         "<benchmarks>/fetch_language_model/{name}.jsonl"
     wildcard_constraints:
-        name=config["language_model"]["name"],
+        name=re.escape(config["language_model"]["name"]),
     localrule: True
     conda:
         "../../envs/llm.yaml"
@@ -24,6 +31,10 @@ rule fetch_language_model:
         runtime=hours(1),
     params:
         source=lookup("language_model/source", within=config),
+        # not from `input`, because Snakemake does not compare what it derives from files
+        content=lambda wildcards: fingerprint(
+            fetch_language_model.local_files(config["language_model"]["source"])
+        ),
         library=library_version("fetch_language_model.py"),
     message:
         "Fetching {wildcards.name}"
@@ -32,6 +43,8 @@ rule fetch_language_model:
 
 
 rule fetch_encoder:
+    input:
+        lambda wildcards: fetch_encoder.local_files(config["encoder"]["source"]),
     output:
         directory("<resources>/models/{name}"),
     log:
@@ -39,7 +52,8 @@ rule fetch_encoder:
     benchmark:
         "<benchmarks>/fetch_encoder/{name}.jsonl"
     wildcard_constraints:
-        name="|".join(Path(encoder).name for encoder in FETCHED_ENCODER) or "none",
+        name="|".join(re.escape(Path(encoder).name) for encoder in FETCHED_ENCODER)
+        or "none",
     localrule: True
     conda:
         "../../envs/llm.yaml"
@@ -49,6 +63,10 @@ rule fetch_encoder:
         runtime=hours(1),
     params:
         source=lookup("encoder/source", within=config),
+        # not from `input`, because Snakemake does not compare what it derives from files
+        content=lambda wildcards: fingerprint(
+            fetch_encoder.local_files(config["encoder"]["source"])
+        ),
         library=library_version("fetch_encoder.py"),
     message:
         "Fetching {wildcards.name}"

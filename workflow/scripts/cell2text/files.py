@@ -240,12 +240,12 @@ def read_sealed(folder: str | Path, marker: str) -> dict[str, Any]:
         If a file is missing or has changed.
     """
     folder = Path(folder)
-    facts = read_json(folder / marker, f"Delete {folder} and run the workflow again")
-    if not isinstance(facts, dict):
-        raise InputError(folder / marker, "is damaged", f"Delete {folder} and run the workflow again")
-    mark = facts.pop("seal", None)
-    if mark not in (None, hash_config(facts)):
-        raise InputError(folder / marker, "has changed", f"Delete {folder} and run the workflow again")
+    fix = f"Delete {folder} and run the workflow again"
+    facts = read_json(folder / marker, fix)
+    if not isinstance(facts, dict) or not isinstance(facts.get("sha256", {}), dict):
+        raise InputError(folder / marker, "is damaged", fix)
+    if facts.pop("seal", None) not in (None, hash_config(facts)):
+        raise InputError(folder / marker, "has changed since it was written", fix)
     for name, expected in facts.get("sha256", {}).items():
         file = folder / name
         if file.is_symlink():  # into the folder of the fetched encoder
@@ -254,8 +254,8 @@ def read_sealed(folder: str | Path, marker: str) -> dict[str, Any]:
         if not problem and hash_file(file) != expected:
             problem = f"has changed: its sha256 is not that in {folder / marker}"
         if problem:
-            whole = file.parent if (folder / name).is_symlink() else folder
-            raise InputError(file, problem, f"Delete {whole} and run the workflow again")
+            linked = (folder / name).is_symlink()
+            raise InputError(file, problem, f"Delete {file.parent} and run the workflow again" if linked else fix)
     return facts
 
 

@@ -145,8 +145,7 @@ def _finetune(
         work.optimiser.take_weights()
     state = work.run()
     if team.leads:
-        with whole_folder(directory, "cell2text.json") as folder:
-            _save(work, state, folder, source, classes, seed)
+        _save(work, state, Path(directory), source, classes, seed)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
@@ -172,7 +171,6 @@ def _try_fast(model: Cell2Text, train: Cells) -> bool:
 def _save(
     work: Finetuning, state: State, directory: Path, source: dict, classes: dict[str, list[str]], seed: int
 ) -> None:
-    HISTORY.write(pd.DataFrame(state.history), directory / "history.parquet")
     about = {
         "language_model": source,
         "fast": work.model.fast,
@@ -185,4 +183,6 @@ def _save(
         "seed": seed,
         "instruction": INSTRUCTION,
     }
-    save(work.model, directory, about)
+    with whole_folder(directory, "cell2text.json") as folder:
+        HISTORY.write(pd.DataFrame(state.history), folder / "history.parquet")
+        save(work.model, folder, about)

@@ -76,10 +76,11 @@ def check_target(directory: str | Path, source: str, where: str) -> None:
     stored = str(read_json(about).get("source"))
     both_local = is_local(source) and is_local(stored)
     if stored != source and not (both_local and os.path.realpath(stored) == os.path.realpath(source)):
+        other = "Set another `language_model.name`" if "language_model" in where else "Use another project folder"
         raise InputError(
             where,
             f"{directory} holds a model from another source, {stored}",
-            "Give this one another name, or delete that folder to replace it",
+            f"{other}, or delete {directory} to replace it",
         )
 
 

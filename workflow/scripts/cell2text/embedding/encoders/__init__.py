@@ -96,7 +96,7 @@ def load_encoder(directory: str | Path) -> Encoder:
         If a file is missing, has changed since it was written, or is damaged.
     """
     kind = read_sealed(directory, "encoder.json").get("kind")
-    if kind not in ENCODERS:
+    if kind not in list(ENCODERS):  # it may be anything
         raise InputError(
             Path(directory, "encoder.json"),
             f"kind is {kind}, not one of {', '.join(ENCODERS)}",
