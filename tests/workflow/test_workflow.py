@@ -104,7 +104,7 @@ def with_geneformer(finished, tmp_path_factory):
     symbols = pd.read_csv(finished / "results/tiny/genes.tsv", sep="\t", keep_default_na=False)["symbol"]
     write_checkpoint(folder / "repository/Geneformer-tiny", V2, symbols=tuple(symbols), positions=64)
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
-    settings(folder, "kind: coexpression", encoder)
+    settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
     settings(folder, "shards: 2", "shards: 3")
     return folder
 
