@@ -35,6 +35,12 @@ def files(tmp_path, tiny_model):
     return write_files(tmp_path, tiny_model)
 
 
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Losses and weights of the runs that the interrupted ones must equal, by number of processes or kind."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("changes", "steps_of_epochs", "last"),
     [
@@ -87,6 +93,29 @@ def test_a_checkpoint_of_other_settings_is_ignored(files, tiny_model, monkeypatc
     other = finetune(files, tiny_model, "model", learning_rate=0.005)
     monkeypatch.undo()
     assert weights(other) == weights(finetune(files, tiny_model, "anew", learning_rate=0.005))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_bytes(files, tiny_model, monkeypatch, undisturbed, damage):
+    if "short" not in undisturbed:
+        whole = finetune(files, tiny_model, "whole")
+        undisturbed["short"] = losses(whole), weights(whole)
+    monkeypatch.setattr(Finetuning, "validate", lambda self: 1 / 0)  # after six steps
+    with pytest.raises(ZeroDivisionError):
+        finetune(files, tiny_model, "model")
+    monkeypatch.undo()
+    file = files / "model.checkpoints/last.safetensors"
+    content = file.read_bytes()
+    changed = {
+        "cut": content[: len(content) // 2],
+        "flipped": content[:-999] + bytes([content[-999] ^ 1]) + content[-998:],
+        "empty": b"",
+        "foreign": b"not a checkpoint",
+    }
+    file.write_bytes(changed[damage])
+    model = finetune(files, tiny_model, "model")
+    pd.testing.assert_frame_equal(losses(model), undisturbed["short"][0])
+    assert weights(model) == undisturbed["short"][1]
 
 
 def test_same_seed_same_history(files, tiny_model):
@@ -182,12 +211,6 @@ def test_a_loss_that_is_not_finite_is_reported(files, tiny_model, monkeypatch):
     monkeypatch.setattr(Cell2Text, "text_loss", broken)
     with pytest.raises(InputError, match=r"not finite at step 1, with cells study\|\d+, study\|\d+, "):
         finetune(files, tiny_model, "model")
-
-
-@pytest.fixture(scope="module")
-def undisturbed():
-    """Losses and weights of the runs that the interrupted ones must equal, by their number of processes."""
-    return {}
 
 
 def begin(files, tiny_model, name, **changes):
