@@ -250,7 +250,7 @@ def test_a_run_that_receives_a_signal_resumes_to_the_same_weights(tmp_path, monk
             signal.raise_signal(signal.SIGINT)  # changes nothing
 
     monkeypatch.setattr(masked_genes.Training, "_step", interrupted)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(SystemExit) as left:
         fit(tmp_path / "stopped", epochs=3)
     for number, handler in handlers.items():

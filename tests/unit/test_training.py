@@ -225,6 +225,7 @@ def begin(files, tiny_model, name, **changes):
 
 def lead_group(*given, **changes):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background of a shell
     finetune(*given, **changes)
 
 

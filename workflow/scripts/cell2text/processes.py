@@ -43,7 +43,9 @@ def listen_for_signals(forward: Callable[[], None] = lambda: None) -> Iterator[E
         stop.set()
         forward()
 
-    before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
+    # one that the parent told this process to ignore, such as SIGINT in the background of a shell, stays ignored
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, heed) for number in heard}
     try:
         yield stop
     finally:
