@@ -1,7 +1,9 @@
 """Fine-tuning on a tiny real model: it learns, resumes to the same bytes, and reports what it cannot do."""
 
 import json
+import logging
 import os
+import re
 import signal
 import time
 from multiprocessing import get_context
@@ -27,6 +29,7 @@ from cell2text.model.cell2text import Cell2Text
 from cell2text.model.fast import FastCell2Text
 from cell2text.processes import count_processes
 from finetune_run import finetune, losses, schedule, weights, write_files
+from small_disk import small_files
 from tests_terms import small_table
 
 
@@ -116,6 +119,24 @@ def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_bytes(files, tiny_mo
     model = finetune(files, tiny_model, "model")
     pd.testing.assert_frame_equal(losses(model), undisturbed["short"][0])
     assert weights(model) == undisturbed["short"][1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_too_small_for_a_checkpoint_is_one_line(files, tiny_model, tmp_path, processes):
+    written = tmp_path / "job.log"
+    logging.getLogger().addHandler(handler := logging.FileHandler(written))
+    line = r"last.safetensors: cannot be written: File too large \(disk: .*\)\. Raise the limit"
+    try:
+        with small_files(50_000), pytest.raises(InputError if processes == 1 else SystemExit) as error:
+            finetune(files, tiny_model, "model", processes=processes)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    if processes == 1:
+        assert re.search(line, str(error.value))
+    else:
+        assert error.value.code == 1
+        assert len(re.findall(line, written.read_text())) == 1 and "Traceback" not in written.read_text()
+    assert not any(path.is_file() for path in (files / "model.checkpoints").iterdir())
 
 
 def test_same_seed_same_history(files, tiny_model):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cell2text.errors import InputError
+from cell2text.files import writing
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 
@@ -29,13 +30,10 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     snakemake
         The object that Snakemake passes to a script. ``params.seed``, if the rule has it, seeds Python and numpy.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if snakemake.log:
-        Path(snakemake.log[0]).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(snakemake.log[0], mode="w"))
+    logging.raiseExceptions = False  # on a full disk, each line would be followed by a traceback
     logging.basicConfig(
         level=logging.INFO,
-        handlers=handlers,
+        stream=sys.stderr,
         format=f"%(asctime)s {snakemake.rule}: %(message)s",
         datefmt="%H:%M:%S",
         force=True,
@@ -49,6 +47,8 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         give_memory_back()
     log = logging.getLogger("cell2text")
     try:
+        if snakemake.log:
+            _log_to(Path(snakemake.log[0]))
         main(snakemake)
     except InputError as error:
         log.error("%s", error)
@@ -56,6 +56,15 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     except Exception:
         log.exception("failed")
         raise
+
+
+def _log_to(path: Path) -> None:
+    root = logging.getLogger()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, mode="w")
+    file.setFormatter(root.handlers[0].formatter)
+    root.addHandler(file)
 
 
 def seed_everything(seed: int) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.multiprocessing import ProcessExitedException, spawn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
 from cell2text.errors import InputError
 
 log = logging.getLogger("cell2text.training")
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a run that a signal ended and that can be resumed
+REPORTED = 2  # exit code of a process that has reported an InputError
 PR_SET_PDEATHSIG = 1  # in linux/prctl.h
 
 
@@ -161,9 +162,14 @@ def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) 
         try:
             while not context.join():
                 pass
-        except ProcessExitedException as error:
-            killed = 128 - error.exit_code if error.exit_code < 0 else error.exit_code
-            sys.exit(TERMINATED if stop.is_set() else killed)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            if stop.is_set():
+                sys.exit(TERMINATED)
+            if REPORTED in [child.exitcode for child in children]:  # the others fail because they miss this one
+                sys.exit(1)
+            if isinstance(error, ProcessExitedException):
+                sys.exit(128 - error.exit_code if error.exit_code < 0 else error.exit_code)
+            raise
 
 
 def _run(
@@ -186,7 +192,7 @@ def _run(
         function(Team(rank, size), *arguments)
     except InputError as error:
         log.error("%s", error)
-        sys.exit(1)
+        sys.exit(REPORTED)
     except KeyboardInterrupt:  # before the training listens for signals; torch would report success
         sys.exit(TERMINATED)
     finally:
