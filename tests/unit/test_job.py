@@ -11,6 +11,7 @@ import pytest
 from cell2text import progress
 from cell2text.errors import InputError
 from cell2text.job import INVOCATION, run_job
+from small_disk import small_files
 
 
 @pytest.fixture
@@ -100,3 +101,24 @@ def test_progress_logs_rate_and_time_left_but_not_too_often(monkeypatch, caplog)
         "200 of 300 cells, 10 cells/s, 0:10 left",
         "300 of 300 cells, 10 cells/s, 0:00 left",
     ]
+
+
+def test_a_log_that_cannot_be_written_is_one_line(job, tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file in place of the folder")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(lambda snakemake: None, job)
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"some_rule: {job.log[0]}: cannot be written: File exists. Run in a folder" in line
+
+
+def test_a_disk_that_fills_up_under_the_log_does_not_disturb_the_job(job, capsys):
+    def main(snakemake):
+        for number in range(50):
+            logging.getLogger("cell2text").info("line %d", number)
+
+    with small_files(300):
+        run_job(main, job)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 50 and all(f"some_rule: line {number}" in line for number, line in enumerate(lines))
+    assert len(read_log(job)) <= 300

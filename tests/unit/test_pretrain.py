@@ -1,6 +1,7 @@
 """Pretraining: which genes are masked, and that the model learns, resumes after a kill and can be saved."""
 
 import math
+import signal
 
 import numpy as np
 import pandas as pd
@@ -227,6 +228,43 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, after):
     assert_same_weights(weights_of(encoder), weights_of(whole))
     assert [row["loss"] for row in encoder.history] == [row["loss"] for row in whole.history]
     assert [row["step"] for row in encoder.history] == list(range(12))
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-8], lambda content: content[:500] + b"x" + content[501:]])
+def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_weights(tmp_path, caplog, damage):
+    whole = fit(tmp_path, epochs=1)
+    file = tmp_path / "checkpoints/last.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    assert_same_weights(weights_of(fit(tmp_path, epochs=1)), weights_of(whole))
+    assert "the checkpoint is damaged" in caplog.text and file.with_name("last.safetensors.damaged").exists()
+
+
+@pytest.mark.parametrize("after", [2, 6])
+def test_a_run_that_receives_a_signal_resumes_to_the_same_weights(tmp_path, monkeypatch, after):
+    monkeypatch.setattr(masked_genes, "ROWS", 4)  # a row every third step, so that a sum must be resumed, too
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole, step = fit(tmp_path / "whole", epochs=3), masked_genes.Training._step
+
+    def interrupted(training, rows):
+        step(training, rows)
+        if training.state.step == after:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # changes nothing
+
+    monkeypatch.setattr(masked_genes.Training, "_step", interrupted)
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(SystemExit) as left:
+        fit(tmp_path / "stopped", epochs=3)
+    for number, handler in handlers.items():
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, handler)
+    assert left.value.code == 143
+    monkeypatch.setattr(masked_genes.Training, "_step", step)
+    encoder = fit(tmp_path / "stopped", epochs=3)
+    assert_same_weights(weights_of(encoder), weights_of(whole))
+    columns = ["step", "epoch", "loss", "validation_loss"]
+    pd.testing.assert_frame_equal(pd.DataFrame(encoder.history)[columns], pd.DataFrame(whole.history)[columns])
 
 
 def test_a_checkpoint_of_other_settings_is_ignored(tmp_path):

@@ -1,6 +1,9 @@
 """Fine-tuning on a tiny real model: it learns, resumes to the same bytes, and reports what it cannot do."""
 
+import json
+import logging
 import os
+import re
 import signal
 import time
 from multiprocessing import get_context
@@ -10,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from cell2text.contracts import DESCRIPTIONS
@@ -23,13 +27,21 @@ from cell2text.model import language_model as lm
 from cell2text.model.bundle import load
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.fast import FastCell2Text
+from cell2text.processes import count_processes
 from finetune_run import finetune, losses, schedule, weights, write_files
+from small_disk import small_files
 from tests_terms import small_table
 
 
 @pytest.fixture
 def files(tmp_path, tiny_model):
     return write_files(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """Losses and weights of the runs that the interrupted ones must equal, by number of processes or kind."""
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +96,47 @@ def test_a_checkpoint_of_other_settings_is_ignored(files, tiny_model, monkeypatc
     other = finetune(files, tiny_model, "model", learning_rate=0.005)
     monkeypatch.undo()
     assert weights(other) == weights(finetune(files, tiny_model, "anew", learning_rate=0.005))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_bytes(files, tiny_model, monkeypatch, undisturbed, damage):
+    if "short" not in undisturbed:
+        whole = finetune(files, tiny_model, "whole")
+        undisturbed["short"] = losses(whole), weights(whole)
+    monkeypatch.setattr(Finetuning, "validate", lambda self: 1 / 0)  # after six steps
+    with pytest.raises(ZeroDivisionError):
+        finetune(files, tiny_model, "model")
+    monkeypatch.undo()
+    file = files / "model.checkpoints/last.safetensors"
+    content = file.read_bytes()
+    changed = {
+        "cut": content[: len(content) // 2],
+        "flipped": content[:-999] + bytes([content[-999] ^ 1]) + content[-998:],
+        "empty": b"",
+        "foreign": b"not a checkpoint",
+    }
+    file.write_bytes(changed[damage])
+    model = finetune(files, tiny_model, "model")
+    pd.testing.assert_frame_equal(losses(model), undisturbed["short"][0])
+    assert weights(model) == undisturbed["short"][1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_disk_too_small_for_a_checkpoint_is_one_line(files, tiny_model, tmp_path, processes):
+    written = tmp_path / "job.log"
+    logging.getLogger().addHandler(handler := logging.FileHandler(written))
+    line = r"last.safetensors: cannot be written: File too large \(disk: .*\)\. Raise the limit"
+    try:
+        with small_files(50_000), pytest.raises(InputError if processes == 1 else SystemExit) as error:
+            finetune(files, tiny_model, "model", processes=processes)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    if processes == 1:
+        assert re.search(line, str(error.value))
+    else:
+        assert error.value.code == 1
+        assert len(re.findall(line, written.read_text())) == 1 and "Traceback" not in written.read_text()
+    assert not any(path.is_file() for path in (files / "model.checkpoints").iterdir())
 
 
 def test_same_seed_same_history(files, tiny_model):
@@ -182,8 +235,8 @@ def test_a_loss_that_is_not_finite_is_reported(files, tiny_model, monkeypatch):
 
 
 def begin(files, tiny_model, name, **changes):
-    """Start fine-tuning in a new process and return the process when the first checkpoint exists."""
-    process = get_context("spawn").Process(target=finetune, args=(files, tiny_model, name), kwargs=changes)
+    """Start fine-tuning in a process group of its own and return its leader when the first checkpoint exists."""
+    process = get_context("spawn").Process(target=lead_group, args=(files, tiny_model, name), kwargs=changes)
     process.start()
     deadline = time.monotonic() + 120
     while not (files / f"{name}.checkpoints/last.safetensors").exists() and time.monotonic() < deadline:
@@ -191,20 +244,66 @@ def begin(files, tiny_model, name, **changes):
     return process
 
 
+def lead_group(*given, **changes):
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background of a shell
+    finetune(*given, **changes)
+
+
+def send_to_process(process, sent):
+    os.kill(process.pid, sent)
+
+
+def send_to_all_twice(process, sent):
+    os.killpg(process.pid, sent)
+    time.sleep(0.02)
+    os.killpg(process.pid, sent)
+
+
 @pytest.mark.parametrize(
-    ("sent", "code", "processes"), [(signal.SIGKILL, -9, 1), (signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2)]
+    ("send", "sent", "code", "processes"),
+    [
+        (send_to_process, signal.SIGKILL, -9, 1),
+        (send_to_process, signal.SIGTERM, 143, 1),
+        (send_to_all_twice, signal.SIGINT, 143, 1),
+        (send_to_process, signal.SIGTERM, 143, 2),
+        (send_to_all_twice, signal.SIGINT, 143, 2),
+    ],
 )
-def test_a_run_that_receives_a_signal_resumes_to_the_same_bytes(files, tiny_model, sent, code, processes):
+def test_a_run_that_receives_a_signal_resumes_to_the_same_bytes(
+    files, tiny_model, undisturbed, send, sent, code, processes
+):
     long = {"epochs": 30, "patience": 30, "processes": processes}
-    whole = finetune(files, tiny_model, "whole", **long)
     process = begin(files, tiny_model, "broken", **long)
-    for child in multiprocessing_children(process.pid) if processes == 2 else [process.pid]:
-        os.kill(child, sent)
+    before = steps_in(files / "broken.checkpoints/last.safetensors")
+    send(process, sent)
     process.join(60)
     assert process.exitcode == code and not (files / "broken").exists()
+    if sent != signal.SIGKILL:  # the checkpoint was written on the signal, not every second step
+        assert steps_in(files / "broken.checkpoints/last.safetensors") > before
     resumed = finetune(files, tiny_model, "broken", **long)
-    pd.testing.assert_frame_equal(losses(resumed), losses(whole), rtol=0, atol=1e-6)
-    assert weights(resumed) == weights(whole)
+    if processes not in undisturbed:
+        whole = finetune(files, tiny_model, "whole", **long)
+        undisturbed[processes] = losses(whole), weights(whole)
+    pd.testing.assert_frame_equal(losses(resumed), undisturbed[processes][0], rtol=0, atol=1e-6)
+    assert weights(resumed) == undisturbed[processes][1]
+
+
+def test_the_processes_end_with_their_parent(files, tiny_model):
+    process = begin(files, tiny_model, "broken", epochs=1000, patience=1000, processes=2)
+    children = multiprocessing_children(process.pid)
+    assert len(children) == 2
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a process survived its parent"
+        time.sleep(0.01)
+
+
+def steps_in(checkpoint):
+    with safe_open(checkpoint, framework="pt") as file:
+        return json.loads(file.metadata()["state"])["step"]
 
 
 def multiprocessing_children(parent):
@@ -251,3 +350,24 @@ def test_the_plain_path_learns_the_same_as_the_fast_one(files, tiny_model):
     np.testing.assert_allclose(losses(fast)["loss"], losses(plain)["loss"], rtol=2e-3)
     columns = ["validation_loss", "validation_accuracy"]
     np.testing.assert_allclose(losses(fast)[columns].dropna(), losses(plain)[columns].dropna(), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("visible", "allowed", "gpus", "found"),
+    [
+        (0, 1, 1, 1),
+        (0, 1, 8, 1),  # the CPU, in one process
+        (4, 4, 4, 4),
+        (8, 8, 2, 2),
+        (2, 4, 4, r"4 GPUs, but this job sees only 2\. Set it to 2, or run where there are 4"),
+        (8, 1, 8, r"8 GPUs, but Snakemake may use only 1\. Add --resources gpu=8, or set it to 1"),
+    ],
+)
+def test_there_is_a_process_for_each_gpu_of_the_config(monkeypatch, visible, allowed, gpus, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    if isinstance(found, int):
+        assert count_processes(gpus, allowed) == found
+    else:
+        with pytest.raises(InputError, match=f"^config: finetune.gpus: {found}$"):
+            count_processes(gpus, allowed)

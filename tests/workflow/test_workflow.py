@@ -152,7 +152,7 @@ def with_geneformer(finished, tmp_path_factory):
     symbols = pd.read_parquet(finished / "results/tiny/genes.parquet")["symbol"]
     write_checkpoint(folder / "repository/Geneformer-tiny", V2, symbols=tuple(symbols), positions=64)
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
-    settings(folder, "kind: coexpression", encoder)
+    settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
     settings(folder, "shards: 2", "shards: 3")
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
     shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards

@@ -1,15 +1,16 @@
 """Fine-tune the language model to describe cells."""
 
-import torch
-
 from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.finetune import finetune
 from cell2text.job import run_job
+from cell2text.processes import count_processes
 from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 
 def main(snakemake):
     """Run the rule."""
+    settings = FinetuneSettings(**snakemake.params.finetune)
+    processes = count_processes(settings.gpus, snakemake.resources.gpu)  # before anything is read
     stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
     with stored.with_store() as embeddings:
         finetune(
@@ -19,10 +20,10 @@ def main(snakemake):
             embeddings,
             snakemake.output.model,
             projector=ProjectorSettings(**snakemake.params.projector),
-            settings=FinetuneSettings(**snakemake.params.finetune),
+            settings=settings,
             seed=snakemake.params.seed,
             library=snakemake.params.library,
-            processes=snakemake.resources.gpu if torch.cuda.is_available() else 1,
+            processes=processes,
         )
 
 

@@ -1,5 +1,6 @@
 """Checks of the configuration and of the sheet of datasets before any rule runs."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     Raises
     ------
     InputError
-        If a key is unknown, a value is invalid, a file is missing, or the shares of the splits do not sum to 1.
+        If a key is unknown, a value is invalid or has no effect, a file is missing, or the shares of the splits do not
+        sum to 1.
     """
     schema = yaml.safe_load(schema_file.read_text())
     filled = _fill_defaults(config, schema)
@@ -53,7 +55,22 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
             check_file(values[key], f"{where}: {key}")
     if abs(sum(filled["split_shares"].values()) - 1) > 1e-9:
         raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
+    _refuse_unused(filled, schema, where)
     return filled
+
+
+def _refuse_unused(config: dict[str, Any], schema: dict[str, Any], where: str | Path) -> None:
+    """Raise an error if a key that other settings make ineffective (``only_with`` in the schema) was changed."""
+    for section, entry in schema["properties"].items():
+        for key, rule in entry.get("properties", {}).items():
+            for other, values in rule.get("only_with", {}).items():
+                found, value = config[section][key], config[section][other]
+                if found != rule["default"] and value not in values:
+                    raise InputError(
+                        f"{where}: {section}.{key}",
+                        f"{json.dumps(found)} has no effect with {section}.{other}: {json.dumps(value)}",
+                        f"Remove it, or set {section}.{other} to {' or '.join(map(json.dumps, values))}",
+                    )
 
 
 def check_name(name: str, where: str) -> None:

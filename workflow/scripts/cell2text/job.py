@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cell2text.errors import InputError
+from cell2text.files import writing
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 INVOCATION = "CELL2TEXT_INVOCATION"  # environment variable, different for each call of Snakemake; its jobs inherit it
@@ -34,13 +35,10 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         The object that Snakemake passes to a script. ``params.seed``, if the rule has it, seeds Python and numpy.
     """
     failure = Path(f"{snakemake.log[0]}.failed") if snakemake.log else None
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if snakemake.log:
-        Path(snakemake.log[0]).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(snakemake.log[0], mode="w"))
+    logging.raiseExceptions = False  # on a full disk, each line would be followed by a traceback
     logging.basicConfig(
         level=logging.INFO,
-        handlers=handlers,
+        stream=sys.stderr,
         format=f"%(asctime)s {snakemake.rule}: %(message)s",
         datefmt="%H:%M:%S",
         force=True,
@@ -60,6 +58,8 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     if "cell2text.cells.h5ad" in sys.modules:  # only in jobs that read counts: it makes torch on CPUs a fifth slower
         give_memory_back()
     try:
+        if snakemake.log:
+            _log_to(Path(snakemake.log[0]))
         main(snakemake)
     except Exception as error:
         if failure and INVOCATION in os.environ:
@@ -70,6 +70,15 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
             sys.exit(1)
         log.exception("failed")
         raise
+
+
+def _log_to(path: Path) -> None:
+    root = logging.getLogger()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, mode="w")
+    file.setFormatter(root.handlers[0].formatter)
+    root.addHandler(file)
 
 
 def seed_everything(seed: int) -> None:

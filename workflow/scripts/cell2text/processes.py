@@ -1,21 +1,57 @@
-"""Training with several processes, each of which computes its own share of every step."""
+"""Training with several processes, each of which computes its own share of every step, and the signals that end it."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.multiprocessing import ProcessExitedException, spawn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
 from cell2text.errors import InputError
 
 log = logging.getLogger("cell2text.training")
+
+TERMINATED = 128 + signal.SIGTERM  # exit code of a run that a signal ended and that can be resumed
+REPORTED = 2  # exit code of a process that has reported an InputError
+PR_SET_PDEATHSIG = 1  # in linux/prctl.h
+
+
+@contextmanager
+def listen_for_signals(forward: Callable[[], None] = lambda: None) -> Iterator[Event]:
+    """Yield an event that is set when the process receives SIGTERM or SIGINT.
+
+    SLURM sends SIGTERM before the time limit, a terminal SIGINT at Ctrl-C. Once one was received, both are ignored for
+    good, so that none can interrupt the writing of a checkpoint.
+
+    Parameters
+    ----------
+    forward
+        Called at each signal.
+    """
+    stop = Event()
+
+    def heed(*_: object) -> None:
+        stop.set()
+        forward()
+
+    # one that the parent told this process to ignore, such as SIGINT in the background of a shell, stays ignored
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, heed) for number in heard}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if stop.is_set() else handler)
 
 
 @dataclass(frozen=True)
@@ -61,10 +97,39 @@ class Team:
 ALONE = Team()
 
 
+def count_processes(gpus: int, allowed: int) -> int:
+    """Return the number of processes that train together: one per GPU, or one on the CPU if no GPU is visible.
+
+    Parameters
+    ----------
+    gpus
+        Number of GPUs in the config.
+    allowed
+        Number of GPUs that Snakemake allows the job, which ``--resources gpu=...`` and the profiles limit.
+
+    Raises
+    ------
+    InputError
+        If Snakemake allows, or this job sees, fewer GPUs than the config asks for.
+    """
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not visible:
+        log.info("no GPU is visible: training on the CPU, in one process")
+        return 1
+    if allowed < gpus:
+        problem = f"{gpus} GPUs, but Snakemake may use only {allowed}"
+        raise InputError("config: finetune.gpus", problem, f"Add --resources gpu={gpus}, or set it to {allowed}")
+    if visible < gpus:
+        problem = f"{gpus} GPUs, but this job sees only {visible}"
+        raise InputError("config: finetune.gpus", problem, f"Set it to {visible}, or run where there are {gpus}")
+    return gpus
+
+
 def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) -> None:
     """Call a function in ``size`` new processes, or in this process if ``size`` is 1.
 
-    Each process has its own GPU, or an equal share of the CPU's threads. If one of them stops, all stop.
+    Each process has its own GPU, or an equal share of the CPU's threads. If one of them stops, all stop. SIGTERM and
+    SIGINT are passed on to them; each then ends as it would alone, and this process with the exit code ``TERMINATED``.
 
     Parameters
     ----------
@@ -81,18 +146,37 @@ def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) 
     files = [
         handler.baseFilename for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)
     ]
-    with tempfile.TemporaryDirectory() as folder:
+    threads = max(1, torch.get_num_threads() // size)
+    children = []
+
+    def forward() -> None:
+        for child in children:
+            child.terminate()
+
+    with tempfile.TemporaryDirectory() as folder, listen_for_signals(forward) as stop:
         address = Path(folder, "meeting").as_uri()
-        threads = max(1, torch.get_num_threads() // size)
+        context = spawn(_run, (function, size, address, threads, files, arguments), nprocs=size, join=False)
+        children += context.processes
+        if stop.is_set():  # received while the processes started
+            forward()
         try:
-            spawn(_run, (function, size, address, threads, files, arguments), nprocs=size)
-        except ProcessExitedException as error:
-            sys.exit(error.exit_code)
+            while not context.join():
+                pass
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            if stop.is_set():
+                sys.exit(TERMINATED)
+            if REPORTED in [child.exitcode for child in children]:  # the others fail because they miss this one
+                sys.exit(1)
+            if isinstance(error, ProcessExitedException):
+                sys.exit(128 - error.exit_code if error.exit_code < 0 else error.exit_code)
+            raise
 
 
 def _run(
     rank: int, function: Callable[..., None], size: int, address: str, threads: int, files: list[str], arguments: tuple
 ) -> None:
+    with suppress(AttributeError):  # on Linux: end with the parent, even if it is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     handlers = [logging.StreamHandler(sys.stderr), *map(logging.FileHandler, files)]
     line = f"%(asctime)s process {rank}: %(message)s"
     logging.basicConfig(
@@ -103,11 +187,14 @@ def _run(
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size)
     try:
+        distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size)
         function(Team(rank, size), *arguments)
     except InputError as error:
         log.error("%s", error)
-        sys.exit(1)
+        sys.exit(REPORTED)
+    except KeyboardInterrupt:  # before the training listens for signals; torch would report success
+        sys.exit(TERMINATED)
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

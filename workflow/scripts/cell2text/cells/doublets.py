@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from cell2text.cells.h5ad import read_blocks
 from cell2text.cells.qc import MIN_SAMPLE_CELLS
+from cell2text.files import writing
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.qc")
@@ -49,6 +50,11 @@ def score_doublets(
     Returns
     -------
     array of float32, shape (cells,)
+
+    Raises
+    ------
+    InputError
+        If the disk of ``scratch`` is full or not writable.
     """
     scores = np.full(len(good), np.nan, dtype=np.float32)
     parts = np.full(len(good), -1, dtype=np.int32)
@@ -59,18 +65,19 @@ def score_doublets(
     firsts = np.cumsum(sizes) - sizes
     progress = Progress(len(by_part), "cells scored")
     shutil.rmtree(scratch, ignore_errors=True)  # a killed run may have left one
-    scratch.mkdir(parents=True)
     try:
         blocks = (counts for _, counts in read_blocks(cells_file, scored))
         lengths = np.zeros(len(good), dtype=np.int32)
-        lengths[scored] = _sort_into_files(blocks, parts[scored], scratch)
+        with writing(scratch):
+            scratch.mkdir(parents=True)
+            lengths[scored] = _sort_into_files(blocks, parts[scored], scratch)
         for part, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
             cells = by_part[first : first + size]
             scores[cells] = _score_part(_read_part(scratch / str(part), lengths[cells], genes), seed)
             (scratch / str(part)).unlink()
             progress.advance(len(cells))
     finally:
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
     return scores
 
 
@@ -114,7 +121,7 @@ def _sort_into_files(blocks: Iterable[sparse.csr_matrix], parts: np.ndarray, fol
         numbers, firsts = np.unique(part[order], return_index=True)
         for number, chunk in zip(numbers, np.split(entries, counts.indptr[firsts[1:]]), strict=True):
             with (folder / str(number)).open("ab") as file:
-                chunk.tofile(file)
+                file.write(chunk.view(np.uint8))  # tofile hides the reason if it fails
     return lengths
 
 

@@ -1,8 +1,6 @@
 """The h5ad files of counts that stages pass on, written and read one block of cells at a time."""
 
-import errno
-import os
-import shutil
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def write_cells(
     ValueError
         If the blocks do not hold one row per cell and one column per gene, or there is not one id per cell.
     """
-    with whole_file(path) as unfinished, h5py.File(unfinished, "w") as file:
+    with whole_file(path) as unfinished, _Disk(unfinished, "w+") as disk, h5py.File(disk, "w") as file:
         for key, value in {"encoding-type": "anndata", "encoding-version": "0.1.0"}.items():
             file.attrs[key] = value
         empty = sparse.csr_matrix((0, len(var)), dtype=np.float32)
@@ -61,8 +59,9 @@ def write_cells(
         ad.io.write_elem(file, "X", empty, dataset_kwargs=compression)
         counts = ad.io.sparse_dataset(file["X"])
         for block in blocks:
-            _check_space(path, block.data.nbytes + block.indices.nbytes)
             counts.append(block)
+            if disk.failed:
+                raise disk.failed
         if counts.shape != (len(obs), len(var)):
             raise ValueError(f"{path}: {counts.shape} counts for {len(obs)} cells and {len(var)} genes")
         if len(file["X/data"]) <= np.iinfo(np.int32).max:
@@ -70,12 +69,39 @@ def write_cells(
             ends = file["X/indptr"][:].astype(np.int32)
             del file["X/indptr"]
             file["X"].create_dataset("indptr", data=ends, compression="gzip")
-        _check_space(path, obs.memory_usage(deep=True).sum())
         for name, part in {"obs": obs.reset_index(drop=True), "var": var, "uns": uns}.items():
             ad.io.write_elem(file, name, part)
         _write_ids(file["obs"], ids, len(obs))
         for name in ("layers", "obsm", "obsp", "varm", "varp"):
             ad.io.write_elem(file, name, {})
+
+
+class _Disk(io.FileIO):
+    """A file that hides failed writes from HDF5, which crashes on them, and raises the first one at the end."""
+
+    failed: OSError | None = None
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self.failed:
+            raise self.failed
+
+    def write(self, content: bytes | memoryview) -> int:
+        rest = memoryview(content).cast("B")
+        length = len(rest)
+        try:
+            while len(rest):  # a disk that is almost full takes a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failed = self.failed or error
+        return length
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failed = self.failed or error
+            return size or 0
 
 
 def _write_ids(obs: h5py.Group, ids: Iterable[np.ndarray], cells: int) -> None:
@@ -91,12 +117,6 @@ def _write_ids(obs: h5py.Group, ids: Iterable[np.ndarray], cells: int) -> None:
         start += len(batch)
     if start != cells:
         raise ValueError(f"{start} ids for {cells} cells")
-
-
-def _check_space(path: str | Path, needed: int) -> None:
-    # HDF5 crashes if the disk fills up during a write
-    if shutil.disk_usage(Path(path).parent).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_blocks(

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from cell2text.cells.formats import explain_failure
 from cell2text.errors import InputError
+from cell2text.files import writing
 
 VALUES_AT_ONCE = 4_000_000
 MOST_PER_CELL = 4_000_000  # or one for each gene
@@ -179,7 +180,8 @@ def sort_by_cell(
     cells_per_run = max(1, shape[0] // max(1, 4 * amount // VALUES_AT_ONCE))
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # a killed run may have left one
-        scratch.mkdir(parents=True)
+        with writing(scratch):
+            scratch.mkdir(parents=True)
         entry_type = None
         for cells, genes, values in entries:
             entry_type = entry_type or np.dtype([("cell", np.int32), ("gene", np.int32), ("value", values.dtype)])
@@ -205,8 +207,8 @@ def _write_runs(scratch, runs, cells, genes, values, entry_type) -> None:
     entries["cell"], entries["gene"], entries["value"] = cells[order], genes[order], values[order]
     numbers, starts = np.unique(runs[order], return_index=True)
     for number, part in zip(numbers, np.split(entries, starts[1:]), strict=True):
-        with (scratch / str(number)).open("ab") as file:
-            part.tofile(file)
+        with writing(scratch), (scratch / str(number)).open("ab") as file:
+            file.write(part.view(np.uint8))  # tofile hides the reason if it fails
 
 
 def _check_repeated(block: sparse.csr_matrix, entries: int, negative: bool, where: str | Path) -> None:

@@ -1,5 +1,7 @@
 """Alignment: the projector alone learns to place each cell near the words that describe it."""
 
+import logging
+import sys
 import time
 
 import torch
@@ -8,8 +10,11 @@ from torch import Tensor
 from cell2text.finetuning.data import Cells
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.cell2text import Cell2Text
+from cell2text.processes import TERMINATED, listen_for_signals
 from cell2text.progress import Progress
 from cell2text.training import history_row, warm_up_then_decay
+
+log = logging.getLogger("cell2text.finetuning")
 
 ALIGN_CELLS = 256  # cells per step
 ALIGN_RATE = 1e-3
@@ -36,25 +41,29 @@ def align(
     schedule = warm_up_then_decay(adam, steps)
     history, start = [], time.monotonic()
     progress = Progress(steps, "alignment steps")
-    for step in range(steps):
-        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
-        vectors, lengths, aligned_to = (part.to(device) for part in (*cells.vectors[rows], cells.aligned_to[rows]))
-        loss = targets.loss(*projector(add_noise(vectors, lengths, projector, random), lengths), aligned_to)
-        adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        progress.advance(1)
-        if step % 10 == 0 or step == steps - 1:
-            value = float(loss.detach())
-            rate = adam.param_groups[0]["lr"]
-            history.append(history_row("align", step, 0, value, rate, start, align_loss=value))
+    with listen_for_signals() as stop:
+        for step in range(steps):
+            random = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
+            vectors, lengths, aligned_to = (part.to(device) for part in (*cells.vectors[rows], cells.aligned_to[rows]))
+            loss = targets.loss(*projector(add_noise(vectors, projector, random), lengths), aligned_to)
+            adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            progress.advance(1)
+            if step % 10 == 0 or step == steps - 1:
+                value = float(loss.detach())
+                rate = adam.param_groups[0]["lr"]
+                history.append(history_row("align", step, 0, value, rate, start, align_loss=value))
+            if stop.is_set():
+                log.info("received a signal during alignment, which has no checkpoints: the next run repeats it")
+                sys.exit(TERMINATED)
     adam.zero_grad()  # otherwise the first step of fine-tuning would add this gradient to its own
     return history
 
 
-def add_noise(vectors: Tensor, lengths: Tensor, projector: torch.nn.Module, random: torch.Generator) -> Tensor:
+def add_noise(vectors: Tensor, projector: torch.nn.Module, random: torch.Generator) -> Tensor:
     """Return the vectors with Gaussian noise, drawn on the CPU so that it is the same on every device."""
     noise = torch.randn(vectors.shape, generator=random).to(vectors.device)
     return vectors + INPUT_NOISE * projector.spread * noise

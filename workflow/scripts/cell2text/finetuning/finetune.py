@@ -27,7 +27,7 @@ from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.bundle import build, save
 from cell2text.model.cell2text import INSTRUCTION, Cell2Text
 from cell2text.processes import Team, run_in_processes
-from cell2text.provenance import hash_config, hash_file
+from cell2text.provenance import hash_config, hash_file, versions
 from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 log = logging.getLogger("cell2text.finetuning")
@@ -122,6 +122,7 @@ def _finetune(
             "fast": model.fast,
             "seed": seed,
             "library": library,
+            "versions": versions("torch", "transformers", "peft"),
             "language_model": source,
             "top_k": embeddings.top_k,
             "processes": team.size,

@@ -2,11 +2,8 @@
 
 import logging
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -21,14 +18,12 @@ from cell2text.finetuning.data import BatchSize, Cells, balance, plan_epoch
 from cell2text.finetuning.optimiser import MasterAdamW
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.cell2text import Cell2Text
-from cell2text.processes import Team
+from cell2text.processes import TERMINATED, Team, listen_for_signals
 from cell2text.progress import Progress
 from cell2text.settings import FinetuneSettings
 from cell2text.training import history_row, read_checkpoint, warm_up_then_decay, with_prefix, write_checkpoint
 
 log = logging.getLogger("cell2text.finetuning")
-
-TERMINATED = 128 + signal.SIGTERM  # exit code of a run that received SIGTERM and can be resumed
 
 
 @dataclass(frozen=True)
@@ -71,17 +66,6 @@ class State:
     best_accuracy: float = -math.inf
     best_epoch: int = -1
     history: list[dict] = field(default_factory=list)
-
-
-@contextmanager
-def listen_for_sigterm() -> Iterator[Event]:
-    """Yield an event that is set when the process receives SIGTERM, which SLURM sends before the time limit."""
-    stop = Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Finetuning:
@@ -146,7 +130,7 @@ class Finetuning:
             [(settings.learning_rate, tuned), (settings.projector_learning_rate, projector)], team=team
         )
         self.schedule = warm_up_then_decay(self.optimiser.adam, sum(self.epoch_steps))
-        self.state = State()
+        self.state, self.stopping = State(), False
         self.best: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -172,7 +156,7 @@ class Finetuning:
         """Train until the epochs are done or validation stops improving; keep the best epoch of whole texts."""
         self.progress = Progress(sum(self.epoch_steps), "steps", self.state.step)
         self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
-        with listen_for_sigterm() as stop:
+        with listen_for_signals() as stop:
             while self.state.epoch < len(self.epochs) and not self._stopped_improving():
                 self._run_epoch(stop)
         best = self.state.best_epoch + 1, self.state.best_loss, self.state.best_accuracy
@@ -192,10 +176,10 @@ class Finetuning:
             state.history.append(self._step(step, stop))
             state.step += 1
             self.progress.advance(1, f"loss {state.history[-1]['loss']:.3f}")
-            if stop.is_set() or (state.step % self.settings.checkpoint_steps == 0 and step is not steps[-1]):
+            if self.stopping or (state.step % self.settings.checkpoint_steps == 0 and step is not steps[-1]):
                 self.write_checkpoint()
-            if stop.is_set():
-                log.info("received SIGTERM: stopped after step %d, the next run resumes from here", state.step)
+            if self.stopping:
+                log.info("received a signal: stopped after step %d, the next run resumes from here", state.step)
                 sys.exit(TERMINATED)
         loss, accuracy = self.validate()
         state.history[-1] |= {"validation_loss": loss, "validation_accuracy": accuracy}
@@ -221,7 +205,8 @@ class Finetuning:
             sums[:4] += self._learn(batches[number], number)
         sums[4] = stop.is_set()
         loss, tokens, align_loss, size, stopping = self.team.all_reduce(sums).tolist()
-        if stopping:  # one process may receive the signal a step before the others
+        if stopping:  # all processes must agree on the step: one may receive the signal later than the others
+            self.stopping = True
             stop.set()
         if not math.isfinite(loss):
             cells = ", ".join(self.train.ids[row] for rows in batches for row in rows)
@@ -248,7 +233,7 @@ class Finetuning:
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
         rows = rows[np.argsort(self.stage.train.text_lengths[rows], kind="stable")]  # so that attention pads little
         vectors, lengths, text, text_mask, aligned_to = self.stage.train.batch(rows, model.device)
-        soft, present = model.projector(add_noise(vectors, lengths, model.projector, random), lengths)
+        soft, present = model.projector(add_noise(vectors, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # for dropout, if any
         loss, tokens = model.text_loss(soft, present, text, text_mask)
         align_loss = self.targets.loss(soft, present, aligned_to) * tokens

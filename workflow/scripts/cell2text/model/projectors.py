@@ -4,6 +4,9 @@
 learnt scale, initialised to the mean norm of the language model's own token embeddings.
 """
 
+from dataclasses import asdict
+from inspect import signature
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -78,7 +81,7 @@ class Pooled(_TwoLayers):
 
     reads = "pooled"
 
-    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int = 2):
+    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int):
         super().__init__(dimensions, width, hidden, soft_tokens)
 
     def forward(self, vectors: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -107,8 +110,8 @@ class Mlp(_TwoLayers):
     reads = "gene_vectors"
     tokens_are_genes = True
 
-    def __init__(self, dimensions: int, width: int, hidden: int, soft_tokens: int, layers: int = 2):
-        super().__init__(dimensions, width, hidden, 1)
+    def __init__(self, dimensions: int, width: int, hidden: int):
+        super().__init__(dimensions, width, hidden, tokens=1)
 
     def forward(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return soft tokens and which of them are present.
@@ -261,9 +264,13 @@ PROJECTORS: dict[str, type[_Projector]] = {"pooled": Pooled, "mlp": Mlp, "percei
 
 
 def build_projector(settings: ProjectorSettings, dimensions: int, width: int) -> _Projector:
-    """Return a new projector of the kind that the config's ``projector`` section names."""
+    """Return a new projector of the kind that the config's ``projector`` section names.
+
+    It gets those settings that its class takes; the config's schema names them, too (``only_with``).
+    """
     kind = PROJECTORS[settings.kind]
-    return kind(dimensions, width, settings.hidden, settings.soft_tokens, settings.layers)
+    taken = {name: value for name, value in asdict(settings).items() if name in signature(kind).parameters}
+    return kind(dimensions, width, **taken)
 
 
 def embed_ranks(ranks: int, hidden: int, device: torch.device) -> Tensor:

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from transformers import BertForMaskedLM
 from cell2text.embedding.encoders.ranked_bert import Special
 from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.errors import InputError
+from cell2text.processes import TERMINATED, listen_for_signals
 from cell2text.progress import Progress
 from cell2text.settings import EncoderSettings
 from cell2text.training import history_row, read_checkpoint, warm_up_then_decay, write_checkpoint
@@ -176,6 +179,8 @@ class State:
     history
         Rows of ``contracts.HISTORY``, one for every few steps: ``loss`` is the mean since the previous row, in nats per
         masked gene.
+    loss, chosen
+        Summed loss and number of masked genes since the last row of the history, at the time of a checkpoint.
     """
 
     step: int = 0
@@ -183,6 +188,8 @@ class State:
     best_loss: float = math.inf
     best_epoch: int = -1
     history: list[dict] = field(default_factory=list)
+    loss: float = 0.0
+    chosen: int = 0
 
 
 class Training:
@@ -249,15 +256,16 @@ class Training:
         done = round(len(self.train) * state.step / self.epoch_steps)
         self.progress = Progress(len(self.train) * self.settings.epochs, "cells", done=done)
         self.start = time.monotonic() - (state.history[-1]["seconds"] if state.history else 0)
-        while state.epoch < self.settings.epochs:
-            self._run_epoch()
+        with listen_for_signals() as stop:
+            while state.epoch < self.settings.epochs:
+                self._run_epoch(stop)
         log.info("best epoch %d, validation loss %.4f", state.best_epoch + 1, state.best_loss)
         with torch.no_grad():
             for name, value in self.parameters.items():
                 value.copy_(self.best[name])
         return state
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self, stop: Event) -> None:
         state = self.state
         rows = batches(self.train.lengths, self.settings.batch_cells, self.seed, state.epoch)
         self.masked_genes.train()
@@ -268,8 +276,11 @@ class Training:
             if at_end or at_checkpoint or state.step % self.row_steps == 0:
                 self._add_row()
             self.progress.advance(len(batch), f"loss {state.history[-1]['loss']:.3f}" if state.history else "")
-            if at_checkpoint and not at_end:
+            if (at_checkpoint or stop.is_set()) and not at_end:
                 self.write_checkpoint()
+                if stop.is_set():
+                    log.info("received a signal: stopped after step %d, the next run resumes from here", state.step)
+                    sys.exit(TERMINATED)
         loss = self.validate()
         self._check(loss)
         state.history[-1]["validation_loss"] = loss
@@ -335,6 +346,7 @@ class Training:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for name, value in self.parameters.items():
             tensors |= {f"{key}.{name}": moment for key, moment in self.adam.state[value].items()}
+        self.state.loss, self.state.chosen = float(self.loss), self.chosen
         write_checkpoint(self.checkpoint_file, tensors, asdict(self.state), self.fingerprint)
 
     def resume(self) -> None:
@@ -344,6 +356,7 @@ class Training:
             return
         state, tensors = found
         self.state = State(**state)
+        self.loss, self.chosen = self.loss + self.state.loss, self.state.chosen
         for name, value in self.parameters.items():
             with torch.no_grad():
                 value.copy_(tensors[f"weight.{name}"])

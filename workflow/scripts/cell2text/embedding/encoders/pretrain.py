@@ -17,7 +17,7 @@ from cell2text.device import pick_device, pick_precision
 from cell2text.embedding.encoders.masked_genes import Cells, Training
 from cell2text.embedding.encoders.ranked_bert import RankedBert, Special, check_layer
 from cell2text.embedding.ranked_cells import RankedSplit
-from cell2text.provenance import hash_config, hash_file
+from cell2text.provenance import hash_config, hash_file, library_version, versions
 from cell2text.settings import EncoderSettings
 
 log = logging.getLogger("cell2text.encoders")
@@ -97,7 +97,8 @@ class Pretrained(RankedBert):
         room = config.max_position_embeddings - special.around
         cells = [Cells.read(split, room) for split in (train, validation)]
         files = [hash_file(path) for path in (*train.files, train.corpus)]
-        fingerprint = hash_config({"settings": asdict(settings), "seed": seed, "files": files})
+        code = {"library": library_version("fit_encoder.py"), **versions("torch", "transformers")}
+        fingerprint = hash_config({"settings": asdict(settings), "seed": seed, "files": files, "code": code})
         training = Training(model, special, *cells, settings, seed, checkpoints, fingerprint, device, precision)
         log.info(
             "%d training and %d validation cells, %.1f million weights, on %s, in %s",
