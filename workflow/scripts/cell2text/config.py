@@ -47,8 +47,8 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
             raise InputError(f"{where}: {key}", f"{value} is not a finite number", "Write a number")
     check_name(filled["run"], f"{where}: run")
     check_name(filled["language_model"]["name"], f"{where}: language_model.name")
-    if source := filled["encoder"]["source"]:  # its last part names the folder of the fetched encoder
-        check_name(source.rpartition("/")[2], f"{where}: encoder.source")
+    if filled["encoder"]["kind"] == "geneformer":  # the last part of its source names the folder of the fetched model
+        check_name(filled["encoder"]["source"].rstrip("/").rpartition("/")[2], f"{where}: encoder.source")
     values = dict(_flatten(filled))
     for key in FILES:
         if values[key] and (key != "split" or values[key].endswith(".tsv")):
