@@ -47,7 +47,7 @@ def test_filtering_names_the_file_that_did_not_fit(tmp_path):
 def test_sorting_names_its_scratch_folder(tmp_path):
     entries = np.arange(5000) % 50, np.arange(5000) % 70, np.ones(5000, dtype=np.float32)
     with pytest.raises(InputError, match=LINE) as error, small_files(1000):
-        list(sort_by_cell(iter([entries]), 5000, (50, 70), tmp_path / "scratch"))
+        list(sort_by_cell(iter([entries]), 5000, (50, 70), tmp_path / "scratch", "a.h5ad"))
     assert str(error.value).startswith(f"{tmp_path}/scratch: ")
     assert not any(tmp_path.iterdir())
     (tmp_path / "file").write_text("in place of a folder")
