@@ -9,6 +9,9 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import BASELINES
+from cell2text.files import check_ours
+from cell2text.models import fetch_encoder, fetch_language_model
+from cell2text.models.sources import check_target, fingerprint
 from cell2text.provenance import hash_config, library_version
 
 try:
@@ -40,6 +43,27 @@ FETCHED_ENCODER = [
     for kind in [config["encoder"]["kind"]]
     if kind == "geneformer"
 ]
+# Snakemake deletes a folder before the job that writes it, so what is in its place is checked here.
+try:
+    if LANGUAGE_MODEL in FETCHED_ENCODER:
+        raise InputError(
+            f"{CONFIG_FILE}: language_model.name",
+            f"the folder of the encoder is named {config['language_model']['name']}, too",
+            "Set another name",
+        )
+    for folder, key in [
+        (LANGUAGE_MODEL, "language_model"),
+        *((folder, "encoder") for folder in FETCHED_ENCODER),
+    ]:
+        check_target(
+            workflow.pathvars.apply(folder),
+            config[key]["source"],
+            f"{CONFIG_FILE}: {key}.source",
+        )
+    for folder in ("<results>/encoder", "<results>/model"):
+        check_ours(workflow.pathvars.apply(folder))
+except InputError as error:
+    raise WorkflowError(str(error)) from None
 # Ranked genes from which later rules compute gene vectors on the fly, or nothing if the vectors are stored.
 TOKENS_ON_THE_FLY = (
     []

@@ -8,32 +8,6 @@ computed again.
 Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json.
 """
 
-from cell2text.files import check_ours
-from cell2text.models import fetch_encoder, fetch_language_model
-from cell2text.models.sources import check_target, fingerprint
-
-# Snakemake deletes a folder before it runs the job that writes it, so this is the time to look what is there
-try:
-    if LANGUAGE_MODEL in FETCHED_ENCODER:
-        raise InputError(
-            f"{CONFIG_FILE}: language_model.name",
-            f"the folder of the encoder is named {config['language_model']['name']}, too",
-            "Set another name",
-        )
-    for folder, key in [
-        (LANGUAGE_MODEL, "language_model"),
-        *((folder, "encoder") for folder in FETCHED_ENCODER),
-    ]:
-        check_target(
-            workflow.pathvars.apply(folder),
-            config[key]["source"],
-            f"{CONFIG_FILE}: {key}.source",
-        )
-    for folder in ("<results>/encoder", "<results>/model"):
-        check_ours(workflow.pathvars.apply(folder))
-except InputError as error:
-    raise WorkflowError(str(error)) from None
-
 
 rule fetch_language_model:
     input:
