@@ -134,6 +134,11 @@ def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
     edit("tiny.yaml", "source: other-model", "source: nowhere")
     assert "tiny.yaml: language_model.source: no such file or directory: nowhere. Correct the path" in refused()
     edit("tiny.yaml", "source: nowhere", "source: tiny-model")
+    before = (fresh / "tiny.yaml").read_text()
+    edit("tiny.yaml", "name: tiny", "name: tiny-model")
+    edit("tiny.yaml", "kind: coexpression", "kind: geneformer\n  source: tiny-model")
+    assert "language_model.name: the folder of the encoder is named tiny-model, too. Set another name" in refused()
+    (fresh / "tiny.yaml").write_text(before)
     for folder in (model, fresh / "results/tiny/model", fresh / "results/tiny/encoder"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -62,6 +62,12 @@ FETCHED_ENCODER = [
 ]
 # Snakemake deletes a folder before the job that writes it, so what is in its place is checked here.
 try:
+    if LANGUAGE_MODEL in FETCHED_ENCODER:
+        raise InputError(
+            f"{CONFIG_FILE}: language_model.name",
+            f"the folder of the encoder is named {config['language_model']['name']}, too",
+            "Set another name",
+        )
     for folder, key in [
         (LANGUAGE_MODEL, "language_model"),
         *((folder, "encoder") for folder in FETCHED_ENCODER),
@@ -73,12 +79,6 @@ try:
         )
     for folder in ("<results>/encoder", "<results>/model"):
         check_ours(workflow.pathvars.apply(folder))
-    if LANGUAGE_MODEL in FETCHED_ENCODER:
-        raise InputError(
-            f"{CONFIG_FILE}: language_model.name",
-            f"the encoder is stored in {LANGUAGE_MODEL}, too",
-            "Choose another name",
-        )
 except InputError as error:
     raise WorkflowError(str(error)) from None
 # Ranked genes from which later rules compute gene vectors on the fly; nothing if the vectors are stored, or if the
