@@ -11,9 +11,9 @@ from cell2text.generation.decode import Written, write_texts
 from cell2text.generation.describe import decode, read_text
 from cell2text.model import bundle, fast, language_model
 from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
-from cell2text.model.cell2text import INSTRUCTION
 from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm
 from cell2text.model.projectors import PROJECTORS
+from cell2text.model.prompt import INSTRUCTION
 from default_settings import finetune_settings, projector_settings
 
 CPU = torch.device("cpu")

