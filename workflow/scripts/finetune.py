@@ -21,6 +21,8 @@ def main(snakemake):
         seed=snakemake.params.seed,
         library=snakemake.params.library,
         processes=snakemake.resources.gpu if torch.cuda.is_available() else 1,
+        # not among the params: a change of it must not train the model again
+        max_new_tokens=snakemake.config["generate"]["max_new_tokens"],
     )
 
 

@@ -9,11 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from cell2text.contracts import CELLS, EMBEDDINGS, TERM_SLOTS
 from cell2text.embedding.vectors import Vectors
-from cell2text.generation.decode import Written, write_texts
+from cell2text.generation.decode import Written, check_limit, write_texts
 from cell2text.grammar import Terms, parse
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
 from cell2text.settings import GenerateSettings
+
+# A description may be longer than all training texts, because it combines names that they do not.
+MARGIN = 1.25
 
 
 def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: GenerateSettings) -> Iterator[dict]:
@@ -30,11 +33,14 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
     settings
         The config's ``generate`` section.
     """
+    longest = model.about["longest_text"]
+    check_limit(settings.max_new_tokens, longest)
+    limit = settings.max_new_tokens or math.ceil(MARGIN * longest)
     progress = Progress(len(vectors), "cells")
     for start in range(0, len(vectors), settings.batch_cells):
         rows = np.arange(start, min(start + settings.batch_cells, len(vectors)))
         batch = [part.to(model.device) for part in vectors[rows]]
-        for written in write_texts(model, *batch, settings.max_new_tokens):
+        for written in write_texts(model, *batch, limit):
             yield read_text(written, terms, model.tokenizer)
         progress.advance(len(batch[0]))
 

@@ -67,9 +67,17 @@ class Cell2Text(nn.Module):
         """Greatest number of tokens that the language model has positions for; None if it has no limit."""
         return count_positions(self.base_model.config)
 
-    def prompt_length(self, soft_tokens: int) -> int:
-        """Return the number of tokens before a cell's text."""
-        return len(self.prompt.before) + soft_tokens + len(self.prompt.after)
+    @torch.no_grad()
+    def count_prompt(self, vectors: Tensor, lengths: Tensor) -> tuple[int, int]:
+        """Return the number of tokens before a cell's text, and how many of them are soft tokens.
+
+        Parameters
+        ----------
+        vectors, lengths
+            Input of the projector for any cells; see its ``forward``.
+        """
+        soft, _ = self.projector(vectors.to(self.device), lengths.to(self.device))
+        return len(self.prompt.before) + soft.shape[1] + len(self.prompt.after), soft.shape[1]
 
     def prompt_embeddings(self, soft: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prompt of each cell as embeddings, (cells, prompt, width), and its mask, bool (cells, prompt).
