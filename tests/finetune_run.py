@@ -68,7 +68,9 @@ def write_files(tmp_path, tiny_model):
     return tmp_path
 
 
-def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, processes=1, **changes):
+def finetune(
+    files, tiny_model, name, embeddings=None, projector=PROJECTOR, processes=1, max_new_tokens=None, **changes
+):
     finetune_module.finetune(
         str(tiny_model),
         str(files / "descriptions.parquet"),
@@ -80,6 +82,7 @@ def finetune(files, tiny_model, name, embeddings=None, projector=PROJECTOR, proc
         seed=3,
         library="test",
         processes=processes,
+        max_new_tokens=max_new_tokens,
     )
     return files / name
 

@@ -54,6 +54,7 @@ def main() -> None:
     model = build(given.language_model, projector, embeddings.dimensions(), settings, device)
     fast.speed_up(model)
     cells = read_cells(texts, "train", embeddings, classes, model)
+    model.about["longest_text"] = int(cells.text_lengths.max())
     vectors, lengths = cells.vectors[np.arange(len(cells.texts))]
     if model.projector.reads == "gene_vectors":
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]

@@ -119,3 +119,46 @@ def test_an_encoder_decoder_is_rejected_in_one_line(tmp_path, tiny_model):
     AutoConfig.for_model("t5", **settings).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="t5 is not a causal language model. Choose another model$"):
         build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma", {}),  # multiplies by the root of the width inside its embeddings
+        ("gemma3_text", {}),
+        ("biogpt", {}),
+        ("granite", FEW_HEADS | {"embedding_multiplier": 12.0}),  # multiplies after them
+        ("bloom", {}),  # normalises after them
+        ("opt", {"word_embed_proj_dim": 16}),  # projects them to another width
+        ("gpt2", {}),  # adds positions
+        ("llama", FEW_HEADS),
+    ],
+)
+def test_soft_tokens_start_with_the_norm_of_tokens_where_the_first_layer_receives_them(
+    tmp_path, tiny_model, family, changes
+):
+    known = FAMILIES[family][0] if family in FAMILIES else {}
+    model = build(write_model(tmp_path, tiny_model, family, **known | changes))
+    received = []
+    layers = next(part for part in model.base_model.modules() if isinstance(part, torch.nn.ModuleList))
+    layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: received.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    soft, _ = model.projector(torch.randn(100, 5, generator=torch.Generator().manual_seed(3)), torch.full((100,), 7))
+    with torch.no_grad():
+        ids = torch.randperm(model.base_model.get_input_embeddings().weight.shape[0])[:300].view(100, 3)
+        model.base_model(input_ids=ids, use_cache=False)
+        model.base_model(inputs_embeds=soft, use_cache=False)
+    of_tokens, of_soft = (float(states.norm(dim=-1).mean()) for states in received)
+    assert of_soft == pytest.approx(of_tokens, rel=0.1)
+
+
+def test_a_prompt_that_begins_with_the_cell_is_trained_on_the_plain_path(tmp_path, tiny_model, caplog):
+    folder = write_model(tmp_path, tiny_model, "qwen2", **FEW_HEADS)
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }} {{ messages[0].content }}{# system #}")
+    model = build(folder)
+    assert len(model.prompt.before) == 0
+    vectors, lengths = torch.randn(4, 5, generator=torch.Generator().manual_seed(3)), torch.full((4,), 7)
+    soft, present = (part.detach() for part in model.projector(vectors, lengths))
+    assert len(write_texts(model, vectors, lengths, 3)) == 4
+    assert not fast.check(model, soft, present, TEXT, MASK)

@@ -1,20 +1,27 @@
 """The path from vectors to text, on a tiny real language model."""
 
 import copy
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from cell2text.contracts import TERM_SLOTS
 from cell2text.errors import InputError
 from cell2text.generation.decode import Written, write_texts
 from cell2text.generation.describe import decode, read_text
+from cell2text.grammar import Terms
 from cell2text.model import bundle, fast, language_model
 from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
-from cell2text.model.cell2text import INSTRUCTION
 from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm
 from cell2text.model.projectors import PROJECTORS
+from cell2text.model.prompt import INSTRUCTION
 from default_settings import finetune_settings, projector_settings
+from tests_terms import ROWS, small_table, small_terms
 
 CPU = torch.device("cpu")
 LORA = finetune_settings(lora_rank=4, lora_alpha=8)
@@ -275,8 +282,6 @@ def test_description_directions_are_centred():
 
 
 def test_label_targets_of_sentences_are_the_centred_directions_of_sentences(build):
-    from tests_terms import small_table
-
     model, labels = build(), {"cell_type": ["CL:0000236", "CL:0000623"], "tissue": ["UBERON:0000178"]}
     cell_types, tissues = LabelTargets.of_sentences(labels, small_table(), model).directions
     texts = [
@@ -291,22 +296,64 @@ def test_label_targets_of_sentences_are_the_centred_directions_of_sentences(buil
     assert not tissues.any()  # a single label is its own mean
 
 
-def test_confidence_is_the_product_over_the_tokens_of_the_name(build):
-    from tests_terms import small_terms
+def word_tokenizer(text):
+    """A toy tokenizer whose tokens are words, with the space before them, and punctuation."""
+    split = pre_tokenizers.Split(Regex(r" ?[\w-]+|[.,:;()]"), "isolated")
+    words = {word for word, _ in split.pre_tokenize_str(text)}
+    toy = Tokenizer(models.WordLevel({word: number for number, word in enumerate(sorted(words))}))
+    toy.pre_tokenizer, toy.decoder = split, decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=toy)
 
+
+@pytest.mark.parametrize(
+    ("marked", "confidences"),  # a number is the probability of the token before it; all others are certain
+    [
+        (
+            "This is a{0.9} natural{0.8} killer cell{0.5}.{0.25} The{0.5} sample is blood{0.7} from{0.5} a "
+            "female{0.75} donor at{0.5} the 29-year-old stage,{0.9} with{0.4} flu{0.5}.{0.25}",
+            {
+                "cell_type": 0.9 * 0.8 * 0.5 * 0.25,  # not "an", and the full stop: not "natural killer cell, human"
+                "tissue": 0.7 * 0.5,  # from: not "blood vessel"
+                "sex": 0.75,
+                "stage": 0.9,  # the comma
+                "disease": 0.4 * 0.5 * 0.25,  # not "without", and the full stop: not "flu, chronic"
+            },
+        ),
+        (
+            "This is a{0.5} B cell.{0.8} The sample is blood{0.7},{0.5} without{0.4} known disease{0.5}.{0.9}",
+            {"cell_type": 0.5 * 0.8, "tissue": 0.7 * 0.5, "disease": 0.4 * 0.5 * 0.9},
+        ),
+        ("This is a{0.5} B{0.8} cell.{0.5} and{0.1} more", {"cell_type": 0.5 * 0.8 * 0.5}),  # violates the grammar
+    ],
+)  # fmt: skip
+def test_confidence_is_the_probability_of_the_words_that_decide_a_slot(marked, confidences):
+    pieces = re.split(r"\{(.*?)\}", marked)
+    text, marks = "".join(pieces[::2]), np.cumsum([len(piece) for piece in pieces[:-1:2]]).tolist()
+    unsure = dict(zip(marks, map(float, pieces[1::2]), strict=True))
+    tokenizer = word_tokenizer(text)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    assert set(marks) <= {end for _, end in encoded["offset_mapping"]}
+    written = Written(encoded["input_ids"], [np.log(unsure.get(end, 1)) for _, end in encoded["offset_mapping"]], True)
+    flu = ("disease", "MONDO:0005812", "flu", "")
+    terms = Terms(pd.DataFrame([*ROWS, flu], columns=["slot", "id", "name", "definition"]))
+    row = read_text(written, terms, tokenizer)
+    assert row["text"] == text
+    found = {slot: row[f"{slot}_confidence"] for slot in TERM_SLOTS if row[f"{slot}_id"]}
+    assert found == pytest.approx(confidences)
+
+
+def test_confidence_does_not_depend_on_how_words_are_cut_into_tokens(build):
     tokenizer, terms = build().tokenizer, small_terms()
-    text = "This is a B cell. The sample is blood."
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    decoded, ends = decode(ids, tokenizer)
-    assert decoded == text
-    starts = np.concatenate([[0], ends[:-1]])
-    in_name = (ends > text.index("B cell")) & (starts < text.index("B cell") + len("B cell"))
-    row = read_text(Written(ids, [-0.25] * len(ids), True), terms, tokenizer)
-    assert (row["cell_type_id"], row["tissue_id"], row["disease_id"]) == (
-        "CL:0000236",
-        "UBERON:0000178",
-        None,
-    )
-    assert row["cell_type_confidence"] == pytest.approx(np.exp(-0.25 * in_name.sum()))
-    assert row["disease_confidence"] is None
-    assert read_text(Written(ids, [-0.25] * len(ids), False), terms, tokenizer)["status"] == "partial"
+    for lead in ("", " "):
+        text = lead + "This is a B cell. The sample is blood."
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        decoded, ends = decode(ids, tokenizer)
+        assert decoded == text
+        starts = np.concatenate([[0], ends[:-1]])
+        start = text.index("a B cell.")
+        deciding = (ends > start) & (starts < start + len("a B cell."))
+        row = read_text(Written(ids, [-0.25] * len(ids), True), terms, tokenizer)
+        assert (row["cell_type_id"], row["tissue_id"], row["disease_id"]) == ("CL:0000236", "UBERON:0000178", None)
+        assert row["cell_type_confidence"] == pytest.approx(np.exp(-0.25 * deciding.sum()))
+        assert row["disease_confidence"] is None
+        assert read_text(Written(ids, [-0.25] * len(ids), False), terms, tokenizer)["status"] == "partial"

@@ -153,8 +153,9 @@ def halves():
         "embedding.vectors",
     }
     language |= {"evaluation.baselines.aligned", "evaluation.baselines.shuffled"}
+    language |= {"models.check_language_model", "models.fetch_language_model"}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
-    both = {"models.fetch_encoder", "models.fetch_language_model", "models.sources", "models.gene_dictionaries"}
+    both = {"models.fetch_encoder", "models.sources", "models.gene_dictionaries"}
     found = {"language": [], "cells": []}
     for path in (SCRIPTS / "cell2text").rglob("*.py"):
         name = ".".join(path.relative_to(SCRIPTS / "cell2text").with_suffix("").parts).removesuffix(".__init__")

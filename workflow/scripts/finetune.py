@@ -24,6 +24,8 @@ def main(snakemake):
             seed=snakemake.params.seed,
             library=snakemake.params.library,
             processes=processes,
+            # not among the params: a change of it must not train the model again
+            max_new_tokens=snakemake.config["generate"]["max_new_tokens"],
         )
 
 

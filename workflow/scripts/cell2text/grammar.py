@@ -163,10 +163,38 @@ def parse(text: str, terms: Terms) -> Parsed:
     ``parse(render(slots)).slots == slots`` for every term of the ontologies. A name that is not a term leaves its
     slot empty.
     """
-    match = _GRAMMAR.fullmatch(text.strip())
-    if match is None:
-        return _parse_pieces(text, terms)
-    return _read(match, terms)
+    stripped = text.strip()
+    match = _GRAMMAR.fullmatch(stripped)
+    parsed = _parse_pieces(stripped, terms) if match is None else _read(match, terms)
+    return replace(parsed, spans=_shift(parsed.spans, len(text) - len(text.lstrip())))
+
+
+def find_deciding_words(text: str, slot: str, span: tuple[int, int]) -> tuple[int, int]:
+    """Return start and end of the words that decide a slot: its name, and what introduces and ends it.
+
+    An article decides between names, and "with" or "without" between a disease and none. The full stop, comma or word
+    after a name decides against longer names that begin with it.
+
+    Parameters
+    ----------
+    text
+        A description.
+    slot
+        Name of the slot.
+    span
+        Start and end of its name, as in ``Parsed.spans``.
+
+    Examples
+    --------
+    >>> text = "This is a B cell. The sample is blood from a donor, without known disease."
+    >>> [text[slice(*find_deciding_words(text, *found))] for found in parse(text, terms).spans.items()]
+    ['a B cell.', 'blood from', 'without known disease.']
+    """
+    start, end = span
+    if slot in ("cell_type", "disease") and text[start:end] != _HEALTHY:
+        start = text.rindex(" ", 0, start - 1) + 1
+    after = re.compile(r"[.,]| \w+").match(text, end)
+    return start, after.end() if after else end
 
 
 def find_opening(text: str) -> str:
@@ -183,7 +211,6 @@ def find_opening(text: str) -> str:
 
 def _parse_pieces(text: str, terms: Terms) -> Parsed:
     """Parse what is readable in a text that violates the grammar, if its first sentence names a cell type."""
-    text = text.strip()
     first = re.match(r"This is an? (?P<cell_type>.+?)\.(?= |$)", text)
     cell_type = terms.id["cell_type"].get(first["cell_type"]) if first else None
     if cell_type is None:
@@ -191,11 +218,13 @@ def _parse_pieces(text: str, terms: Terms) -> Parsed:
     rest = re.search(r"The sample is .*", text)
     match = _GRAMMAR.fullmatch(rest[0]) if rest else None
     read = _read(match, terms) if match else Parsed(Slots(), "partial")
-    spans = (
-        {slot: (start + rest.start(), end + rest.start()) for slot, (start, end) in read.spans.items()} if rest else {}
-    )
+    spans = _shift(read.spans, rest.start()) if rest else {}
     spans["cell_type"] = first.span("cell_type")
     return Parsed(replace(read.slots, cell_type=cell_type), "partial", spans)
+
+
+def _shift(spans: dict[str, tuple[int, int]], by: int) -> dict[str, tuple[int, int]]:
+    return {slot: (start + by, end + by) for slot, (start, end) in spans.items()}
 
 
 def _read(match: re.Match[str], terms: Terms) -> Parsed:

@@ -100,4 +100,4 @@ class GenerateSettings:
     """The section ``generate``."""
 
     batch_cells: int
-    max_new_tokens: int
+    max_new_tokens: int | None

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from cell2text.contracts import TERM_SLOTS
 from cell2text.embedding.vectors import Embeddings, Vectors
+from cell2text.errors import InputError
+from cell2text.generation.decode import check_limit
 from cell2text.grammar import find_opening
 from cell2text.model.alignment import number_labels
 from cell2text.model.cell2text import Cell2Text
+from cell2text.model.prompt import SOURCE
 
 
 @dataclass
@@ -178,6 +181,36 @@ def read_cells(
         torch.tensor(ends, dtype=torch.long),
         labels,
     )
+
+
+def check_lengths(model: Cell2Text, train: Cells, validation: Cells, max_new_tokens: int | None) -> int:
+    """Return the number of tokens of the longest text with its end token, if the model can read and write it.
+
+    Parameters
+    ----------
+    model
+        Its language model may have positions for few tokens.
+    train, validation
+        Cells of the two splits.
+    max_new_tokens
+        The config's ``generate.max_new_tokens``.
+
+    Raises
+    ------
+    InputError
+        If prompt and text need more positions than there are, or generation would truncate the text.
+    """
+    longest = int(max(cells.text_lengths.max(initial=0) for cells in (train, validation)))
+    prompt, soft_tokens = model.count_prompt(*train.vectors[np.array([0])])
+    if model.positions is not None and prompt + longest > model.positions:
+        raise InputError(
+            SOURCE,
+            f"it has {model.positions} positions, and the longest text needs {longest} after a prompt of {prompt}, "
+            f"{soft_tokens} of them soft tokens",
+            "Choose another model, fewer soft tokens, or gene sets with shorter explanations",
+        )
+    check_limit(max_new_tokens, longest)
+    return longest
 
 
 def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:

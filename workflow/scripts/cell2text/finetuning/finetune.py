@@ -20,12 +20,13 @@ from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
 from cell2text.files import read_json, whole_folder
 from cell2text.finetuning.align import align
-from cell2text.finetuning.data import Cells, find_classes, find_depths, read_cells
+from cell2text.finetuning.data import Cells, check_lengths, find_classes, find_depths, read_cells
 from cell2text.finetuning.loop import Finetuning, State
 from cell2text.model import fast
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.bundle import build, save
-from cell2text.model.cell2text import INSTRUCTION, Cell2Text
+from cell2text.model.cell2text import Cell2Text
+from cell2text.model.prompt import INSTRUCTION
 from cell2text.processes import Team, run_in_processes
 from cell2text.provenance import hash_config, hash_file, versions
 from cell2text.settings import FinetuneSettings, ProjectorSettings
@@ -47,6 +48,7 @@ def finetune(
     seed: int,
     library: str,
     processes: int = 1,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Fine-tune a language model to describe cells, and save adapter, projector and history.
 
@@ -68,13 +70,16 @@ def finetune(
         Version of the code, part of the checkpoint's fingerprint.
     processes
         Number of processes that train together, each on its own GPU.
+    max_new_tokens
+        The config's ``generate.max_new_tokens``, only to refuse it before training if it would truncate the texts.
 
     Raises
     ------
     InputError
-        If the loss is not finite.
+        If the texts are too long for the language model or for ``max_new_tokens``, or the loss is not finite.
     """
     arguments = (language_model, descriptions, terms, embeddings, directory, projector, settings, seed, library)
+    arguments += (max_new_tokens,)
     run_in_processes(_finetune, processes, *arguments)
 
 
@@ -89,6 +94,7 @@ def _finetune(
     settings: FinetuneSettings,
     seed: int,
     library: str,
+    max_new_tokens: int | None,
 ) -> None:
     device = pick_device()
     texts = DESCRIPTIONS.read(descriptions)
@@ -101,11 +107,13 @@ def _finetune(
     model = build_model()
     classes = find_classes(training_rows)
     train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
+    longest = check_lengths(model, train, validation, max_new_tokens)
     _fit_inputs(model, train, seed)
     if settings.fast and not _try_fast(model, train):
         trained = model.projector
         model = build_model()
         model.projector = trained
+    model.about["longest_text"] = longest
     table = TERMS.read(terms)
     if settings.align_to == "labels":
         targets = LabelTargets.of_labels(classes, table, model)

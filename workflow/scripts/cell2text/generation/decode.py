@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cell2text.errors import InputError
 from cell2text.model.cell2text import Cell2Text
 
 
@@ -27,6 +28,24 @@ class Written:
     ended: bool
 
 
+def check_limit(max_new_tokens: int | None, longest: int) -> None:
+    """Raise an error if a limit would truncate a text like the longest training text.
+
+    Parameters
+    ----------
+    max_new_tokens
+        The config's ``generate.max_new_tokens``; None for no limit of its own.
+    longest
+        Number of tokens of the longest training text with its end token.
+    """
+    if max_new_tokens is not None and max_new_tokens < longest:
+        raise InputError(
+            "config: generate.max_new_tokens",
+            f"{max_new_tokens} would truncate descriptions: the longest training text has {longest} tokens",
+            f"Set at least {longest}, or remove the key",
+        )
+
+
 @torch.inference_mode()
 def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_tokens: int) -> list[Written]:
     """Append the most likely next token until the text of every cell has ended.
@@ -38,7 +57,8 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
     vectors, lengths
         Input of its projector, (cells, ...) and (cells,).
     max_new_tokens
-        Maximum length of a text, in tokens; longer texts are truncated and marked as not ended.
+        Maximum length of a text, in tokens; longer texts, and those for which the language model has no positions,
+        are truncated and marked as not ended.
 
     Returns
     -------
@@ -47,6 +67,8 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
     """
     embeddings, mask = model.read_cells(vectors, lengths)
     end = model.tokenizer.eos_token_id
+    if model.positions is not None:
+        max_new_tokens = min(max_new_tokens, model.positions - embeddings.shape[1])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     ended = torch.zeros(len(vectors), dtype=torch.bool, device=mask.device)
     ids, log_probabilities = [], []

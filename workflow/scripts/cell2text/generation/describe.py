@@ -9,11 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from cell2text.contracts import CELLS, EMBEDDINGS, TERM_SLOTS
 from cell2text.embedding.vectors import Vectors
-from cell2text.generation.decode import Written, write_texts
-from cell2text.grammar import Terms, parse
+from cell2text.generation.decode import Written, check_limit, write_texts
+from cell2text.grammar import Terms, find_deciding_words, parse
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
 from cell2text.settings import GenerateSettings
+
+# A description may be longer than all training texts, because it combines names that they do not.
+MARGIN = 1.25
 
 
 def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: GenerateSettings) -> Iterator[dict]:
@@ -30,11 +33,14 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
     settings
         The config's ``generate`` section.
     """
+    longest = model.about["longest_text"]
+    check_limit(settings.max_new_tokens, longest)
+    limit = settings.max_new_tokens or math.ceil(MARGIN * longest)
     progress = Progress(len(vectors), "cells")
     for start in range(0, len(vectors), settings.batch_cells):
         rows = np.arange(start, min(start + settings.batch_cells, len(vectors)))
         batch = [part.to(model.device) for part in vectors[rows]]
-        for written in write_texts(model, *batch, settings.max_new_tokens):
+        for written in write_texts(model, *batch, limit):
             yield read_text(written, terms, model.tokenizer)
         progress.advance(len(batch[0]))
 
@@ -42,8 +48,8 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
 def read_text(written: Written, terms: Terms, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Return the text of one cell, its slots and their confidences.
 
-    The confidence of a slot is the model's probability of the tokens of its name, given all tokens before them. It is
-    not calibrated.
+    The confidence of a slot is the model's probability of the tokens of the words that decide it, see
+    ``grammar.find_deciding_words``, given all tokens before them. It is not calibrated.
     """
     text, ends = decode(written.ids, tokenizer)
     parsed = parse(text, terms)
@@ -53,7 +59,7 @@ def read_text(written: Written, terms: Terms, tokenizer: PreTrainedTokenizerBase
         row[f"{slot}_id"] = getattr(parsed.slots, slot)
         row[f"{slot}_confidence"] = None
         if slot in parsed.spans:
-            start, end = parsed.spans[slot]
+            start, end = find_deciding_words(text, slot, parsed.spans[slot])
             inside = (ends > start) & (np.concatenate([[0], ends[:-1]]) < end)
             row[f"{slot}_confidence"] = math.exp(float(np.sum(np.array(written.log_probabilities)[inside])))
     return row

@@ -48,17 +48,19 @@ def build(
         If the mode is unknown or cannot run here, a target is not a layer of the language model, or a file of the
         language model has changed since it was fetched.
     """
-    check_language_model(language_model)
+    check_unchanged(language_model)
     model, tokenizer = load_language_model(language_model, device, settings.mode)
-    embeddings = model.get_input_embeddings().weight
+    embed = model.get_input_embeddings()
+    with torch.no_grad():  # as the layers receive them: some models multiply their embeddings by a constant
+        embeddings = embed(torch.arange(embed.weight.shape[0], device=device))
     tuned = model.requires_grad_(True) if settings.mode == "full" else add_adapter(model, settings)
-    new = build_projector(projector, dimensions, model.config.hidden_size).to(device)
-    new.start_at(embeddings.detach())
+    new = build_projector(projector, dimensions, embeddings.shape[1]).to(device)
+    new.start_at(embeddings)
     about = {"projector": asdict(projector), "dimensions": dimensions, "finetune": asdict(settings)}
     return Cell2Text(tuned, tokenizer, new, about)
 
 
-def check_language_model(directory: str | Path) -> None:
+def check_unchanged(directory: str | Path) -> None:
     """Raise an ``InputError`` if a file of a fetched language model has changed; others have no list of hashes."""
     if Path(directory, "source.json").exists():
         read_sealed(directory, "source.json")
@@ -124,7 +126,7 @@ def load(directory: str | Path, language_model: str | Path, device: torch.device
     directory = Path(directory)
     device = device or pick_device()
     about = read_sealed(directory, "cell2text.json")
-    check_language_model(language_model)
+    check_unchanged(language_model)
     with reading(directory / "cell2text.json", FIX):
         mode = about["finetune"]["mode"]
     weights = directory / "language_model" if mode == "full" else None
@@ -153,7 +155,7 @@ def load_projector(directory: str | Path, language_model: str | Path, device: to
     """
     directory = Path(directory)
     about = read_sealed(directory, "cell2text.json")
-    check_language_model(language_model)
+    check_unchanged(language_model)
     model, tokenizer = load_language_model(language_model, device or pick_device(), "lora")
     return Cell2Text(model, tokenizer, _load_projector(directory, about, model), about).eval()
 
@@ -163,7 +165,7 @@ def _load_projector(directory: Path, about: dict[str, Any], model: PreTrainedMod
         settings, dimensions = ProjectorSettings(**about["projector"]), about["dimensions"]
     file = directory / "projector.safetensors"
     with reading(file, FIX):
-        projector = build_projector(settings, dimensions, model.config.hidden_size)
+        projector = build_projector(settings, dimensions, model.get_input_embeddings().weight.shape[1])
         projector.load_state_dict(read_weights(file, FIX), strict=True)
     return projector.to(model.device)
 

@@ -1,6 +1,5 @@
 """The model: a chat prompt with the soft tokens of a cell in it, and a language model that answers."""
 
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -8,40 +7,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cell2text.errors import InputError
-
-INSTRUCTION = "Describe the cell."
-_CELL = "\N{BLACK SQUARE}"  # marks the place of the soft tokens while the prompt is still text
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids before and after the soft tokens.
-
-    Parameters
-    ----------
-    before, after
-        int64 (tokens,).
-    """
-
-    before: Tensor
-    after: Tensor
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Prompt":
-        """Split the model's own chat template where the cell goes, so that no reserved token is needed."""
-        messages = [{"role": "user", "content": f"{INSTRUCTION} {_CELL}"}]
-        if tokenizer.chat_template is None:
-            text = f"{INSTRUCTION} {_CELL}\n"
-        else:
-            if "system" in tokenizer.chat_template:
-                # some templates add a long system message of their own when there is none
-                messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": _CELL}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        halves = [tokenizer(half, add_special_tokens=False)["input_ids"] for half in text.split(_CELL)]
-        return cls(*(torch.tensor(half, dtype=torch.long) for half in halves))
+from cell2text.model.prompt import Prompt
 
 
 class Cell2Text(nn.Module):
@@ -92,6 +61,23 @@ class Cell2Text(nn.Module):
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Return the language model's own embeddings of token ids."""
         return self.language_model.get_input_embeddings()(ids)
+
+    @property
+    def positions(self) -> int | None:
+        """Greatest number of tokens that the language model has positions for; None if it has no limit."""
+        return count_positions(self.base_model.config)
+
+    @torch.no_grad()
+    def count_prompt(self, vectors: Tensor, lengths: Tensor) -> tuple[int, int]:
+        """Return the number of tokens before a cell's text, and how many of them are soft tokens.
+
+        Parameters
+        ----------
+        vectors, lengths
+            Input of the projector for any cells; see its ``forward``.
+        """
+        soft, _ = self.projector(vectors.to(self.device), lengths.to(self.device))
+        return len(self.prompt.before) + soft.shape[1] + len(self.prompt.after), soft.shape[1]
 
     def prompt_embeddings(self, soft: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prompt of each cell as embeddings, (cells, prompt, width), and its mask, bool (cells, prompt).
@@ -226,3 +212,9 @@ class Cell2Text(nn.Module):
 
 def _reorder(embeddings: Tensor, order: Tensor) -> Tensor:
     return embeddings.gather(1, order[..., None].expand_as(embeddings))
+
+
+def count_positions(config: PreTrainedConfig) -> int | None:
+    """Return the greatest number of tokens that a language model has positions for; None if it has no limit."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None

@@ -49,6 +49,9 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
         If the source is malformed, cannot be fetched, has the wrong hash, contains no safetensors or damaged files, or
         the directory holds something else.
     """
+    # here, because the workflow asks this module for local files, and needs no torch
+    from cell2text.models.check_language_model import check_language_model
+
     with whole_folder(directory, "source.json") as model:
         check_target(directory, source, WHERE)
         downloads = model / "downloads"
@@ -60,6 +63,7 @@ def fetch_language_model(source: str, directory: str | Path) -> None:
         else:
             _copy_model(fetched.path, model)
         shutil.rmtree(downloads)
+        check_language_model(model)
         files = sorted(path.name for path in model.iterdir())
         write_json({"source": source, "licence": fetched.licence}, model / "source.json")
     log.info("%s contains %s", directory, ", ".join(files))
@@ -117,7 +121,7 @@ def _convert_gguf(file: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     with reading(file, ANOTHER_COPY):
         tokenizer = AutoTokenizer.from_pretrained(**where)
         quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
