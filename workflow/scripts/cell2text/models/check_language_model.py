@@ -183,7 +183,7 @@ def _compare(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if not torch.allclose(of_tokens, of_embeddings, **tolerance):
         problem = f"{kind} computes something else from embeddings than from tokens, so it cannot read soft tokens"
         raise InputError(SOURCE, problem, OTHER_MODEL)
-    projector = Mlp(5, embed.weight.shape[1], hidden=8, soft_tokens=1)
+    projector = Mlp(5, embed.weight.shape[1], hidden=8)
     projector.start_at(embed(ids[0]))
     model = Cell2Text(language_model, tokenizer, projector, {}).eval()
     model.prompt, model.tokenizer = Prompt(ids[0, :4], ids[0, 4:7]), SimpleNamespace(eos_token_id=-1)  # never ends
