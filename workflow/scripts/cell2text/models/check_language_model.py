@@ -5,6 +5,7 @@ feed-forward network and few tokens. So the check takes seconds and at most 3 GB
 """
 
 import copy
+import json
 import logging
 import math
 import os
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from cell2text.errors import InputError
-from cell2text.files import read_json
 from cell2text.generation.decode import write_texts
 from cell2text.model import fast
 from cell2text.model.cell2text import Cell2Text, count_positions
@@ -80,7 +80,7 @@ def _check_files(directory: Path) -> None:
         raise InputError(SOURCE, problem, "Merge the adapter into the model and save that, or remove the adapter")
     for index in directory.glob("*.index.json"):
         with reported(f"{index.name} cannot be read"):
-            files = set(read_json(index)["weight_map"].values())
+            files = set(json.loads(index.read_text())["weight_map"].values())
         for name in sorted(map(str, files)):
             if Path(name).name != name:
                 raise InputError(SOURCE, f"{index.name} names {name}, which is outside the model's folder", FETCH_AGAIN)
