@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -289,6 +290,8 @@ def test_a_full_disk_is_reported_by_all_writers(encoders, fetched, tmp_path, mon
         with pytest.raises(InputError, match=expected.format(tmp_path / mode)), small_files(2000):
             bundle.save(model, tmp_path / mode, {})
     pd.DataFrame({"token": [6]}).to_csv(tmp_path / "genes.tsv", sep="\t")
+    table = SimpleNamespace(read=lambda path: pd.read_csv(path, sep="\t"))
+    monkeypatch.setattr(fitting, "GENES", table, raising=False)
     for kind in ("coexpression", "pretrain"):
         encoder = load_encoder(encoders / "results" / kind)
         if kind == "coexpression":
