@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from cell2text.errors import InputError
 from cell2text.generation.decode import write_texts
 from cell2text.model import bundle, fast, language_model
+from cell2text.models.check_language_model import check_language_model
 from default_settings import finetune_settings, projector_settings
 
 CPU = torch.device("cpu")
@@ -79,9 +80,11 @@ def test_each_family_trains_and_generates_as_in_transformers(tmp_path, tiny_mode
     settings, path = FAMILIES[family]
     folder = write_model(tmp_path, tiny_model, family, **settings)
     if path == "rejected":
-        with pytest.raises(InputError, match="Choose "):
-            build(folder)
+        for use in (build, check_language_model):
+            with pytest.raises(InputError, match="Choose "):
+                use(folder)
         return
+    check_language_model(folder)
     model = build(folder)
     vectors, lengths = torch.randn(4, 5, generator=torch.Generator().manual_seed(3)), torch.full((4,), 7)
     soft, present = model.projector(vectors, lengths)

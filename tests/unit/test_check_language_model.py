@@ -92,7 +92,7 @@ def test_without_a_template_the_prompt_is_plain(folder):
         (ATTACK, "its chat template fails"),
         ("{% for a in range(10 ** 6) %}{% endfor %}", "its chat template fails (Range too big"),
         ("{% for a in range(10 ** 5) %}{% for b in range(10 ** 5) %}{% endfor %}{% endfor %}", "more than 2 s or"),
-        ("{{ ('a' * 10 ** 10) | length }}", "more than 2 s or 1 GB of memory"),
+        ("{{ ('a' * 10 ** 10) | length }}", "more than 2 s or 4 GB of memory"),
     ],
 )
 def test_a_template_that_does_not_work_is_reported(folder, template, reason, monkeypatch):
@@ -159,6 +159,21 @@ def test_files_that_lead_elsewhere_are_reported(folder, tmp_path):
         refused(folder, reason)
     (folder / "model.safetensors.index.json").write_text("{")
     refused(folder, "model.safetensors.index.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("config.json", "its config.json cannot be read"),
+        ("tokenizer.json", "its tokenizer cannot be loaded"),
+        ("model.safetensors", "its weights cannot be loaded"),
+    ],
+)
+def test_a_damaged_file_is_reported(folder, file, reason):
+    whole = (folder / file).read_bytes()
+    for part in (whole[: len(whole) // 2], b"", b"\xff" * 99):
+        (folder / file).write_bytes(part)
+        refused(folder, reason)
 
 
 def test_an_adapter_beside_the_weights_is_reported(folder):

@@ -35,7 +35,7 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False, "use_safetensors"
 FETCH_AGAIN = "Fetch or save the model again"
 SAMPLE = "This is a CD4-positive, alpha-beta T cell (80 kDa). The sample is blood, without known disease."
 # Limits of a chat template: Jinja's sandbox forbids long ranges, but not a loop in a loop or a huge string.
-SECONDS, MEMORY = 30, 2**30
+SECONDS, MEMORY = 60, 4 * 2**30
 WEIGHTS = 500_000_000  # a model with more, 2 GB in float32, is tried on a small copy with these sizes
 TOKENS, VOCABULARY, EXPERTS, FEED_FORWARD = 24, 256, 16, 64
 TOLERANCE = 1e-3  # relative difference of two losses in float32
@@ -58,19 +58,24 @@ def check_language_model(directory: str | Path) -> None:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        _check_files(directory)
-        config = read_config(directory)
-        _try_with_limits(lambda: Prompt.of(load_tokenizer(directory)))
-        tokenizer = load_tokenizer(directory)
-        prompt = Prompt.of(tokenizer)
-        shapes = _load_shapes(directory)
-        _check_tokenizer(tokenizer, prompt, shapes.get_input_embeddings().weight.shape[0])
-        positions, needed = count_positions(config), len(prompt.before) + len(prompt.after)
-        if positions is not None and positions <= needed:
-            raise InputError(SOURCE, f"it has {positions} positions, and the prompt alone needs {needed}", OTHER_MODEL)
-        _check_computation(directory, shapes, tokenizer)
+        with reported("it cannot be used"):
+            _check(directory)
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _check(directory: Path) -> None:
+    _check_files(directory)
+    config = read_config(directory)
+    _try_with_limits(lambda: Prompt.of(load_tokenizer(directory)))
+    tokenizer = load_tokenizer(directory)
+    prompt = Prompt.of(tokenizer)
+    shapes = _load_shapes(directory)
+    _check_tokenizer(tokenizer, prompt, shapes.get_input_embeddings().weight.shape[0])
+    positions, needed = count_positions(config), len(prompt.before) + len(prompt.after)
+    if positions is not None and positions <= needed:
+        raise InputError(SOURCE, f"it has {positions} positions, and the prompt alone needs {needed}", OTHER_MODEL)
+    _check_computation(directory, shapes, tokenizer)
 
 
 def _check_files(directory: Path) -> None:
