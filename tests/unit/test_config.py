@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cell2text.config import check_config, read_datasets
+from cell2text.config import check_config, check_files, read_datasets
 from cell2text.errors import InputError
 
 SCHEMAS = Path(__file__).parents[2] / "workflow/schemas"
@@ -22,7 +22,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def check(text):
-    return check_config(yaml.safe_load(text), SCHEMAS / "config.schema.yaml", "my.yaml")
+    config = check_config(yaml.safe_load(text), SCHEMAS / "config.schema.yaml", "my.yaml")
+    check_files(config, "my.yaml")
+    return config
 
 
 def error_of(text):

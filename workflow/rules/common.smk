@@ -13,7 +13,7 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 # Snakemake puts the path of Python into shell commands unquoted, where a space would split it
 sys.executable = shlex.quote(sys.executable)
 
-from cell2text.config import check_config, cut_census, read_datasets
+from cell2text.config import check_config, check_files, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import BASELINES
 from cell2text.files import check_ours
@@ -27,6 +27,7 @@ os.environ.setdefault(INVOCATION, uuid4().hex)
 try:
     CONFIG_FILE = workflow.configfiles[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
+    check_files(config, CONFIG_FILE)
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
     PIECES = cut_census(SHEET, config["shards"])
 except InputError as error:

@@ -36,8 +36,7 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     Raises
     ------
     InputError
-        If a key is unknown, a value is invalid or has no effect, a file is missing, or the shares of the splits do not
-        sum to 1.
+        If a key is unknown, a value is invalid or has no effect, or the shares of the splits do not sum to 1.
     """
     schema = yaml.safe_load(schema_file.read_text())
     filled = _fill_defaults(config, schema)
@@ -49,10 +48,6 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     check_name(filled["language_model"]["name"], f"{where}: language_model.name")
     if filled["encoder"]["kind"] == "geneformer":  # the last part of its source names the folder of the fetched model
         check_name(filled["encoder"]["source"].rstrip("/").rpartition("/")[2], f"{where}: encoder.source")
-    values = dict(_flatten(filled))
-    for key in FILES:
-        if values[key] and (key != "split" or values[key].endswith(".tsv")):
-            check_file(values[key], f"{where}: {key}")
     if abs(sum(filled["split_shares"].values()) - 1) > 1e-9:
         raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
     _refuse_unused(filled, schema, where)
@@ -88,6 +83,27 @@ def check_name(name: str, where: str) -> None:
             f"{name!r} cannot be the name of a file or folder",
             "Use at most 100 letters, digits and . _ -, with a letter or digit at the start",
         )
+
+
+def check_files(config: dict[str, Any], where: str | Path) -> None:
+    """Check with :func:`check_file` the files that a configuration names.
+
+    Parameters
+    ----------
+    config
+        As :func:`check_config` returns it.
+    where
+        The file of the configuration, for messages.
+
+    Raises
+    ------
+    InputError
+        If one does not exist.
+    """
+    values = dict(_flatten(config))
+    for key in FILES:
+        if values[key] and (key != "split" or values[key].endswith(".tsv")):
+            check_file(values[key], f"{where}: {key}")
 
 
 def check_file(path: str, where: str) -> None:

@@ -1,5 +1,6 @@
 """The language model: loaded from a Hugging Face directory, frozen, and given an adapter."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -88,7 +89,7 @@ def read_config(directory: str | Path) -> PreTrainedConfig:
         generation needs.
     """
     with reported("its config.json cannot be read"):
-        about = read_json(Path(directory, "config.json"))
+        about = json.loads(Path(directory, "config.json").read_text())
         family = about.get("model_type")
         if family in CONFIG_MAPPING:
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
