@@ -20,6 +20,7 @@ from scipy import sparse
 from cell2text.cells.genes import VAR_COLUMNS
 from cell2text.cells.matrices import CellMatrix, DenseMatrix, EntryList, GeneMatrix, Matrix
 from cell2text.errors import InputError
+from cell2text.tables import read_columns
 
 BUNDLED = "scanpy://pbmc68k_reduced"
 HUMAN = "NCBITaxon:9606"
@@ -274,8 +275,8 @@ def _from_10x_hdf5(group: h5py.Group, source: str) -> Study:
 def _from_10x_folder(folder: Path) -> Study:
     """Return the study in a folder from Cell Ranger, whose file names may have a prefix."""
     matrix = EntryList.open(_only_file(folder, "matrix.mtx"))
-    barcodes = _read_lines(_only_file(folder, "barcodes.tsv"))[0]
-    genes = _read_lines(_only_file(folder, "features.tsv", "genes.tsv"))
+    barcodes = read_columns(_only_file(folder, "barcodes.tsv"))[0]
+    genes = read_columns(_only_file(folder, "features.tsv", "genes.tsv"))
     genes = genes.rename(columns={0: "gene_ids", 1: "gene_symbols", 2: "feature_types"})
     if "gene_symbols" not in genes:
         genes["gene_symbols"] = genes["gene_ids"]
@@ -295,10 +296,3 @@ def _only_file(folder: Path, *endings: str) -> Path:
             folder, f"expected one file {' or '.join(endings)}, found {listed}", "Keep one study per 10x folder"
         )
     return found[0]
-
-
-def _read_lines(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(path, f"damaged ({error})", _REWRITE) from error

@@ -16,10 +16,10 @@ from cell2text.cells.sampling import draw_sample, measure_diversity
 from cell2text.contracts import SAMPLED_CELLS
 from cell2text.contracts.table import hash_ids
 from cell2text.corpus.duplicates import hash_counts
-from cell2text.files import whole_file
 from cell2text.ontology import live_terms
 from cell2text.progress import Progress
 from cell2text.settings import SampleSettings
+from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.corpus")
 
@@ -70,8 +70,7 @@ def sample_cells(
     chosen[by_id[drawn]] = True
     del known, by_id, drawn
     SAMPLED_CELLS.write_parts(_hash_cells(cell_files, chosen), path)
-    with whole_file(diversity_file) as unfinished:
-        diversity.to_csv(unfinished, sep="\t", index=False, float_format="%.4f")
+    write_tsv(diversity, diversity_file, float_format="%.4f")
 
 
 def _hash_cells(cell_files: Sequence[str | Path], chosen: np.ndarray) -> Iterator[pd.DataFrame]:

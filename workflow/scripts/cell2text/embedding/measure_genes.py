@@ -12,8 +12,8 @@ from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import GENES
 from cell2text.embedding.rank_genes import read_gene_tokens, scale_counts
 from cell2text.errors import InputError
-from cell2text.files import whole_file
 from cell2text.progress import Progress
+from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.embedding")
 
@@ -52,8 +52,7 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
     median = median_of_each(read, len(genes))
     seen = genes.assign(median=median)[median > 0].reset_index(names="gene_id")
     log.info("%d of %d genes are expressed in training cells", len(seen), len(genes))
-    with whole_file(path) as unfinished:
-        seen.assign(token=np.arange(len(seen)))[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+    write_tsv(seen.assign(token=np.arange(len(seen)))[list(GENES)], path)
 
 
 def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
@@ -86,9 +85,8 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
                 "Use Ensembl ids, or set a gene table under `genes` in the config",
             )
     measured = name_genes(cell_files)
-    with whole_file(path) as unfinished:
-        seen = known[known.index.isin(measured.index)].reset_index().sort_values(["token", "gene_id"])
-        seen[list(GENES)].to_csv(unfinished, sep="\t", index=False)
+    seen = known[known.index.isin(measured.index)].reset_index().sort_values(["token", "gene_id"])
+    write_tsv(seen[list(GENES)], path)
 
 
 def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:

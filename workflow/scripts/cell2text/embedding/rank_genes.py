@@ -17,6 +17,7 @@ from scipy import sparse
 
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import TOKENS
+from cell2text.spreadsheet import restore_text
 
 log = logging.getLogger("cell2text.embedding")
 
@@ -26,7 +27,8 @@ CELLS_PER_CHUNK = 256  # the work unit of a thread: milliseconds
 
 def read_gene_tokens(path: str | Path) -> pd.DataFrame:
     """Return a gene table (``contracts.GENES``) indexed by ``gene_id``."""
-    return pd.read_csv(path, sep="\t", keep_default_na=False, float_precision="round_trip").set_index("gene_id")
+    table = pd.read_csv(path, sep="\t", keep_default_na=False, float_precision="round_trip")
+    return restore_text(table).set_index("gene_id")
 
 
 def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:

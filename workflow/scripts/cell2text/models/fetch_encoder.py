@@ -12,6 +12,7 @@ from cell2text.files import read_json, write_json
 from cell2text.models.gene_dictionaries import SAME_SERIES, find_dictionaries
 from cell2text.models.sources import download, licence_of
 from cell2text.provenance import hash_file
+from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.models")
 
@@ -57,7 +58,7 @@ def fetch_encoder(source: str, directory: str | Path) -> None:
                 SAME_SERIES,
             )
         shutil.copyfile(checkpoint / "config.json", model / "config.json")
-        dictionaries.table().to_csv(model / "genes.tsv", sep="\t", index=False)
+        write_tsv(dictionaries.table(), model / "genes.tsv")
         about = {"kind": "geneformer", "layer": -2, "special": special, "dimensions": config["hidden_size"]}
         write_json(about, model / "encoder.json")
         files = {path.name: hash_file(path) for path in sorted(model.iterdir())}
