@@ -160,7 +160,7 @@ ERRORS = {
     '"label" "term"\n"B" "x"\n': "line 1: a single column",
     "label\tterm\nB\tx\ty\nT\tz\n": "line 2: 3 values instead of 2, as in line 1",
     "# 1\n\n\nlabel\tterm\nB\tx\nT\ty\tz\n": "line 6: 3 values instead of 2, as in line 4",
-    "label\tterm\nB\n": "line 2: 1 values instead of 2, as in line 1",
+    "label\tterm\nB\n": "line 2: 1 value instead of 2, as in line 1",
     "term\tnote\nc1\tx\ty\nc2\tx\n": "line 3: 2 values instead of 3, as in line 2: a row name and 2 named columns",
     'label\tterm\n"a\nb"\tx\nT\tx\ty\n': "line 4: 3 values instead of 2",
     'label,term\nB,x\n"naive, T" cells,x\n': "line 3: 3 values instead of 2, as in line 1. Put quotation marks around",
@@ -197,7 +197,7 @@ def test_no_file_and_a_folder(tmp_path):
 def test_row_names_that_cannot_be_told_from_empty_values_are_refused(tmp_path):
     path = write(tmp_path / "table.tsv", "cell\tterm\nc1\tx\t\nc2\ty\t\n")
     assert rows(path) == [(2, "c1", "x"), (3, "c2", "y")]
-    with pytest.raises(InputError, match="line 1: every row ends with a separator .* Name the first column"):
+    with pytest.raises(InputError, match="line 1: every row has one more value .* Name the first column"):
         read_table(path, KNOWN, row_names="always")
     path.write_text("cell\tterm\t\nc1\tx\t\n")
     assert rows(path, row_names="always") == [(2, "c1", "x")]
@@ -225,7 +225,7 @@ def test_files_without_header(tmp_path):
     assert [*read_rows(path)] == [(1, ["# x"]), (2, ["A", "a, b", "CD3D", ""]), (4, ["B", "", "NA"])]
     path = write(tmp_path / "features.tsv.gz", gzip.compress(b'#1\tNA\n\n"2"\t5\' "x\n'))
     assert read_columns(path).to_dict("list") == {0: ["#1", '"2"'], 1: ["NA", "5' \"x"]}
-    with pytest.raises(InputError, match="line 3: 1 values instead of 2, as in line 1"):
+    with pytest.raises(InputError, match="line 3: 1 value instead of 2, as in line 1"):
         read_columns(write(path, "a\tb\n\nc\n"))
     with pytest.raises(InputError, match="empty"):
         read_columns(write(path, "\n"))

@@ -107,7 +107,7 @@ def test_labels_of_every_kind_are_mapped(tmp_path):
         (f"B\t{B}\nT\tCL:1\n", "line 5: cell_type_ontology_term_id: CL:1 is not a term"),
         (f"B\t{B}\n\nB\t{T}\n", r"label B occurs twice \(lines 4 and 6\)"),
         (f"B\t{B}\nT\t{T}\told\n", "line 5: 3 values instead of 2, as in line 3"),
-        (f"B {B}\n", "line 4: 1 values instead of 2, as in line 3"),
+        (f"B {B}\n", "line 4: 1 value instead of 2, as in line 3"),
     ],
 )
 def test_lines_of_a_label_table_are_the_lines_of_the_file(tmp_path, text, expected):
@@ -153,10 +153,10 @@ def test_a_cell_table_with_one_column_from_r(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("barcode\tdonor_id\nc1\td\nc2\n", "line 3: 1 values instead of 2"),
+        ("barcode\tdonor_id\nc1\td\nc2\n", "line 3: 1 value instead of 2"),
         ("barcode\tdonor_id\nc1\td\n\nc1\te\n", r"cell c1 occurs twice \(lines 2 and 4\)"),
         ("c1\td\nc2\te\n", r"none of its columns \(c1, d\) is used"),
-        ("donor_id\tcell_type\nc1\td\t\nc2\te\t\n", "every row ends with a separator"),
+        ("donor_id\tcell_type\nc1\td\t\nc2\te\t\n", "every row has one more value"),
     ],
 )
 def test_mistakes_in_a_cell_table(tmp_path, text, expected):
@@ -209,7 +209,7 @@ def test_gene_tables_with_comments_and_commas_in_names(tmp_path):
         path.write_text(text, encoding="utf-8-sig")
         assert read_gene_table(path).ids.to_dict() == {"CD3D": "ENSG00000167286"}
     path.write_text("gene_id\tsymbol\nENSG00000167286\tCD3D\nENSG00000167287\n")
-    with pytest.raises(InputError, match="genes.txt line 3: 1 values instead of 2, as in line 1"):
+    with pytest.raises(InputError, match="genes.txt line 3: 1 value instead of 2, as in line 1"):
         read_gene_table(path)
 
 
@@ -231,5 +231,5 @@ def test_features_are_read_as_they_are(tmp_path):
         assert study.obs.index.tolist() == ["#c1", "NA"]
         assert study.matrices["X"][1]["gene_ids"].tolist() == ['"A"', "B"]
     (tmp_path / "features.tsv").write_text("A\tx\nB\n")
-    with pytest.raises(InputError, match="features.tsv line 2: 1 values instead of 2"), open_study(str(tmp_path)):
+    with pytest.raises(InputError, match="features.tsv line 2: 1 value instead of 2"), open_study(str(tmp_path)):
         pass

@@ -42,7 +42,7 @@ OTHER_FORMATS = {
     b"PAR1": "a Parquet file",
 }
 LINES_PER_VALUE = 100  # beyond this, a quotation mark was not closed
-ROWS_AT_ONCE = 1 << 14
+ROWS_AT_ONCE = 256  # more would survive into older generations of the garbage collector, which is slower
 SHARED = 1 << 16  # a column with more distinct values does not share their memory
 
 
@@ -105,8 +105,8 @@ def read_table(
     if header.names[0] and not header.trailing and row_names != "never":
         named, line = _have_names(rows, width)
         if named is None and row_names == "always":
-            problem = "every row ends with a separator after its last value, or its last column is empty"
-            raise InputError(where, problem, "Name the first column in the header")
+            problem = "every row has one more value than there are names, but the last is always empty"
+            raise InputError(where, problem, "Name the first column, or remove the separators at the ends of the rows")
         header, rows = read()
         if named:
             expected = f"{width + 1}, as in line {line}: a row name and {width} named columns"
@@ -388,7 +388,8 @@ def _collect(
                 values.pop()
             if len(values) != len(names):
                 fix = QUOTES if any('"' in value for value in values) else "Correct the line"
-                raise InputError(f"{path} line {number}", f"{len(values)} values instead of {expected}", fix)
+                count = f"{len(values)} value{'s' * (len(values) != 1)}"
+                raise InputError(f"{path} line {number}", f"{count} instead of {expected}", fix)
         block.append(values)
         numbers.append(number)
         if len(block) == ROWS_AT_ONCE:
