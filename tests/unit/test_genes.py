@@ -134,7 +134,7 @@ def test_gene_tables_in_several_formats(tmp_path, text, gzipped):
             ["required columns missing (found: symbol, length)", "Give the columns gene_id (Ensembl) and symbol"],
         ),
         ("gene_id\tsymbol\nENSMUSG00000032094\tCd3d\n", ["gene_id", "no human Ensembl id"]),
-        ("", ["genes.tsv: not a table", "Give the columns"]),
+        ("", ["genes.tsv: empty", "Give a header and rows"]),
         (None, ["config: genes: table", "no such file", "Correct the path"]),
     ],
 )

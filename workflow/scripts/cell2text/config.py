@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from cell2text.errors import InputError
+from cell2text.tables import read_table
 
 CENSUS = "census://"  # prefix of sources in CELLxGENE Census
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -141,10 +141,10 @@ def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, s
     if not Path(sheet).is_file():
         raise InputError(sheet, "no such file", "Set `datasets` in the config to a sheet of datasets")
     schema = yaml.safe_load(schema_file.read_text())
-    table = pd.read_csv(sheet, sep="\t", dtype=str, keep_default_na=False, comment="#")
+    table = read_table(sheet, set(schema["properties"]), row_names="never", without_hash={"dataset"})
     rows: dict[str, dict[str, str]] = {}
-    for number, record in enumerate(table.to_dict("records"), start=2):
-        row = {column: value.strip() for column, value in record.items() if value.strip()}
+    for number, record in table.to_dict("index").items():
+        row = {column: value for column, value in record.items() if value}
         where = f"{sheet} line {number}"
         _check(row, schema, where, "config/README.md lists the columns")
         check_name(row["dataset"], f"{where}: dataset")

@@ -1,6 +1,6 @@
 """Gene names: which rows of a study are human genes, their Ensembl ids and their symbols."""
 
-import gzip
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from scipy import sparse
 from cell2text.cells.gene_kinds import OTHER_SPECIES, check_kinds, check_names, check_species, find_kinds
 from cell2text.cells.gene_names import ENSEMBL, MITOCHONDRIAL_IDS, MITOCHONDRIAL_SYMBOLS, clean_names, respell
 from cell2text.errors import InputError
+from cell2text.tables import read_table
 
 ID_COLUMNS = (
     *("gene_ids", "gene_id", "ensembl_gene_id", "ensembl_id", "ensembl_ids", "ensembl", "feature_id"),
@@ -188,17 +189,12 @@ def read_gene_table(path: str | Path) -> GeneTable:
     where, fix = f"{path}", "Give the columns gene_id (Ensembl) and symbol"
     if not Path(path).is_file():
         raise InputError("config: genes: table", f"no such file: {path}", "Correct the path")
-    try:
-        # there is a gene called NA, so no text is read as missing
-        table = pd.read_csv(path, sep=_separator(path), dtype=str, keep_default_na=False, header=None, quotechar='"')
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(where, f"not a table ({error})", fix) from error
-    first = table.iloc[0]
-    if first.str.contains(ENSEMBL).any():
-        names = ["gene_id", "symbol", *map(str, range(2, table.shape[1]))]
-    else:
-        table, names = table.iloc[1:], [name.strip().lower() for name in first]
-    table.columns = names[: table.shape[1]]
+    columns = {*ID_COLUMNS, *SYMBOL_COLUMNS}
+    table = read_table(path, columns, without_hash={*columns, "hgnc_id"}, headerless=_name_columns)
+    names = [name.lower() for name in table]
+    if len(set(names)) < len(names):
+        raise InputError(where, f"columns repeat: {', '.join(names)}", "Give each column its own name")
+    table.columns = names
     found = [next((name for name in wanted if name in names), None) for wanted in (ID_COLUMNS, SYMBOL_COLUMNS)]
     if None in found:
         raise InputError(where, f"required columns missing (found: {', '.join(names)})", fix)
@@ -217,6 +213,8 @@ def read_gene_table(path: str | Path) -> GeneTable:
     return GeneTable(by_symbol, pairs.drop_duplicates("id").set_index("id")["symbol"])
 
 
-def _separator(path: str | Path) -> str:
-    with gzip.open(path, "rt") if Path(path).suffix == ".gz" else Path(path).open() as file:
-        return "\t" if "\t" in file.readline() else ","
+def _name_columns(values: list[str]) -> list[str] | None:
+    """Return names for the columns if the first line of a gene table holds a gene."""
+    if not any(re.search(ENSEMBL, value) for value in values):
+        return None
+    return ["gene_id", "symbol", *map(str, range(2, len(values)))][: len(values)]

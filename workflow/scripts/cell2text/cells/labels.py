@@ -1,9 +1,7 @@
 """Metadata of each cell (donor, assay and labels), in the columns of the CELLxGENE schema."""
 
-import csv
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +9,7 @@ import pandas as pd
 from cell2text.contracts import TERM_SLOTS
 from cell2text.errors import InputError
 from cell2text.ontology import UNKNOWN, live_id, name_of
+from cell2text.tables import read_names, read_table
 
 log = logging.getLogger("cell2text.counts")
 
@@ -54,7 +53,7 @@ def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
         raise InputError(f"{where}: obs", f"cell {duplicate} occurs twice", "Give each cell a unique name")
     if "cell_table" in row:
         obs = join_cell_table(obs, row)
-        columns = [*obs]
+        columns = [*dict.fromkeys([*columns, *read_names(row["cell_table"], set(OBS_COLUMNS))])]
     known = pd.DataFrame({"dataset_id": pd.Categorical([dataset]).repeat(len(obs))})
     known.index = pd.Index(f"{dataset}|" + obs.index.astype(str), name="cell_id")
     known["donor_id"] = _fill(obs, "donor_id", row.get("donor"))
@@ -110,20 +109,35 @@ def join_cell_table(obs: pd.DataFrame, row: dict[str, str]) -> pd.DataFrame:
     Raises
     ------
     InputError
-        If the table is malformed or shares no cell with the file.
+        If the table is malformed, shares no cell with the file or has no column that is used.
     """
     path = row["cell_table"]
-    table = _read_table(path, sep=None, engine="python", index_col=0)
-    if table.index.has_duplicates:
-        duplicate = table.index[table.index.duplicated()][0]
-        raise InputError(path, f"cell {duplicate} occurs twice", "Keep one line per cell")
+    used = {*OBS_COLUMNS, *([row["label_column"]] if "label_column" in row else [])}
+    table = read_table(path, used, only=used, row_names="always")
+    cells = table.iloc[:, 0]
+    table = table.set_index(table.columns[0])
     if not obs.index.isin(table.index).any():
         raise InputError(
             path,
             f"none of its cells ({', '.join(table.index[:2])}) is in the file ({', '.join(obs.index[:2])})",
             "Put the barcodes of the file in the first column",
         )
+    _check_unique(path, cells, "cell")
+    if not len(table.columns):
+        raise InputError(
+            path,
+            f"none of its columns ({', '.join(read_names(path, used))}) is used",
+            "Name a column like those of CELLxGENE (cell_type_ontology_term_id, donor_id), or as in label_column",
+        )
     return obs.drop(columns=table.columns, errors="ignore").join(table)
+
+
+def _check_unique(path: str | Path, values: pd.Series, what: str) -> None:
+    twice = values.index[values.duplicated(keep=False)]
+    if len(twice):
+        value = values[twice[0]]
+        lines = " and ".join(map(str, values.index[values == value][:2]))
+        raise InputError(path, f"{what} {value} occurs twice (lines {lines})", f"Keep one line per {what}")
 
 
 def read_labels(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> pd.Categorical:
@@ -167,24 +181,12 @@ def read_label_table(path: str | Path) -> dict[str, str]:
         If a column is missing, a label is repeated or an id is not a term.
     """
     columns = ["author_label", "cell_type_ontology_term_id"]
-    table = _read_table(path, sep="\t")
+    table = read_table(path, set(columns))
     if not set(columns) <= set(table):
         raise InputError(
             path, f"required columns missing (found: {', '.join(table)})", f"Give the columns {' and '.join(columns)}"
         )
-    table["author_label"] = table["author_label"].str.strip()
-    repeated = table["author_label"][table["author_label"].duplicated()]
-    if len(repeated):
-        raise InputError(path, f"label {repeated.iloc[0]} occurs twice", "Keep one line per label")
-    for line, term in enumerate(table["cell_type_ontology_term_id"], start=2):
+    _check_unique(path, table["author_label"], "label")
+    for line, term in table["cell_type_ontology_term_id"].items():
         live_id("cell_type", term, f"{path} line {line}: cell_type_ontology_term_id")
     return {label: term or "unknown" for label, term in table[columns].itertuples(index=False)}
-
-
-def _read_table(path: str | Path, **options: Any) -> pd.DataFrame:
-    if not Path(path).is_file():
-        raise InputError(path, "no such file", "Correct its path in the datasets sheet")
-    try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, **options)
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise InputError(path, f"not a table ({error})", "Give tab-separated text") from error

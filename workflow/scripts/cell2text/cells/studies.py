@@ -23,6 +23,7 @@ from cell2text.cells.guards import Bounds, check_hdf5, open_zarr
 from cell2text.cells.matrices import CellMatrix, DenseMatrix, GeneMatrix, Matrix
 from cell2text.cells.matrix_market import EntryList
 from cell2text.errors import InputError
+from cell2text.tables import read_columns
 
 HUMAN = "NCBITaxon:9606"
 CHUNK_CACHE = 32 * 2**20  # bytes of HDF5 chunks kept unpacked per array, so that reading in batches unpacks each once
@@ -315,8 +316,8 @@ def _from_10x_folder(folder: Path) -> Study:
     if not any(folder.glob("*matrix.mtx*")) and (error := explain_folder(folder)):
         raise error
     matrix = EntryList.open(_only_file(folder, "matrix.mtx"))
-    barcodes = _read_lines(_only_file(folder, "barcodes.tsv"))[0]
-    genes = _read_lines(_only_file(folder, "features.tsv", "genes.tsv"))
+    barcodes = read_columns(_only_file(folder, "barcodes.tsv"))[0]
+    genes = read_columns(_only_file(folder, "features.tsv", "genes.tsv"))
     genes = genes.rename(columns={0: "gene_ids", 1: "gene_symbols", 2: "feature_types"})
     if "gene_symbols" not in genes:
         genes["gene_symbols"] = genes["gene_ids"]
@@ -345,10 +346,3 @@ def _only_file(folder: Path, *endings: str) -> Path:
             folder, f"expected one file {' or '.join(endings)}, found {listed}", "Keep one study per 10x folder"
         )
     return found[0]
-
-
-def _read_lines(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(path, f"damaged ({error})", _REWRITE) from error

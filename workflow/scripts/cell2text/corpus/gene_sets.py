@@ -7,6 +7,7 @@ import pandas as pd
 
 from cell2text.errors import InputError
 from cell2text.grammar import PATHWAY
+from cell2text.tables import read_rows, read_table
 
 COLLECTIONS = ("HALLMARK", "REACTOME", "KEGG_MEDICUS", "KEGG", "BIOCARTA", "PID", "WP", "GOBP", "GOCC", "GOMF")
 ABBREVIATIONS = frozenset(
@@ -21,16 +22,17 @@ ABBREVIATIONS = frozenset(
 def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
     """Return id -> gene symbols of a GMT file: one set per line, with id, description or link, then genes.
 
+    Lines that begin with ``#`` are comments.
+
     Raises
     ------
     InputError
         If a line has no gene, an id repeats, or the file has no set.
     """
     sets: dict[str, list[str]] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if not line.strip():
+    for number, (name, *rest) in read_rows(path):
+        if name.startswith("#"):
             continue
-        name, *rest = [field.strip() for field in line.split("\t")]
         genes = sorted({gene for gene in rest[1:] if gene})
         if not genes:
             raise InputError(
@@ -64,7 +66,7 @@ def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
     columns = ["id", "name", "description"]
     table = pd.DataFrame(columns=columns)
     if path is not None:
-        table = pd.read_csv(path, sep="	", dtype=str, keep_default_na=False)
+        table = read_table(path, set(columns))
     if not set(columns) <= set(table):
         raise InputError(path, f"columns {', '.join(table)}", f"Give the columns {', '.join(columns)}")
     rows = table.drop_duplicates("id").set_index("id").reindex(ids)

@@ -10,6 +10,7 @@ from scipy import sparse
 from cell2text.contracts import SPLITS
 from cell2text.corpus.duplicates import join_cells, join_groups
 from cell2text.errors import InputError
+from cell2text.tables import read_table
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 GROUPS = {"donors": "donor", "studies": "dataset_id"}
@@ -226,7 +227,7 @@ def read_split(path: str | Path, cells: pd.DataFrame) -> np.ndarray:
     Parameters
     ----------
     path
-        TSV with the column ``split`` and one of ``cell_id``, ``donor`` (``dataset|donor``), ``dataset_id``.
+        Table with the column ``split`` and one of ``cell_id``, ``donor`` (``dataset|donor``), ``dataset_id``.
     cells
         The same columns of the corpus. Rows of the table for other cells or donors are ignored.
 
@@ -235,8 +236,9 @@ def read_split(path: str | Path, cells: pd.DataFrame) -> np.ndarray:
     InputError
         If a column is missing, an id repeats, a split has an unknown name, or a cell has no split.
     """
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, comment="#")
-    column = next((name for name in ("cell_id", "donor", "dataset_id") if name in table), None)
+    columns = ["cell_id", "donor", "dataset_id", "split"]
+    table = read_table(path, set(columns))
+    column = next((name for name in columns[:-1] if name in table), None)
     if column is None or "split" not in table:
         raise InputError(
             path, f"columns {', '.join(table)}", "Give the columns `split` and `cell_id`, `donor` or `dataset_id`"
@@ -244,13 +246,13 @@ def read_split(path: str | Path, cells: pd.DataFrame) -> np.ndarray:
     wrong = table[~table["split"].isin(SPLITS)]
     if len(wrong):
         raise InputError(
-            f"{path} line {wrong.index[0] + 2}: split",
+            f"{path} line {wrong.index[0]}: split",
             f"unknown split {wrong['split'].iloc[0]!r}",
             f"Use one of {', '.join(SPLITS)}",
         )
     twice = table[column][table[column].duplicated()]
     if len(twice):
-        raise InputError(f"{path}: {column}", f"{twice.iloc[0]} appears twice", "Keep one of the lines")
+        raise InputError(f"{path} line {twice.index[0]}: {column}", f"{twice.iloc[0]} appears twice", "Keep one line")
     row = pd.Index(table[column]).get_indexer(pd.Index(cells[column].astype(object)))
     if (row < 0).any():
         absent = cells[column][row < 0].iloc[0]

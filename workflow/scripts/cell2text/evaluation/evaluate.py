@@ -14,9 +14,10 @@ from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.evaluation.metrics import Score, known, score_method, term_similarities
 from cell2text.evaluation.tables import calibration, confusion, per_class
-from cell2text.files import read_json, read_jsonl, whole_file, write_json
+from cell2text.files import read_json, read_jsonl, write_json
 from cell2text.grammar import Terms
 from cell2text.provenance import hash_file, versions
+from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.evaluation")
 
@@ -191,8 +192,7 @@ def _hash_files(folder: Path) -> dict[str, str]:
 
 
 def _write_tsv(table: pd.DataFrame, path: str) -> None:
-    with whole_file(path) as unfinished:
-        table.to_csv(unfinished, sep="\t", index=False, float_format="%.6f")
+    write_tsv(table, path, float_format="%.6f")
 
 
 def _log_main_metrics(metrics: pd.DataFrame) -> None:

@@ -23,6 +23,7 @@ from cell2text.errors import InputError
 from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.files import check_hashes, read_json, read_jsonl
 from cell2text.grammar import PATHWAY, Terms
+from cell2text.spreadsheet import restore_text
 
 METHOD = FINE_TUNED
 SLOTS = (*TERM_SLOTS, "pathways")
@@ -194,7 +195,7 @@ def read_results(files: RunFiles) -> Results:
 def _read_test_rows(path: str | Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """Return the test split of a table; text such as "NA" is not read as missing, because it may be a name."""
     text = dict.fromkeys(_TEXT_COLUMNS, str)
-    table = pd.read_csv(path, sep="\t", dtype=text, keep_default_na=False, na_values={})
+    table = restore_text(pd.read_csv(path, sep="\t", dtype=text, keep_default_na=False, na_values={}))
     missing = [column for column in columns if column not in table]
     if missing:
         raise InputError(path, f"columns missing: {', '.join(missing)}", RUN_AGAIN)
