@@ -60,7 +60,7 @@ SAMPLED_CELLS = TableContract(
     key="cell_id",
 )
 CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, key="cell_id")
-PATHWAY_SCORES = TableContract("AUCell scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
+PATHWAY_SCORES = TableContract("gene set scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
 TERMS = TableContract(
     "the terms of each slot",
     # depth: is_a steps from a cell type to the root of the Cell Ontology; null in other slots
