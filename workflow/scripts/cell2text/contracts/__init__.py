@@ -35,6 +35,7 @@ CENSUS_CELLS = TableContract(
     {
         "soma_joinid": pa.int64(),
         "dataset_id": TEXT,
+        "collection_id": TEXT,  # the dataset if it has none
         "donor_id": TEXT,
         "assay_ontology_term_id": TEXT,
         "cell_type_ontology_term_id": TEXT,
