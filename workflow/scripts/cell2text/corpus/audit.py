@@ -206,6 +206,10 @@ def _limits_of_types(
     untested = types.index[~types["test"]]
     if len(untested):
         yield f"Cell types without test cells are not evaluated: {_some(untested)}."
+    totals = cells["cell_type"].value_counts()
+    alone = sorted(totals.index[totals == 1])
+    if alone:
+        yield f"Cell types with a single cell, which cannot serve both training and evaluation: {_some(alone)}."
     sizes = cells["cell_type"][cells["split"] == "test"].value_counts()
     few = sorted(sizes.index[(sizes > 0) & (sizes < FEW_CELLS)])
     if few:
