@@ -220,18 +220,12 @@ def write_table(contract, path, **columns):
         ),
         (
             "cells",
-            "AAAB",
-            "1111",
-            ["corpus: cell_type_id", "name of B (B): 1 cell", "Drop the label, or merge it"],
-        ),
-        (
-            "cells",
             "AA",
             "11",
             ["config: split_shares", "no cell is left for", "Raise the share or add cells"],
         ),
     ],
-    ids=["one donor", "one study", "types confounded with donors", "a type with one cell", "an empty split"],
+    ids=["one donor", "one study", "types confounded with donors", "an empty split"],
 )
 def test_cells_that_cannot_be_split(tmp_path, out, split, cell_types, donors, expected):
     cells = write_table(

@@ -17,14 +17,22 @@ from scipy import sparse
 
 from cell2text.cells import census
 from cell2text.cells import fetch_census_shard as shard_module
-from cell2text.cells.choose_census_cells import choose_census_cells, find_exclusions, group_cells, with_descendants
+from cell2text.cells.choose_census_cells import (
+    choose_census_cells,
+    find_collections,
+    find_exclusions,
+    group_cells,
+    with_descendants,
+)
 from cell2text.cells.fetch_census_shard import fetch_census_shard, label_census_cells
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.cells.filter_cells import filter_cells
 from cell2text.config import check_config, cut_census, read_datasets
-from cell2text.contracts import CENSUS_CELLS
-from cell2text.corpus.sample_cells import read_labels
+from cell2text.contracts import CELLS, CENSUS_CELLS
+from cell2text.corpus.sample_cells import read_labels, sample_cells
+from cell2text.corpus.split_donors import split_donors
 from cell2text.errors import InputError
+from cell2text.files import read_json
 from cell2text.settings import CensusSettings, QcSettings, SampleSettings
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +67,11 @@ COUNTS = np.random.default_rng(0).poisson(2, (12, 4)).astype(np.float32)
 COUNTS[3] = 0  # a cell without counts keeps its row
 
 
-def write_census(path, obs=None, counts=COUNTS, categories=True, measured=None):
-    """Write a Census and return its source; ``measured`` has 0 or 1 for each gene of each study."""
+COLLECTIONS = {"study-1": "collection", "study-2": "collection", "elsewhere": "another"}
+
+
+def write_census(path, obs=None, counts=COUNTS, categories=True, collections=COLLECTIONS, measured=None):
+    """Write a Census and return its source; ``measured`` has 0 or 1 for each gene of each study in ``collections``."""
     soma = pytest.importorskip("tiledbsoma", reason="cellxgene-census is not installed (envs/census.yaml)")
     import tiledbsoma.io
 
@@ -78,21 +89,26 @@ def write_census(path, obs=None, counts=COUNTS, categories=True, measured=None):
     with soma.open(f"{path}/census_data", "w") as data, soma.open(place) as experiment:
         data.set("homo_sapiens", experiment)
     if measured:
-        uri, values = f"{path}/census_info/datasets", np.array(list(measured.values()), dtype=np.uint8)
-        presence = sparse.coo_matrix(values)
+        presence = sparse.coo_matrix(np.array([measured.get(name, [0] * 4) for name in collections], dtype=np.uint8))
         with soma.open(f"{place}/ms/RNA", "w") as rna:
             matrix = rna.add_new_sparse_ndarray(
                 "feature_dataset_presence_matrix", type=pa.uint8(), shape=presence.shape
             )
             matrix.write(pa.SparseCOOTensor.from_scipy(presence))
-        with soma.Collection.create(f"{path}/census_info"):
-            table = pa.table({"soma_joinid": np.arange(len(measured)), "dataset_id": list(measured)})
-        with soma.DataFrame.create(uri, schema=table.schema, domain=[[0, 9]]) as datasets:
-            datasets.write(table)
-        with soma.open(f"{path}/census_info", "w") as info, soma.open(uri) as datasets:
-            info.set("datasets", datasets)
-        with soma.open(str(path), "w") as top, soma.open(f"{path}/census_info") as info:
-            top.set("census_info", info)
+    if collections:
+        with soma.Collection.open(str(path), "w") as top:
+            top.add_new_collection("census_info")
+        datasets = pa.table(
+            {
+                "soma_joinid": range(len(collections)),
+                "dataset_id": collections,
+                "collection_id": [*collections.values()],
+            }
+        )
+        with soma.DataFrame.create(f"{path}/census_info/datasets", schema=datasets.schema, domain=[(0, 9)]) as table:
+            table.write(datasets)
+        with soma.open(f"{path}/census_info", "w") as info, soma.open(f"{path}/census_info/datasets") as table:
+            info.set("datasets", table)
     return f"census://{path}"
 
 
@@ -114,7 +130,8 @@ def fetch(source, tmp_path, shard, shards):
 
 def test_primary_cells_are_chosen_with_their_ids(source, tmp_path):
     chosen = choose(source, tmp_path)
-    expected = cells_of_the_census().iloc[:10].reset_index(names="soma_joinid").astype({"soma_joinid": "int64"})
+    expected = cells_of_the_census(collection_id="collection").iloc[:10].reset_index(names="soma_joinid")
+    expected = expected.astype({"soma_joinid": "int64"})
     pd.testing.assert_frame_equal(chosen, expected[list(CENSUS_CELLS.columns)])
 
 
@@ -123,8 +140,8 @@ def test_plain_text_columns_and_many_batches_give_the_same(source, tmp_path, mon
     other = write_census(tmp_path / "soma", categories=False)
     pd.testing.assert_frame_equal(choose(other, tmp_path), chosen)
     monkeypatch.setattr(census, "BUFFER", 64)
-    with census.open_census(other) as human:
-        assert sum(1 for _ in human.obs.read(column_names=["soma_joinid", "donor_id"])) > 1
+    with census.open_census(other) as opened:
+        assert sum(1 for _ in census.human_cells(opened).obs.read(column_names=["soma_joinid", "donor_id"])) > 1
     pd.testing.assert_frame_equal(choose(other, tmp_path), chosen)
 
 
@@ -172,14 +189,56 @@ def test_the_sample_depends_on_organs_and_seed(source, tmp_path):
     assert draws[0] == draws[1] and len(set(draws)) > 1 and all(len(draw) == 5 for draw in draws)
 
 
-def test_donors_are_named_by_study():
+def test_donors_are_named_by_collection():
     cells = cells_of_the_census(tissue_general_ontology_term_id="unknown")
     cells.loc["11", "donor_id"] = None
-    groups = group_cells(cells.astype("category"))
-    expected = ["study-1|d1"] * 2 + ["study-1|d2"] * 3 + ["study-1|unknown"]
-    expected += ["study-2|d1"] * 2 + ["study-2|d3"] * 3 + ["study-2|unknown"]
-    assert list(groups["donor"]) == expected
+    cells = cells.astype("category")
+    cells["collection_id"] = find_collections(cells["dataset_id"], {"study-1": "c", "study-2": "c"})
+    groups = group_cells(cells)
+    assert list(groups["donor"]) == ["c|d1"] * 2 + ["c|d2"] * 3 + ["c|c"] + ["c|d1"] * 2 + ["c|d3"] * 3 + ["c|c"]
     assert groups["tissue_id"].isna().all()
+    # a dataset without collection, or of another one
+    cells["collection_id"] = find_collections(cells["dataset_id"], {"study-1": "c"})
+    expected = ["study-2|d1"] * 2 + ["study-2|d3"] * 3 + ["study-2|study-2"]
+    assert list(group_cells(cells)["donor"])[6:] == expected
+
+
+def test_a_person_in_two_datasets_of_a_collection_is_one_donor_in_one_split(tmp_path):
+    """Twelve people, each in two datasets of a collection, and two of the same name in another collection."""
+    names = [f"p{i}" for i in range(12)] + ["p0", "p1", "pooled", "unknown"]
+    people = np.repeat([*names[:12], *names], 20)
+    datasets = np.repeat(["study-1"] * 12 + ["study-2"] * 12 + ["elsewhere"] * 2 + ["study-1", "study-2"], 20)
+    obs = pd.concat([cells_of_the_census().iloc[:1]] * len(people)).assign(dataset_id=datasets, donor_id=people)
+    obs.index = [str(i) for i in range(len(obs))]
+    counts = np.random.default_rng(0).poisson(9, (len(obs), 4)).astype(np.float32)
+    source = write_census(tmp_path / "soma", obs, counts)
+    choose(source, tmp_path, replace(WANTED, leave_out_datasets=[]))
+    files = []
+    for shard in range(3):
+        fetch(source, tmp_path, shard, 3)
+        files.append(tmp_path / f"{shard}.h5ad")
+    sampled, corpus = tmp_path / "sampled.parquet", tmp_path / "cells.parquet"
+    sample_cells(files, ALL, 0, sampled, tmp_path / "diversity.tsv")
+    for seed in range(5):
+        split_donors(
+            sampled, "donors", {"train": 0.6, "validation": 0.2, "test": 0.2}, seed, corpus, tmp_path / "audit"
+        )
+        cells = CELLS.read(corpus)
+        assert cells["donor"].nunique() == 16 and "another|p0" in set(cells["donor"])
+        person = cells["dataset_id"].isin(["study-1", "study-2"]).astype(str) + cells["donor"].str.split("|").str[1]
+        assert len(cells.assign(person=person)[["person", "split"]].drop_duplicates()) == len(set(person))
+    limits = "\n".join(read_json(tmp_path / "audit")["limits"])
+    assert "A person in two collections counts as two donors" in limits
+    assert "These names occur in several collections: p0, p1." in limits
+    assert "No donor is given for some or all cells of collection." in limits
+    assert "Donors that are pools of people, who may also be donors by themselves: collection|pooled." in limits
+
+
+def test_a_copy_without_its_table_of_datasets_names_donors_by_dataset(tmp_path, caplog):
+    source = write_census(tmp_path / "soma", collections=None)
+    chosen = choose(source, tmp_path)
+    assert (chosen["collection_id"] == chosen["dataset_id"]).all()
+    assert "a person in two of its datasets will count as two donors" in caplog.text
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -203,7 +262,9 @@ def test_a_shard_has_the_format_of_every_other_dataset(source, tmp_path):
     study.write_h5ad(tmp_path / "study.h5ad")
     fetch_dataset({"dataset": "study", "source": str(tmp_path / "study.h5ad")}, tmp_path / "fetched.h5ad")
     fetched = ad.read_h5ad(tmp_path / "fetched.h5ad")
-    assert list(shard.obs) == list(fetched.obs) and set(map(str, shard.obs.dtypes)) == {"category"}
+    assert list(shard.obs.drop(columns="collection_id")) == list(fetched.obs) and set(map(str, shard.obs.dtypes)) == {
+        "category"
+    }
     assert shard.obs.index.name == fetched.obs.index.name and shard.var.index.name == fetched.var.index.name
     names = ["cell_type", "tissue", "disease", "sex", "development_stage"]
     assert (shard.obs[names].astype(str).to_numpy() == fetched.obs[names].astype(str).to_numpy()[:10]).all()
@@ -214,7 +275,7 @@ def test_a_shard_has_the_format_of_every_other_dataset(source, tmp_path):
     outputs = [tmp_path / name for name in ("kept.h5ad", "qc.parquet", "qc.json", "qc.svg")]
     filter_cells(tmp_path / "0.h5ad", *outputs, limits=LIMITS)
     corpus = read_labels(tmp_path / "kept.h5ad")
-    assert set(corpus["donor"]) == {"study-1|d1", "study-1|d2", "study-1|study-1", "study-2|d1", "study-2|d3"}
+    assert set(corpus["donor"]) == {f"collection|{name}" for name in ("d1", "d2", "d3", "collection")}
     assert len(corpus) == 9  # all cells except the one without counts
 
 
@@ -239,11 +300,12 @@ def test_deprecated_and_unknown_ids_are_resolved():
         disease_ontology_term_id="MONDO:0100096 || MONDO:0005015",
         development_stage_ontology_term_id="HsapDv:9999999",
         donor_id=None,
+        collection_id="collection",
     )
     cells = label_census_cells(chosen.reset_index(names="soma_joinid")[list(CENSUS_CELLS.columns)])
     assert set(cells["disease_ontology_term_id"]) == {"MONDO:0100096"} and set(cells["disease"]) == {"COVID-19"}
     assert set(cells["development_stage_ontology_term_id"]) == set(cells["development_stage"]) == {"unknown"}
-    assert list(cells["donor_id"]) == list(cells["dataset_id"])
+    assert set(cells["donor_id"]) == {"collection"}
 
 
 def test_a_fraction_is_rejected_as_count(tmp_path, source):

@@ -111,6 +111,16 @@ def test_unknown_labels_are_none_and_donors_are_prefixed_with_their_dataset(tmp_
     assert list(table["n_counts"]) == [2, 2, 2, 2] and len(set(table["counts_hash"])) == 1
 
 
+def test_a_donor_called_unknown_is_a_donor(tmp_path):
+    files = [
+        write_cells(tmp_path / "in.h5ad", "s", np.ones((2, 2)), donors=["unknown", "d"]),
+        write_cells(tmp_path / "also.h5ad", "unknown", np.ones((1, 2)), donors=["unknown"]),
+    ]
+    table = sample(tmp_path, files)
+    assert list(table["donor"]) == ["s|unknown", "s|d", "unknown|unknown"]
+    assert list(table["dataset_id"]) == ["s", "s", "unknown"]
+
+
 def test_a_file_may_contain_several_studies(tmp_path):
     cells = write_cells(tmp_path / "in.h5ad", ["s", "t", "s"], np.ones((3, 2)), donors=["1", "1", "2"])
     assert set(sample(tmp_path, [cells])["donor"]) == {"s|1", "t|1", "s|2"}
@@ -236,6 +246,19 @@ def test_the_audit_lists_the_limits_of_one_donor():
     assert any("known tissue" in limit for limit in limits)
     assert any("sex is unknown" in limit for limit in limits)
     assert any("train 100.0% (configured: 70.0%)" in limit for limit in limits)
+
+
+def test_the_audit_says_which_names_do_not_tell_people_apart():
+    donors = ["s|p1", "t|p1", "s|p2", "s|s", "t|unknown", "t|pool_2"]
+    cells = make_table(["CL:1"] * 6, donors, ["s", "t", "s", "s", "t", "t"]).assign(split="train")
+    limits = "\n".join(audit_split(cells, "donors", SHARES)["limits"])
+    assert "A person in two datasets counts as two donors" in limits
+    assert "These names occur in several datasets: p1." in limits
+    assert "No donor is given for some or all cells of s, t." in limits
+    assert "pools of people, who may also be donors by themselves: t|pool_2." in limits
+    # one dataset whose donors all have names
+    limits = "\n".join(audit_split(cells.iloc[[0, 2]], "donors", SHARES)["limits"])
+    assert "A person" not in limits and "No donor" not in limits and "pools" not in limits
 
 
 def test_the_audit_names_studies_with_one_donor_and_donors_that_share_cells(tmp_path):

@@ -1,6 +1,7 @@
 """Gene sets are scored, standardised on training cells only, and described in text that can be parsed."""
 
 import re
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import scanpy as sc
 from scipy import sparse
 
+from cell2text.cells import h5ad
 from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
 from cell2text.corpus import score_pathways as scoring
 from cell2text.corpus import write_descriptions as writing
 from cell2text.corpus.gene_sets import name_pathways, read_gene_sets, readable_name
 from cell2text.corpus.pathways import choose_pathways, fit_sets
-from cell2text.corpus.score_pathways import count_top_genes, score_pathways
+from cell2text.corpus.score_pathways import THINNED_TO, kept_share, score_pathways
 from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.evaluation.similarity import ontology_edges
 from cell2text.files import read_json
@@ -57,26 +59,43 @@ def distinct_counts(cells, seed=0):
     return np.array([rng.permutation(len(GENES)) + 1 for _ in range(cells)])
 
 
-def test_the_score_is_the_area_under_the_recovery_curve(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "TOP_SHARE", 0.25)  # the top 10 of 40 genes
-    counts = [range(40, 0, -1)]  # G00 ranks first, G39 last
-    scores = score(tmp_path, counts, {"A": ["G00", "G04", "G20"], "B": ["G30", "G31"], "C": GENES[:3]})
-    # Ranks 1 and 5 of three genes: (5-1)*1 + (10-5)*2 = 14; ranks 1, 2, 3 would give 1 + 2 + 7*3 = 24.
-    assert scores.loc["d|0"].to_dict() == pytest.approx({"A": 14 / 24, "B": 0, "C": 1})
+def test_the_score_is_the_expected_number_of_genes_left_at_50_counts(tmp_path):
+    counts = np.zeros((3, 40))
+    counts[0, :4] = 1, 2, 97, 100  # 200 counts: each is kept with probability 1/4
+    counts[1, :2] = 1, 49  # 50 counts, which is not thinned
+    counts[2, 1] = 3  # fewer counts
+    scores = score(tmp_path, counts, {"A": ["G00", "G01"], "B": ["G01", "G02", "G30"]})
+    one, two, many = 1 - 3 / 4, 1 - (3 / 4) ** 2, 1 - (3 / 4) ** 97
+    assert scores["A"].tolist() == pytest.approx([one + two, 2, 1])
+    assert scores["B"].tolist() == pytest.approx([two + many, 1, 1])
+
+
+def test_the_expected_score_does_not_depend_on_depth(tmp_path):
+    rng = np.random.default_rng(0)
+    cell = rng.multinomial(2000, rng.dirichlet(np.full(40, 0.1)))
+    sets = {"A": GENES[:9], "B": GENES[5:20], "C": GENES[30:]}
+    deep = score(tmp_path, [cell], sets)
+    thinned = rng.binomial(cell, 0.1, size=(4000, 40))  # about 200 counts
+    shallow = score(tmp_path, thinned, sets)
+    error = shallow.std() / len(shallow) ** 0.5
+    assert ((shallow.mean() - deep.iloc[0]).abs() < 4 * error + 0.01).all()
+    assert (thinned > 0).sum(axis=1).mean() < 0.8 * (cell > 0).sum()  # unlike the number of expressed genes
 
 
 def test_the_score_of_a_cell_does_not_depend_on_other_cells_or_blocks(tmp_path, monkeypatch):
-    # Sparse, so that many genes have no counts in a few cells.
-    counts = np.random.default_rng(0).poisson(0.2, (20, 40)) + np.eye(20, 40, dtype=int)
-    monkeypatch.setattr(scoring, "count_top_genes", lambda path, corpus: 6)
+    # Sparse, so that many genes have no counts in a few cells; at very different depths.
+    counts = np.random.default_rng(0).poisson(0.2, (20, 40)) * (1 + 10 * np.arange(20)[:, None]) + np.eye(20, 40)
     sets = {"A": GENES[:9], "B": GENES[5:20]}
     whole = score(tmp_path, counts, sets)
-    monkeypatch.setattr(scoring, "CELLS_AT_ONCE", 3)
+    monkeypatch.setattr(scoring, "read_blocks", partial(h5ad.read_blocks, at_once=3))
     pd.testing.assert_frame_equal(whole, score(tmp_path, counts, sets))
     some = [f"d|{i}" for i in (7, 3, 11)]
     pd.testing.assert_frame_equal(
         whole.loc[some].sort_index(), score(tmp_path, counts, sets, cell_ids=some).sort_index()
     )
+    for rows in (slice(0, 7), slice(7, 20)):  # two shards
+        shard = score(tmp_path, counts[rows], sets).to_numpy()
+        np.testing.assert_array_equal(shard, whole.to_numpy()[rows])
 
 
 def test_a_set_with_too_few_measured_genes_is_not_scored(tmp_path, caplog):
@@ -89,21 +108,11 @@ def test_a_set_with_too_few_measured_genes_is_not_scored(tmp_path, caplog):
 
 
 def test_a_symbol_shared_by_two_genes_counts_once(tmp_path):
-    counts = distinct_counts(2)
-    scores = score(tmp_path, counts, {"A": ["G00", "G01"]}, symbols=["G00", *GENES[:-1]])
-    once = score(tmp_path, counts[:, [0, *range(2, 40)]], {"A": ["G00", "G01"]}, symbols=GENES[:-1])
-    pd.testing.assert_frame_equal(scores, once)
-
-
-def test_top_genes_are_capped_at_the_number_that_training_cells_express(tmp_path):
-    counts = np.zeros((40, 200))
-    for cell in range(40):
-        counts[cell, : cell + 1] = 1  # 1 to 40 genes
-    cells = write_cells(tmp_path / "cells.h5ad", counts, [f"G{i}" for i in range(200)])
-    rich = np.arange(40) >= 20
-    assert count_top_genes(cells, rich) == 10  # 5% of 200
-    assert count_top_genes(cells, ~rich) == 2  # the 5th percentile of 1..20 is 1.95, and two is the minimum
-    assert count_top_genes(cells, rich | True) == 2  # the 5th percentile of 1..40 is 2.95
+    counts = np.zeros((1, 40))
+    counts[0, [0, 1, 2]] = 1, 150, 49  # G00, again G00, G01
+    scores = score(tmp_path, counts, {"A": ["G00", "G01"], "B": ["G00"]}, symbols=["G00", *GENES[:-1]])
+    # The second gene counts for the depth of the cell, 200 counts, but not for the set.
+    assert scores.to_numpy().tolist() == [pytest.approx([1 / 4 + 1 - (3 / 4) ** 49, 1 / 4])]
 
 
 def test_sets_are_standardised_and_filtered_as_by_hand():
@@ -116,18 +125,38 @@ def test_sets_are_standardised_and_filtered_as_by_hand():
         },
         index=list("abcd"),
     )
-    fitted = fit_sets(lambda: [scores], per_cell=1, min_active_share=0)
+    fitted = fit_sets(lambda: [(scores, np.zeros(4))], per_cell=1, min_active_share=0)
     # COMMON: z +1, -1, +1, -1. RARE: z -0.58 three times, then 1.73. ELSEWHERE: -1, +1.
     # Highest z with a score above zero: a COMMON, b COMMON (RARE is zero), c COMMON, d RARE.
     assert fitted["active_share"].to_dict() == {"COMMON": 0.75, "RARE": 0.25}
     assert fitted["mean"].to_dict() == pytest.approx({"COMMON": 0.3, "RARE": 0.2})
     assert fitted["sd"].to_dict() == pytest.approx({"COMMON": 0.1, "RARE": 0.2 * 3**0.5})
-    assert list(fit_sets(lambda: [scores], 1, 0.25).index) == ["COMMON"]
+    assert fitted["reliability"].tolist() == [1, 1]  # no thinning, no noise
+    assert list(fit_sets(lambda: [(scores, np.zeros(4))], 1, 0.25).index) == ["COMMON"]
     assert named(choose_pathways(scores, fitted, 2), fitted) == [
         ("COMMON",), ("COMMON",), ("COMMON",), ("RARE", "COMMON"),
     ]  # fmt: skip
-    in_parts = fit_sets(lambda: (scores[i : i + 1] for i in range(4)), 1, 0)
+    in_parts = fit_sets(lambda: ((scores[i : i + 1], np.zeros(1)) for i in range(4)), 1, 0)
     pd.testing.assert_frame_equal(in_parts, fitted)
+
+
+def test_a_set_counts_by_the_share_of_its_variance_that_is_not_sampling_noise():
+    scores = pd.DataFrame({"QUIET": [1.0, 3.0, 1.0, 3.0], "NOISY": [9.0, 11.0, 11.0, 9.0], "NOISE": [60.0, 62, 60, 62]})
+    fitted = fit_sets(lambda: [(scores, np.array([0.05, 0.05, 0.01, 0.01]))], per_cell=3, min_active_share=0)
+    # Each has variance 1. Noise: the mean of score times kept share, such as (0.05 + 0.15 + 0.01 + 0.03) / 4.
+    noise = {"QUIET": 0.24 / 4, "NOISY": (20 * 0.05 + 20 * 0.01) / 4}
+    assert fitted["reliability"].to_dict() == pytest.approx(
+        {name: 1 - n for name, n in noise.items()} | {"NOISE": 0.01}
+    )
+    # All three are a standard deviation above their mean in the second cell.
+    assert named(choose_pathways(scores, fitted, 3), fitted)[1] == ("QUIET", "NOISY", "NOISE")
+
+
+def test_cells_of_unknown_depth_do_not_add_noise():
+    scores = pd.DataFrame({"A": [1.0, 3.0]})
+    fitted = fit_sets(lambda: [(scores, kept_share(np.array([np.nan, np.nan])))], 1, 0)
+    assert fitted["reliability"].tolist() == [1]
+    assert kept_share(np.array([10.0, THINNED_TO, 4 * THINNED_TO])).tolist() == [1, 1, 0.25]
 
 
 def named(chosen, fitted):
@@ -139,7 +168,9 @@ def test_fitting_in_parts_with_missing_scores_equals_fitting_at_once():
     scores = pd.DataFrame(rng.random((500, 6)).astype("float32"), columns=list("ABCDEF")) * 0.1 + 0.9
     scores.loc[:199, "B"] = np.nan
     scores["E"] = np.float32(0.1)  # its mean is rounded
-    fitted = fit_sets(lambda: (scores[i : i + 37] for i in range(0, 500, 37)), 2, 0.005)
+    fitted = fit_sets(
+        lambda: ((scores[i : i + 37], np.zeros(len(scores[i : i + 37]))) for i in range(0, 500, 37)), 2, 0.005
+    )
     assert list(fitted.index) == list("ABCDF")
     assert fitted["mean"].to_numpy() == pytest.approx(scores[fitted.index].astype(float).mean().to_numpy(), rel=1e-12)
     assert fitted["sd"].to_numpy() == pytest.approx(scores[fitted.index].astype(float).std(ddof=0).to_numpy(), rel=1e-9)
@@ -151,7 +182,7 @@ def test_fitting_in_parts_with_missing_scores_equals_fitting_at_once():
 
 
 def test_a_set_with_a_missing_or_zero_score_is_never_chosen():
-    fitted = pd.DataFrame({"mean": [0.5, 0.5, 0.5], "sd": [1, 1, 1]}, index=["A", "B", "C"])
+    fitted = pd.DataFrame({"mean": [0.5, 0.5, 0.5], "sd": [1, 1, 1], "reliability": 1.0}, index=["A", "B", "C"])
     scores = pd.DataFrame({"A": [0.0, 0.2], "B": [np.nan, 0.2], "C": [0.1, 0.1]})
     # Ties go to the first.
     assert choose_pathways(scores, fitted, 2).tolist() == [[2, -1], [0, 1]]
@@ -327,39 +358,6 @@ def blood_counts():
     return published, counts
 
 
-def aucell_by_hand(counts, symbols, sets, top_genes):
-    """Score cells gene by gene: a gene of the set at rank r adds the top_genes - r ranks after it."""
-    drawn = np.random.default_rng(seed=0).choice(len(symbols), len(symbols), replace=False)
-    place = {gene: i for i, gene in enumerate(drawn)}  # the order of genes with equal counts
-    scores = np.zeros((len(counts), len(sets)))
-    for cell, row in enumerate(counts):
-        order = sorted(range(len(row)), key=lambda gene: (-row[gene], place[gene]))
-        rank = {symbols[gene]: i for i, gene in enumerate(order, start=1)}
-        for column, genes in enumerate(sets.values()):
-            measured = [gene for gene in genes if gene in rank]
-            area = sum(max(0, top_genes - rank[gene]) for gene in measured)
-            most = sum(max(0, top_genes - i) for i in range(1, len(measured) + 1))
-            scores[cell, column] = area / most
-    return scores
-
-
-def test_scores_of_real_cells_with_ties_equal_those_by_hand(tmp_path, request):
-    published, counts = blood_counts()
-    counts, symbols = counts[:50], list(published.var_names)
-    sets = {
-        name: genes
-        for name, genes in read_gene_sets(request.config.rootpath / "resources/programmes.gmt").items()
-        if len(set(genes) & set(symbols)) >= 5
-    }
-    top_genes = 39  # 5% of 765
-    expected = aucell_by_hand(counts, symbols, sets, top_genes)
-    last = -np.sort(-counts, axis=1)[:, top_genes - 2 : top_genes]
-    assert (last[:, 0] == last[:, 1]).mean() > 0.5  # ties at the last of the top ranks
-    scores = score(tmp_path, counts, sets, min_genes=5, symbols=symbols)
-    np.testing.assert_allclose(scores.to_numpy(), expected, atol=1e-6)
-    assert expected.max() > 0.5
-
-
 def test_our_programmes_distinguish_blood_cells(tmp_path, request):
     published, counts = blood_counts()
     cells = write_cells(tmp_path / "cells.h5ad", counts, list(published.var_names))
@@ -374,7 +372,7 @@ def test_our_programmes_distinguish_blood_cells(tmp_path, request):
     assert typical["CYTOTOXICITY"].idxmax() == "CD56+ NK"
     assert typical["COMPLEMENT_PHAGOCYTOSIS"].idxmax() == "CD14+ Monocyte"
     assert typical["ANTIGEN_PRESENTATION_MHC_II"].idxmax() == "Dendritic"
-    fitted = fit_sets(lambda: [scores], 2, 0.005)
+    fitted = fit_sets(lambda: [(scores, kept_share(counts.sum(axis=1)))], 2, 0.005)
     chosen = named(choose_pathways(scores, fitted, 2), fitted)
     b_cells = [names for names, label in zip(chosen, labels, strict=True) if label == "CD19+ B"]
     assert np.mean(["B_CELL_RECEPTOR_IMMUNOGLOBULIN" in names for names in b_cells]) > 0.7

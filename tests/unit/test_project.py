@@ -20,7 +20,7 @@ from cell2text.provenance import find_modules, library_version
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
-CELLS_PACKAGES = ["anndata", "scanpy", "decoupler", "cellxgene_ontology_guide"]
+CELLS_PACKAGES = ["anndata", "scanpy", "cellxgene_ontology_guide"]
 LANGUAGE_PACKAGES = ["torch", "transformers", "peft"]
 
 

@@ -1,4 +1,4 @@
-"""Score the gene sets in each cell of a dataset with AUCell."""
+"""Score the gene sets in each cell of a dataset."""
 
 from cell2text.corpus.score_pathways import score_pathways
 from cell2text.job import run_job

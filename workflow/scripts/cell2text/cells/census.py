@@ -26,14 +26,7 @@ BUFFER, BUDGET = 64 << 20, 3 << 30
 
 @contextmanager
 def open_census(source: str) -> Iterator[Any]:
-    """Open a Census and yield the SOMA experiment of its human cells; errors are those of ``open_whole_census``."""
-    with open_whole_census(source) as census:
-        yield census["census_data"]["homo_sapiens"]
-
-
-@contextmanager
-def open_whole_census(source: str) -> Iterator[Any]:
-    """Open a Census and yield its SOMA collection.
+    """Open a Census and yield it, a SOMA collection.
 
     Raises
     ------
@@ -64,6 +57,24 @@ def open_whole_census(source: str) -> Iterator[Any]:
             yield census
     except (RequestException, SOMAError) as error:
         raise InputError(source, f"cannot be read ({str(error).strip().rstrip('.')})", fix) from error
+
+
+def human_cells(census: Any) -> Any:
+    """Return the SOMA experiment of the human cells."""
+    return census["census_data"]["homo_sapiens"]
+
+
+def read_collections(census: Any) -> dict[str, str]:
+    """Return dataset id -> id of its collection, within which donor ids are unique to a person.
+
+    Source: CELLxGENE schema 5, donor_id. Empty if a copy of the Census lacks its table of datasets.
+    """
+    if "census_info" not in census or "datasets" not in census["census_info"]:
+        log.warning("the Census has no table of datasets: a person in two of its datasets will count as two donors")
+        return {}
+    columns = ["dataset_id", "collection_id"]
+    table = census["census_info"]["datasets"].read(column_names=columns).concat().to_pandas().astype(object).dropna()
+    return {dataset: collection for dataset, collection in table[columns].itertuples(index=False) if collection}
 
 
 @cache

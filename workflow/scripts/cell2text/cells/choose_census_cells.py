@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from cellxgene_ontology_guide.supported_versions import CXGSchema
 
-from cell2text.cells.census import ASSAY, IDS, ORGAN, open_census, read_term
+from cell2text.cells.census import ASSAY, IDS, ORGAN, human_cells, open_census, read_collections, read_term
 from cell2text.cells.sampling import draw_sample
 from cell2text.contracts import CENSUS_CELLS
 from cell2text.errors import InputError
@@ -48,12 +48,14 @@ def choose_census_cells(
     InputError
         If the Census cannot be read or no cell passes.
     """
-    with open_census(source) as human:
-        cells, excluded = read_census_obs(human, wanted)
+    with open_census(source) as census:
+        cells, excluded = read_census_obs(human_cells(census), wanted)
+        collections = read_collections(census)
     listed = ", ".join(f"{reason}: {n}" for reason, n in sorted(excluded.items())) or "none"
     if cells.empty:
         raise InputError(f"{source}: obs", f"no cell passes (excluded: {listed})", "Change `census` in the config")
     log.info("%s: %d primary cells pass; excluded: %s", source, len(cells), listed)
+    cells["collection_id"] = find_collections(cells["dataset_id"], collections)
     rng = np.random.default_rng(seed)
     rows = draw_sample(group_cells(cells), sample.cells, sample.shares, sample.caps, rng)
     cells = cells.iloc[rows][list(CENSUS_CELLS.columns)]
@@ -146,14 +148,23 @@ def with_descendants(assays: list[str]) -> set[str]:
     return {term for term, entry in terms.items() if not set(assays).isdisjoint({term, *entry.get("ancestors", {})})}
 
 
+def find_collections(datasets: pd.Series, collections: dict[str, str]) -> pd.Categorical:
+    """Return the collection of each cell's dataset, or the dataset itself if it has none; both as categories."""
+    codes, names = pd.factorize(np.array([collections.get(name, name) for name in datasets.cat.categories], object))
+    return pd.Categorical.from_codes(codes[datasets.cat.codes], names)
+
+
 def group_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns by which ``sampling.draw_sample`` balances cells, as categories; missing if unknown."""
-    studies, donors = cells["dataset_id"].cat, cells["donor_id"].cat
-    donor_names = np.array(["unknown", *donors.categories], dtype=object)
-    pairs = studies.codes.to_numpy(dtype=np.int64) * len(donor_names) + donors.codes.to_numpy() + 1
-    codes, unique = pd.factorize(pairs)
-    study, donor = np.divmod(unique, len(donor_names))
-    names = studies.categories.to_numpy(dtype=object)[study] + "|" + donor_names[donor]
+    """Return the columns by which ``sampling.draw_sample`` balances cells, as categories; missing if unknown.
+
+    A donor is ``{collection}|{donor}``, as in the corpus; cells of unknown donors of a collection count as one donor.
+    """
+    collections, donors = cells["collection_id"].cat, cells["donor_id"].cat
+    known = np.array([False, *(name.lower() not in UNKNOWN for name in donors.categories)])
+    donor = np.where(known[donors.codes + 1], donors.codes + 1, 0)
+    codes, unique = pd.factorize(collections.codes.to_numpy(dtype=np.int64) * len(known) + donor)
+    pairs = zip(*np.divmod(unique, len(known)), strict=True)
+    names = [f"{(place := collections.categories[i])}|{donors.categories[j - 1] if j else place}" for i, j in pairs]
     return pd.DataFrame(
         {
             "cell_type_id": cells[IDS["cell_type"]],

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cell2text.cells.census import ASSAY, IDS, open_whole_census, read_term
+from cell2text.cells.census import ASSAY, IDS, human_cells, open_census, read_term
 from cell2text.cells.genes import GeneMap, map_genes
 from cell2text.cells.h5ad import CELLS_AT_ONCE, write_cells
 from cell2text.cells.labels import CELLXGENE
@@ -53,8 +53,8 @@ def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: 
             "config: shards", f"{shards} shards, but fewer cells were chosen from {source}", "Lower `shards`"
         )
     obs = label_census_cells(cells)
-    with open_whole_census(source) as census:
-        human = census["census_data"]["homo_sapiens"]
+    with open_census(source) as census:
+        human = human_cells(census)
         genes = read_census_genes(human, source)
         uns = {"source": source, "measured": read_measured_genes(census, genes, cells["dataset_id"].unique())}
         blocks = read_census_counts(human, cells["soma_joinid"].to_numpy(), obs.index, genes, source)
@@ -65,7 +65,7 @@ def fetch_census_shard(cells_file: str | Path, source: str, shard: int, shards: 
 def label_census_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the chosen cells in the columns of the CELLxGENE schema, each a categorical; names come from the ids.
 
-    A cell without a donor gets its study as donor.
+    A cell without a donor gets its collection as donor.
 
     Parameters
     ----------
@@ -73,9 +73,9 @@ def label_census_cells(cells: pd.DataFrame) -> pd.DataFrame:
         Rows of ``contracts.CENSUS_CELLS``.
     """
     cells = cells.astype(dict.fromkeys(cells.columns[1:], object)).fillna("unknown")
-    known = pd.DataFrame({"dataset_id": cells["dataset_id"]})
+    known = cells[["dataset_id", "collection_id"]].copy()
     unnamed = cells["donor_id"].str.lower().isin(UNKNOWN)
-    known["donor_id"] = cells["donor_id"].mask(unnamed, cells["dataset_id"])
+    known["donor_id"] = cells["donor_id"].mask(unnamed, cells["collection_id"])
     known[ASSAY] = cells[ASSAY]
     for slot, column in IDS.items():
         known[column] = cells[column].map({term: read_term(slot, term) for term in cells[column].unique()})

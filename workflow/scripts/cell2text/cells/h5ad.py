@@ -191,6 +191,12 @@ def read_obs(path: str | Path, columns: Iterable[str] | None = None) -> pd.DataF
         return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in selected})
 
 
+def has_column(path: str | Path, column: str) -> bool:
+    """Return whether ``obs`` of an h5ad file has a column."""
+    with h5py.File(path, "r") as file:
+        return column in file["obs"]
+
+
 def read_genes(path: str | Path) -> pd.DataFrame:
     """Return the gene table of an h5ad file: ``symbol``, indexed by gene id."""
     with h5py.File(path, "r") as file:

@@ -35,6 +35,7 @@ CENSUS_CELLS = TableContract(
     {
         "soma_joinid": pa.int64(),
         "dataset_id": TEXT,
+        "collection_id": TEXT,  # the dataset if it has none
         "donor_id": TEXT,
         "assay_ontology_term_id": TEXT,
         "cell_type_ontology_term_id": TEXT,
@@ -60,7 +61,7 @@ SAMPLED_CELLS = TableContract(
     key="cell_id",
 )
 CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, key="cell_id")
-PATHWAY_SCORES = TableContract("AUCell scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
+PATHWAY_SCORES = TableContract("gene set scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
 TERMS = TableContract(
     "the terms of each slot",
     # depth: is_a steps from a cell type to the root of the Cell Ontology; null in other slots

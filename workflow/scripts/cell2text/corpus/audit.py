@@ -8,6 +8,7 @@ import pandas as pd
 
 from cell2text.contracts import SPLITS, TERM_SLOTS
 from cell2text.corpus.duplicates import find_pairs, join_groups
+from cell2text.ontology import UNKNOWN
 
 FEW_CELLS = 5
 MAX_NAMES = 10
@@ -154,6 +155,7 @@ def _limits_of_donors(
         if single and len(single) < len(studies):
             names = _some(f"{study} ({studies.columns[studies.loc[study]][0]})" for study in single)
             yield f"These studies have one donor each, so all their cells are in one split: {names}."
+    yield from _limits_of_names(cells)
     if joined:
         names = _some(" and ".join(donors) for donors in joined)
         yield f"Donors that share cells are treated as one: {names}."
@@ -169,6 +171,30 @@ def _limits_of_donors(
         yield f"No test cell comes from {_some(untested)}."
 
 
+def _limits_of_names(cells: pd.DataFrame) -> Iterator[str]:
+    """Yield what the names of donors, ``{collection or dataset}|{donor}``, do not show about who is the same person."""
+    donors = cells[["dataset_id", "donor"]].drop_duplicates().astype(str)
+    donors[["scope", "name"]] = donors["donor"].str.partition("|")[[0, 2]]
+    what = "collection" if (donors["scope"] != donors["dataset_id"]).any() else "dataset"
+    donors = donors.drop_duplicates("donor")
+    lower = donors["name"].str.lower()
+    unnamed, pooled = (lower == donors["scope"].str.lower()) | lower.isin(UNKNOWN), lower.str.startswith("pool")
+    if len(donors["scope"].unique()) > 1:
+        times = donors["name"][~unnamed & ~pooled].value_counts()
+        again = _some(sorted(times.index[times > 1]))
+        yield f"A person in two {what}s counts as two donors: equal names mean one donor only within a {what}." + (
+            f" These names occur in several {what}s: {again}." if again else ""
+        )
+    if unnamed.any():
+        yield (
+            f"No donor is given for some or all cells of {_some(donors['scope'][unnamed])}. In each, these cells count "
+            "as one donor, though its people may also be donors with a name."
+        )
+    if pooled.any():
+        pools = _some(donors["donor"][pooled])
+        yield f"Donors that are pools of people, who may also be donors by themselves: {pools}."
+
+
 def _limits_of_types(
     cells: pd.DataFrame, types: pd.DataFrame, held_out: Sequence[Mapping[str, Any]], untrained: Sequence[str]
 ) -> Iterator[str]:
@@ -180,6 +206,10 @@ def _limits_of_types(
     untested = types.index[~types["test"]]
     if len(untested):
         yield f"Cell types without test cells are not evaluated: {_some(untested)}."
+    totals = cells["cell_type"].value_counts()
+    alone = sorted(totals.index[totals == 1])
+    if alone:
+        yield f"Cell types with a single cell, which cannot serve both training and evaluation: {_some(alone)}."
     sizes = cells["cell_type"][cells["split"] == "test"].value_counts()
     few = sorted(sizes.index[(sizes > 0) & (sizes < FEW_CELLS)])
     if few:

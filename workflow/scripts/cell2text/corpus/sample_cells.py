@@ -10,7 +10,7 @@ from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ont
 from cellxgene_ontology_guide.entities import CuratedOntologyTermList
 from pandas.api.types import union_categoricals
 
-from cell2text.cells.h5ad import id_parts, read_obs
+from cell2text.cells.h5ad import has_column, id_parts, read_obs
 from cell2text.cells.labels import CELLXGENE
 from cell2text.cells.sampling import draw_sample, measure_diversity
 from cell2text.contracts import SAMPLED_CELLS
@@ -92,20 +92,24 @@ def _hash_cells(cell_files: Sequence[str | Path], chosen: np.ndarray) -> Iterato
 def read_labels(path: str | Path) -> pd.DataFrame:
     """Return the labels of an h5ad's cells: columns of ``contracts.SAMPLED_CELLS``, each categorical.
 
-    Donors are ``{dataset}|{donor}``, because a donor's name is unique only within its study. Unknown labels are
+    Donors are ``{dataset}|{donor}``, because a donor's name is unique only within its study; for cells of CELLxGENE
+    Census ``{collection}|{donor}``, because one person may be in several datasets of a collection. Unknown labels are
     missing.
     """
+    scope = "collection_id" if has_column(path, "collection_id") else "dataset_id"
     sources = {"dataset_id": "dataset_id", "donor": "donor_id", "assay_id": "assay_ontology_term_id"}
     sources |= {f"{slot}_id": f"{column}_ontology_term_id" for slot, column in CELLXGENE.items()} | CELLXGENE
-    obs = read_obs(path, sources.values())
+    obs = read_obs(path, {*sources.values(), scope})
     table = {}
     for column, source in sources.items():
         values = pd.Categorical(obs[source])
         names = values.categories.astype(str)
-        table[column] = values.rename_categories(names).set_categories(names.drop("unknown", errors="ignore"))
-    study, donor = table["dataset_id"], table["donor"]
-    codes, pairs = pd.factorize(pd.MultiIndex.from_arrays([study.codes, donor.codes]))
-    names = [f"{study.categories[i]}|{donor.categories[j]}" for i, j in pairs]
+        named = source in ("dataset_id", "donor_id")  # even if the name is "unknown"
+        known = names if named else names.drop("unknown", errors="ignore")
+        table[column] = values.rename_categories(names).set_categories(known)
+    within, donor = pd.Categorical(obs[scope]), table["donor"]
+    codes, pairs = pd.factorize(pd.MultiIndex.from_arrays([within.codes, donor.codes]))
+    names = [f"{within.categories[i]}|{donor.categories[j]}" for i, j in pairs]
     return pd.DataFrame(table | {"donor": pd.Categorical.from_codes(codes, names)})
 
 

@@ -55,7 +55,7 @@ def split_donors(
     Raises
     ------
     InputError
-        If a split would be empty, a cell type has too few cells, or a held-out cell type has none.
+        If a split would be empty, or a held-out cell type has no cells.
     """
     cells = SAMPLED_CELLS.read(cells_file, categories=CATEGORIES)
     # so that the split does not depend on the order of the cells in the file
@@ -67,15 +67,20 @@ def split_donors(
         codes[~held] = _assign(cells[~held], _pairs_among(pairs, ~held), split, shares, np.random.default_rng(seed))
     empty = [name for code, name in enumerate(SPLITS) if code not in codes]
     if empty:
+        own = split not in (*GROUPS, "cells")
         raise InputError(
-            "config: split_shares",
+            split if own else "config: split_shares",
             f"no cell is left for {' and '.join(empty)}",
-            "Raise the share or add cells",
+            "Assign some cells to it" if own else "Raise the share or add cells",
         )
     cells["split"] = pd.Categorical.from_codes(codes, SPLITS)
     audit = audit_split(cells, split, shares if split in (*GROUPS, "cells") else {}, held_out)
     if diversity_file is not None:
         audit["diversity"] = read_json(diversity_file)
+        for row in audit["diversity"]:
+            absent = row["values_before"] - row["values_after"]
+            if row["slot"] == "study" and absent:
+                audit["limits"].append(f"No cell was sampled from {absent} of {row['values_before']} studies.")
     log.info("%s", ", ".join(f"{name} {audit['cells'][name]}" for name in SPLITS))
     for guarantee in audit["guarantees"]:
         log.info("%s: %s (%s)", guarantee["claim"], "holds" if guarantee["holds"] else "fails", guarantee["detail"])

@@ -24,12 +24,13 @@ def assign_cells(
 ) -> np.ndarray:
     """Return the split of each cell: random within each cell type, with at least one cell per type in training.
 
-    Likely duplicates stay together and count under the cell type of the first of them.
+    The only cell of a type is therefore in training, and the type is not evaluated. Likely duplicates stay together
+    and count under the cell type of the first of them.
 
     Parameters
     ----------
     cells
-        ``cell_type_id`` and ``cell_type`` of each cell.
+        ``cell_type_id`` of each cell.
     pairs
         Pairs of likely duplicates, from ``duplicates.find_pairs``.
     shares
@@ -41,22 +42,8 @@ def assign_cells(
     -------
     array of int
         Index into ``contracts.SPLITS`` of each cell.
-
-    Raises
-    ------
-    InputError
-        If a cell type has a single cell.
     """
     types = code_types(cells)
-    single = np.flatnonzero(np.bincount(types) == 1)
-    if len(single):
-        alone = cells[np.isin(types, single)].sort_values("cell_type_id")
-        names = ", ".join(f"{cell.cell_type} ({cell.cell_type_id}): 1 cell" for cell in alone.itertuples())
-        raise InputError(
-            "corpus: cell_type_id",
-            f"cell types with too few cells for both training and evaluation: {names}",
-            "Drop the label, or merge it with another in the label table",
-        )
     # A unit stays together: a single cell, or likely duplicates.
     unit = join_cells(len(cells), pairs)
     size, first = np.bincount(unit), np.unique(unit, return_index=True)[1]

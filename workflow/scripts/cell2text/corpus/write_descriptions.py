@@ -11,6 +11,7 @@ import pyarrow as pa
 from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
 from cell2text.corpus.gene_sets import name_pathways
 from cell2text.corpus.pathways import choose_pathways, fit_sets
+from cell2text.corpus.score_pathways import kept_share
 from cell2text.errors import InputError
 from cell2text.files import write_json
 from cell2text.grammar import Slots, Terms, render, with_definition
@@ -42,7 +43,7 @@ def write_descriptions(
     corpus_file
         The corpus (``contracts.CELLS``).
     score_files
-        AUCell scores of each dataset.
+        Scores of the gene sets in each dataset.
     pathways_file
         TSV with ``id``, ``name`` and ``description`` of each gene set, or None.
     min_active_share
@@ -58,8 +59,9 @@ def write_descriptions(
         If names of gene sets are ambiguous in a text, or no set is kept.
     """
     columns = [f"{slot}_id" for slot in TERM_SLOTS]
-    corpus = CELLS.read(corpus_file, ["cell_id", "split", *columns], categories=["split", *columns])
+    corpus = CELLS.read(corpus_file, ["cell_id", "split", "n_counts", *columns], categories=["split", *columns])
     cells, training = pd.Index(corpus["cell_id"]), (corpus["split"] == "train").to_numpy()
+    kept_counts = kept_share(corpus["n_counts"].to_numpy(dtype=float))
     score_files = list(score_files)
 
     def read_scores() -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
@@ -67,8 +69,10 @@ def write_descriptions(
             for part in PATHWAY_SCORES.read_parts(file):
                 yield cells.get_indexer(part.pop("cell_id")), part
 
-    def read_training() -> Iterator[pd.DataFrame]:
-        return (scores[training[rows]] for rows, scores in read_scores())
+    def read_training() -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
+        for rows, scores in read_scores():
+            trained = training[rows]
+            yield scores[trained], kept_counts[rows[trained]]
 
     kept = fit_sets(read_training, per_cell, min_active_share)
     if kept.empty:

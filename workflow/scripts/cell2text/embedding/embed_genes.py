@@ -56,3 +56,5 @@ def read_rows(tokens: str | Path, first: int, last: int) -> Iterator[RankedCells
         part = table.slice(rows.start, max(rows.stop - rows.start, 0))
         if len(part) or start == len(table):
             yield RankedCells.of(part)
+    if not start:  # a dataset without cells in the corpus
+        yield RankedCells.of(TOKENS.read_arrow(tokens))

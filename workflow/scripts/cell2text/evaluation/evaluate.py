@@ -35,7 +35,7 @@ _MAIN_METRICS = (
     ("text", "parsed"),
 )
 _PACKAGES = (
-    "anndata", "cellxgene-ontology-guide", "decoupler", "numpy", "pandas", "peft", "pyarrow", "rouge-score",
+    "anndata", "cellxgene-ontology-guide", "numpy", "pandas", "peft", "pyarrow", "rouge-score",
     "sacrebleu", "safetensors", "scanpy", "scikit-learn", "scipy", "snakemake", "torch", "transformers",
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ def predict_aligned(
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()
         vectors = embeddings.vectors(cells.tolist(), loaded.projector.reads)
-        for rows in np.array_split(np.arange(len(cells)), math.ceil(len(cells) / CELLS_AT_ONCE)):
+        for rows in np.array_split(np.arange(len(cells)), max(math.ceil(len(cells) / CELLS_AT_ONCE), 1)):
             batch = [part.to(loaded.device) for part in vectors[rows]]
             predicted = {"cell_id": cells[rows], "split": split, "status": "parsed", "pathway_ids": [[]] * len(rows)}
             for (slot, ids), scores in zip(labels.items(), targets.scores(*loaded.projector(*batch)), strict=True):

@@ -24,6 +24,8 @@ def predict_shuffled(
 ) -> None:
     """Describe each cell from the embedding of another cell of its split, chosen at random.
 
+    A cell alone in its split gets the embedding of a training cell.
+
     A model that uses its input drops to chance level; a model that ignores its input scores as before. The
     parameters are those of :func:`generate_descriptions`, except ``predictions``: the file of
     ``contracts.PREDICTIONS`` to write.
@@ -36,6 +38,8 @@ def predict_shuffled(
         order = np.random.default_rng(seed).permutation(len(cells))
         others = np.empty_like(cells)
         others[order] = cells[np.roll(order, 1)]
+        if len(cells) == 1:
+            others = cells_in(embeddings.files, corpus, "train")["cell_id"].to_numpy()[:1]
         vectors = embeddings.vectors(others.tolist(), loaded.projector.reads)
         described = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
         tables.append(described.assign(cell_id=cells, split=split))
