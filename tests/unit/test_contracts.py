@@ -5,7 +5,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import sparse
 
+from cell2text.cells.h5ad import read_blocks, read_genes, write_cells
 from cell2text.contracts import EMBEDDINGS, PATHWAY_SCORES, QC, TERMS, TOKENS
 from cell2text.contracts import table as table_contracts
 from cell2text.errors import InputError
@@ -225,3 +227,24 @@ def test_cut_or_flipped_lines_of_json_are_reported(tmp_path):
         assert read is None or len(read) <= 2
     path.write_text('{"a": 1}\n[1]\n')
     assert read_or_none(lambda path: list(read_jsonl(path)), path) is None
+
+
+def test_a_cut_or_flipped_file_of_counts_is_reported_or_read_whole(tmp_path):
+    path, ids = tmp_path / "a.h5ad", np.array([f"s|{i}" for i in range(50)], dtype=object)
+    counts = sparse.random(50, 20, 0.3, "csr", np.float32, random_state=0)
+    write_cells(
+        path, [counts], [ids], pd.DataFrame(index=range(50)), pd.DataFrame({"symbol": list("abcdefghijklmnopqrst")}), {}
+    )
+
+    def read(path):
+        read_genes(path)
+        return [(list(ids), block.toarray()) for ids, block in read_blocks(path, np.ones(50, dtype=bool))]
+
+    content, reported = path.read_bytes(), 0
+    for part in damaged(content, max(1, len(content) // 60)):
+        path.write_bytes(part)
+        found = read_or_none(read, path)
+        reported += found is None
+    assert reported >= 60
+    path.unlink()
+    assert read_or_none(read, path) is None

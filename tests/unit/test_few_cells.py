@@ -28,9 +28,9 @@ from cell2text.evaluation.baselines import shuffled
 from cell2text.evaluation.baselines.aligned import predict_aligned
 from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
-from cell2text.evaluation.baselines.pca_logistic import read_raw_counts
+from cell2text.evaluation.baselines.pca_logistic import read_logs
 from cell2text.evaluation.evaluate import _read_methods
-from cell2text.files import read_json, read_jsonl, write_jsonl
+from cell2text.files import read_json, read_jsonl, write_json, write_jsonl
 from cell2text.generation.generate_descriptions import generate_descriptions
 from default_settings import generate_settings
 from finetune_run import PROJECTOR, finetune, write_files
@@ -169,8 +169,8 @@ def test_a_dataset_without_cells_in_the_corpus(tmp_path):
     ids = [f"a|{i}" for i in range(4)]
     corpus = pd.DataFrame({"cell_id": ids, "split": "train"}).reindex(columns=list(CELLS.columns))
     CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=5.0), tmp_path / "cells.parquet")
-    counts = read_raw_counts([one, other], pd.Series(ids))
-    assert list(counts.obs_names) == ids and counts.n_vars == 5
+    parts = list(read_logs([one, other], pd.Series(ids), pd.Index(list("ABCDE"))))
+    assert [list(part) for part, _ in parts] == [ids]
     (tmp_path / "sets.gmt").write_text("ONE\t\tA\tB\nTWO\t\tC\tD\n")
     scores = [tmp_path / f"{name}.parquet" for name in "ab"]
     for cells, path in zip((one, other), scores, strict=True):
@@ -218,10 +218,10 @@ def test_a_split_of_the_users_own_that_is_empty_names_the_table(tmp_path):
 
 
 def test_studies_without_sampled_cells_are_reported(tmp_path):
-    head = "slot\tvalues_before\tvalues_after\tdiversity_before\tdiversity_after\n"
-    (tmp_path / "diversity.tsv").write_text(head + "donor\t5\t1\t1.0\t0.0\nstudy\t3\t1\t1.0\t0.0\n")
+    rows = [("donor", 5), ("study", 3)]
+    write_json([{"slot": slot, "values_before": n, "values_after": 1} for slot, n in rows], tmp_path / "diversity.json")
     outputs = tmp_path / "cells.parquet", tmp_path / "audit.json"
     cells = sampled(tmp_path, "A" * 20, "1" * 20)
-    split_donors(cells, "cells", SHARES, 0, *outputs, diversity_file=tmp_path / "diversity.tsv")
+    split_donors(cells, "cells", SHARES, 0, *outputs, diversity_file=tmp_path / "diversity.json")
     limits = read_json(outputs[1])["limits"]
     assert [limit for limit in limits if "sampled" in limit] == ["No cell was sampled from 2 of 3 studies."]

@@ -7,8 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cell2text.contracts import GENES
-from cell2text.embedding.rank_genes import read_gene_tokens
 from cell2text.report.results import _read_test_rows
 from cell2text.spreadsheet import restore_text, write_tsv
 
@@ -86,10 +84,6 @@ def test_numbers_and_missing_values_are_not_touched(tmp_path):
 
 def test_tables_of_the_pipeline_read_back(tmp_path):
     names = ["=cmd|' /C calc'!A0", "-", "HLA-A", "a\x1bb", "NA"]
-    genes = pd.DataFrame({"token": range(5), "gene_id": names, "symbol": names[::-1], "median": 0.1 + np.arange(5)})
-    write_tsv(genes[list(GENES)], tmp_path / "genes.tsv")
-    assert "\t=" not in (tmp_path / "genes.tsv").read_text()
-    pd.testing.assert_frame_equal(read_gene_tokens(tmp_path / "genes.tsv").reset_index()[list(GENES)], genes)
     rows = pd.DataFrame({"split": "test", "id": names, "name": names[::-1], "n": range(5)})
     write_tsv(rows, tmp_path / "per_class.tsv", float_format="%.6f")
     pd.testing.assert_frame_equal(_read_test_rows(tmp_path / "per_class.tsv", tuple(rows)), rows)

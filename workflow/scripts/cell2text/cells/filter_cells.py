@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 
 from cell2text.cells.doublets import score_doublets
-from cell2text.cells.h5ad import id_parts, kept_ids, read_blocks, read_obs, write_cells
+from cell2text.cells.h5ad import id_parts, kept_ids, open_cells, read_blocks, read_obs, write_cells
 from cell2text.cells.qc import (
     UNLABELLED,
     is_mitochondrial,
@@ -69,7 +68,7 @@ def filter_cells(
         If no cell is kept.
     """
     kept = _judge_file(Path(cells_file), table_file, summary_file, plot_file, limits, own_limits or {}, seed)
-    with h5py.File(cells_file, "r") as file:
+    with open_cells(cells_file) as file:
         var, uns = (ad.io.read_elem(file[part]) for part in ("var", "uns"))
     obs = _drop_unused_categories(read_obs(cells_file)[kept])
     write_cells(
@@ -87,7 +86,7 @@ def _judge_file(
     seed: int,
 ) -> np.ndarray:
     """Write the table of metrics, the summary and the plot; return which cells are kept."""
-    with h5py.File(cells_file, "r") as file:
+    with open_cells(cells_file) as file:
         symbols = ad.io.read_elem(file["var"])["symbol"]
         uns = ad.io.read_elem(file["uns"])
     obs = read_obs(cells_file, COLUMNS)

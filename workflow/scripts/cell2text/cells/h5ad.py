@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy import sparse
 from cell2text.cells.matrices import row_runs
 from cell2text.contracts import CELLS
 from cell2text.contracts.table import among, hash_ids
-from cell2text.files import whole_file
+from cell2text.files import reading, whole_file
 
 CELLS_AT_ONCE = 4096
 IDS_AT_ONCE = 1 << 14
@@ -119,6 +120,19 @@ def _write_ids(obs: h5py.Group, ids: Iterable[np.ndarray], cells: int) -> None:
         raise ValueError(f"{start} ids for {cells} cells")
 
 
+@contextmanager
+def open_cells(path: str | Path) -> Iterator[h5py.File]:
+    """Open an h5ad file of :func:`write_cells` for reading.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or what the block reads is damaged.
+    """
+    with reading(path), h5py.File(path, "r") as file:
+        yield file
+
+
 def read_blocks(
     path: str | Path, rows: np.ndarray, at_once: int = CELLS_AT_ONCE
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
@@ -138,7 +152,7 @@ def read_blocks(
     tuple of array and csr_matrix
         Ids of the cells of a block, and their counts over all genes of the file.
     """
-    with h5py.File(path, "r") as file:
+    with open_cells(path) as file:
         counts, names = file["X"], file["obs"][file["obs"].attrs["_index"]].asstr()
         ends, genes = counts["indptr"][:], int(counts.attrs["shape"][1])
         for start, stop in row_runs(ends, at_once):
@@ -169,7 +183,7 @@ def find_cells(path: str | Path, corpus_file: str | Path, split: str | None = No
 
 def id_parts(path: str | Path) -> Iterator[np.ndarray]:
     """Yield the ids of the cells of an h5ad file, in order, in batches: a Python string takes 90 bytes per id."""
-    with h5py.File(path, "r") as file:
+    with open_cells(path) as file:
         names = file["obs"][file["obs"].attrs["_index"]].asstr()
         for start in range(0, len(names), IDS_AT_ONCE):
             yield names[start : start + IDS_AT_ONCE]
@@ -185,7 +199,7 @@ def kept_ids(path: str | Path, rows: np.ndarray) -> Iterator[np.ndarray]:
 
 def read_obs(path: str | Path, columns: Iterable[str] | None = None) -> pd.DataFrame:
     """Return columns of ``obs`` of an h5ad file, all by default, without the ids of the cells."""
-    with h5py.File(path, "r") as file:
+    with open_cells(path) as file:
         obs = file["obs"]
         selected = obs.attrs["column-order"] if columns is None else columns
         return pd.DataFrame({name: ad.io.read_elem(obs[name]) for name in selected})
@@ -193,11 +207,11 @@ def read_obs(path: str | Path, columns: Iterable[str] | None = None) -> pd.DataF
 
 def has_column(path: str | Path, column: str) -> bool:
     """Return whether ``obs`` of an h5ad file has a column."""
-    with h5py.File(path, "r") as file:
+    with open_cells(path) as file:
         return column in file["obs"]
 
 
 def read_genes(path: str | Path) -> pd.DataFrame:
     """Return the gene table of an h5ad file: ``symbol``, indexed by gene id."""
-    with h5py.File(path, "r") as file:
+    with open_cells(path) as file:
         return ad.io.read_elem(file["var"])[["symbol"]].astype(str)
