@@ -273,7 +273,7 @@ def send_to_all_twice(process, sent):
 def test_a_run_that_receives_a_signal_resumes_to_the_same_bytes(
     files, tiny_model, undisturbed, send, sent, code, processes
 ):
-    long = {"epochs": 30, "patience": 30, "processes": processes}
+    long = {"epochs": 30 // processes, "patience": 30, "processes": processes}
     process = begin(files, tiny_model, "broken", **long)
     before = steps_in(files / "broken.checkpoints/last.safetensors")
     send(process, sent)
