@@ -97,7 +97,7 @@ class Pretrained(RankedBert):
         room = config.max_position_embeddings - special.around
         cells = [Cells.read(split, room) for split in (train, validation)]
         files = [hash_file(path) for path in (*train.files, train.corpus)]
-        code = {"library": library_version("fit_encoder.py"), **versions("torch", "transformers")}
+        code = {"library": library_version("fit_encoder.py", "pretrain"), **versions("torch", "transformers")}
         fingerprint = hash_config({"settings": asdict(settings), "seed": seed, "files": files, "code": code})
         training = Training(model, special, *cells, settings, seed, checkpoints, fingerprint, device, precision)
         log.info(
