@@ -4,7 +4,7 @@
     .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere --on-the-fly
 
 Snakemake runs the workflow rule by rule on one simulated study in one shard, with the default configuration except for
-what ``CONFIG`` says: all cells are used, 98% of them for training, and the language model is that of the tests, so that
+what ``CONFIG`` says: all cells are used, 80% of them for training, and the language model is that of the tests, so that
 what remains is the memory that cells take. ``--on-the-fly`` computes gene vectors in each step instead of storing them,
 and measures the rules that do so. docs/memory.md has the results and says what the memory of each rule depends on.
 
@@ -58,7 +58,6 @@ CONFIG = {
     "run": "scale",
     "datasets": "datasets.tsv",
     "sample": {"cells": 10**9},
-    "split_shares": {"train": 0.98, "validation": 0.01, "test": 0.01},
     "pathways": {"gene_sets": "sets.gmt", "descriptions": None},
     "language_model": {"name": "tiny", "source": "tiny-model"},
     # reads gene vectors, unlike the default, which reads pooled ones
@@ -152,7 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         for cells in sorted(given.cells):
-            if not (folder / str(cells)).is_dir():
+            if rules and not (folder / str(cells)).is_dir():
                 prepare(folder / str(cells), cells)
             for rule in rules:
                 file = peaks_file(folder, cells)
