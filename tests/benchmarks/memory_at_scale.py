@@ -70,6 +70,7 @@ CONFIG = {
 def prepare(folder: Path, cells: int) -> None:
     """Write the input of a run: simulated cells, their sheet, gene sets and a tiny language model."""
     from simulate_cells import name_genes
+
     from tiny_model import write_tiny_model
 
     folder.mkdir(parents=True)
