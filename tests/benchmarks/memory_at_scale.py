@@ -1,126 +1,167 @@
-"""Peak memory and speed of the stages that process counts, on simulated files of several sizes.
+"""Peak memory of every rule, from ingestion to report, on simulated files of several sizes.
 
-    .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 1000000
+    .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere
+    .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere --on-the-fly
 
-Each stage runs the rule's script in a separate process with the default configuration, except that ``sample.cells``
-keeps all cells. The peak is the maximum resident memory of that process as reported by the operating system, including
-imports. The last column is the ratio of the peak to that of the smallest file.
+Snakemake runs the workflow rule by rule on one simulated study in one shard, with the default configuration except for
+what ``CONFIG`` says: all cells are used, 80% of them for training, and the language model is that of the tests, so that
+what remains is the memory that cells take. ``--on-the-fly`` computes gene vectors in each step instead of storing them,
+and measures the rules that do so. docs/memory.md has the results and says what the memory of each rule depends on.
+
+While a job runs, /proc tells the maximum resident memory of its process so far, imports included, and its private
+memory at the moment, which is what must be requested: the rest are pages of files, which the system drops when memory
+is scarce. Both are read ten times per second, so that private memory may miss a short peak; the resident maximum does
+not.
 """
 
 import argparse
-import importlib
-import os
+import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+
+import numpy as np
+import psutil
 
 ROOT = Path(__file__).parents[2]
-# Input, output and params that the rule of each stage passes to its script, given folder and config.
-STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, dict[str, Any]]]] = {
-    "fetch_dataset": lambda folder, config: {
-        "params": {
-            "row": {"dataset": "simulated", "source": str(folder / "source.h5ad")},
-            "genes": {"gene_table": None, "min_counts_kept": config["genes"]["min_counts_kept"]},
-        },
-        "output": {"cells": folder / "raw.h5ad"},
-    },
-    "filter_cells": lambda folder, config: {
-        "input": {"cells": folder / "raw.h5ad"},
-        "params": {"limits": config["qc"], "own_limits": {}, "seed": 0},
-        "output": {
-            "cells": folder / "cells.h5ad",
-            "table": folder / "qc.parquet",
-            "summary": folder / "qc.json",
-            "plot": folder / "qc.svg",
-        },
-    },
-    "sample_cells": lambda folder, config: {
-        "input": {"cells": [folder / "cells.h5ad"]},
-        "params": config["sample"] | {"cells": 10**9, "seed": 0},
-        "output": {"cells": folder / "sampled.parquet", "diversity": folder / "diversity.json"},
-    },
-    "split_donors": lambda folder, config: {
-        "input": {"cells": folder / "sampled.parquet", "diversity": folder / "diversity.json"},
-        "params": {"split": "donors", "shares": config["split_shares"], "held_out": [], "seed": 0},
-        "output": {"cells": folder / "corpus.parquet", "audit": folder / "audit.json"},
-    },
-    "score_pathways": lambda folder, config: {
-        "input": {
-            "cells": folder / "cells.h5ad",
-            "corpus": folder / "corpus.parquet",
-            "gene_sets": ROOT / config["pathways"]["gene_sets"],
-        },
-        "params": {"min_genes": config["pathways"]["min_genes"]},
-        "output": {"scores": folder / "pathways.parquet"},
-    },
-    "measure_genes": lambda folder, config: {
-        "input": {"corpus": folder / "corpus.parquet", "cells": [folder / "cells.h5ad"], "encoder": []},
-        "params": {},
-        "output": {"genes": folder / "genes.parquet"},
-    },
-    "rank_genes": lambda folder, config: {
-        "input": {
-            "corpus": folder / "corpus.parquet",
-            "cells": folder / "cells.h5ad",
-            "genes": folder / "genes.parquet",
-        },
-        "params": {},
-        "output": {"tokens": folder / "tokens.parquet"},
-    },
+sys.path.insert(0, str(ROOT / "tests"))
+RULES = [
+    "fetch_language_model",
+    "fetch_dataset",
+    "filter_cells",
+    "sample_cells",
+    "split_donors",
+    "score_pathways",
+    "write_descriptions",
+    "measure_genes",
+    "rank_genes",
+    "fit_encoder",
+    "embed_genes",
+    "finetune",
+    "generate_descriptions",
+    "baseline_majority",
+    "baseline_pca_logistic",
+    "baseline_knn",
+    "baseline_nearest_text",
+    "baseline_shuffled",
+    "baseline_aligned",
+    "evaluate",
+    "compare",
+    "render_report",
+]
+ON_THE_FLY = ["embed_genes", "finetune", "generate_descriptions", "baseline_shuffled", "baseline_aligned"]
+DONORS, GENE_SETS, GENES_PER_SET = 200, 20, 40
+CONFIG = {
+    "run": "scale",
+    "datasets": "datasets.tsv",
+    "sample": {"cells": 10**9},
+    "pathways": {"gene_sets": "sets.gmt", "descriptions": None},
+    "language_model": {"name": "tiny", "source": "tiny-model"},
+    # reads gene vectors, unlike the default, which reads pooled ones
+    "projector": {"kind": "mlp", "soft_tokens": 2, "hidden": 32},
+    "finetune": {"align_steps": 20, "opening_epochs": 0, "epochs": 1, "batch_cells": 64},
+    "generate": {"max_new_tokens": 8},
 }
 
 
-def run_stage(name: str, folder: Path) -> None:
-    """Run a rule's script as Snakemake would."""
-    sys.path.insert(0, str(ROOT / "workflow/scripts"))
-    from cell2text.config import check_config
-    from cell2text.job import give_memory_back
+def prepare(folder: Path, cells: int) -> None:
+    """Write the input of a run: simulated cells, their sheet, gene sets and a tiny language model."""
+    from simulate_cells import name_genes
 
-    config = check_config({"run": "scale"}, ROOT / "workflow/schemas/config.schema.yaml", "defaults")
-    given = {part: SimpleNamespace(**values) for part, values in STAGES[name](folder, config).items()}
-    script = importlib.import_module(name)
-    give_memory_back()
-    script.main(SimpleNamespace(threads=2, **given))
+    from tiny_model import write_tiny_model
+
+    folder.mkdir(parents=True)
+    simulate = [sys.executable, ROOT / "tests/benchmarks/simulate_cells.py", folder / "cells.h5ad"]
+    subprocess.run([*simulate, "--cells", str(cells), "--donors", str(DONORS)], check=True)
+    (folder / "datasets.tsv").write_text("dataset\tsource\nsimulated\tcells.h5ad\n")
+    symbols, rng = name_genes(20_000)["symbol"].to_numpy(), np.random.default_rng(0)
+    sets = [[f"set {i}", "-", *rng.choice(symbols, GENES_PER_SET, replace=False)] for i in range(GENE_SETS)]
+    (folder / "sets.gmt").write_text("".join("\t".join(line) + "\n" for line in sets))
+    write_tiny_model(folder / "tiny-model")
 
 
-def measure(command: list[str | Path]) -> tuple[float, float]:
-    """Run a command; return its peak resident memory in MB and its duration in seconds."""
-    start = time.monotonic()
-    child = subprocess.Popen([sys.executable, *command])
-    _, status, usage = os.wait4(child.pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        sys.exit(f"{' '.join(map(str, command))} ended with {code}")
-    return usage.ru_maxrss / 1024, time.monotonic() - start
+def run_rule(rule: str, folder: Path, on_the_fly: bool) -> dict[str, float]:
+    """Run a rule again, on the results of those before it; return its peaks in MB and its duration in seconds."""
+    config = CONFIG | {"encoder": {"cache": not on_the_fly}}
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
+    command += ["--configfile", folder / "config.yaml", "--workflow-profile", "none", "--cores", "1", "--notemp"]
+    command += ["--until", rule, "--forcerun", rule, "--rerun-triggers", "mtime", "--quiet", "all"]
+    peaks = {"resident": 0.0, "private": 0.0, "seconds": 0.0}
+    with (folder / "log.txt").open("w") as log:
+        run = psutil.Popen(command, stdout=log, stderr=log)
+        while run.poll() is None:
+            for process in run.children(recursive=True):
+                watch(process, rule, peaks)
+            time.sleep(0.1)
+    if run.returncode or not peaks["resident"]:
+        sys.exit((folder / "log.txt").read_text()[-3000:] or f"{rule} did not run")
+    return peaks
+
+
+def watch(process: psutil.Process, rule: str, peaks: dict[str, float]) -> None:
+    """Raise the peaks to those of a process, if it runs the rule's script."""
+    try:
+        if not any(part.endswith(f".{rule}.py") for part in process.cmdline()):
+            return
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        seconds = time.time() - process.create_time()
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        return
+    sizes = {name: int(kilobytes) / 1024 for name, kilobytes in re.findall(r"(\w+):\s+(\d+) kB", status)}
+    found = {"resident": sizes.get("VmHWM", 0), "private": sizes.get("RssAnon", 0), "seconds": seconds}
+    peaks |= {name: max(value, peaks[name]) for name, value in found.items()}
+
+
+def print_table(folder: Path, sizes: list[int]) -> None:
+    """Print the peaks measured so far, their ratio, and the slope between the smallest and the largest size."""
+    peaks = [json.loads(path.read_text()) if (path := peaks_file(folder, cells)).is_file() else {} for cells in sizes]
+    print("resident (private) peaks in MB; slope of the private memory in kB per cell")
+    print(f"{'rule':35}", *(f"{cells:>16,}" for cells in sizes), f"{'ratio':>8}{'slope':>8}{'at 1,000,000':>14}")
+    for rule in dict.fromkeys(rule for table in peaks for rule in table):
+        row = [f"{rule:35}", *(_cell(table.get(rule)) for table in peaks)]
+        if len(sizes) > 1 and rule in peaks[0] and rule in peaks[-1]:
+            first, last = peaks[0][rule], peaks[-1][rule]
+            slope = (last["private"] - first["private"]) / (sizes[-1] - sizes[0])
+            million = last["private"] + slope * (10**6 - sizes[-1])
+            row.append(f"{last['resident'] / first['resident']:8.2f}{slope * 1024:8.2f}{million:14,.0f}")
+        print(*row, flush=True)
+
+
+def _cell(peaks: dict[str, float] | None) -> str:
+    return f"{peaks['resident']:,.0f} ({peaks['private']:,.0f})".rjust(16) if peaks else " " * 16
+
+
+def peaks_file(folder: Path, cells: int) -> Path:
+    """Return the file with the peaks of the rules at one size."""
+    return folder / str(cells) / "peaks.json"
 
 
 def main() -> None:
-    """Print one line per stage and size."""
+    """Measure the rules at each size and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=int, nargs="+", default=[20_000, 200_000, 1_000_000])
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--cells", type=int, nargs="+", default=[20_000, 200_000])
+    parser.add_argument("--rules", nargs="*", choices=RULES, help="by default all; none to print what was measured")
+    parser.add_argument("--on-the-fly", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep the files here, and reuse existing ones")
-    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.stage:
-        run_stage(given.stage, given.folder)
-        return
+    rules = (ON_THE_FLY if given.on_the_fly else RULES) if given.rules is None else given.rules
     with tempfile.TemporaryDirectory() as temporary:
-        smallest: dict[str, float] = {}
-        print(f"{'stage':16}{'cells':>10}{'peak, MB':>10}{'cells/s':>10}{'to smallest':>13}", flush=True)
+        folder = given.folder or Path(temporary)
         for cells in sorted(given.cells):
-            folder = (given.folder or Path(temporary)) / str(cells)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "source.h5ad").exists():
-                measure([ROOT / "tests/benchmarks/simulate_cells.py", folder / "source.h5ad", "--cells", str(cells)])
-            for stage in given.stages:
-                peak, seconds = measure([__file__, "--stage", stage, "--folder", folder])
-                ratio = peak / smallest.setdefault(stage, peak)
-                print(f"{stage:16}{cells:10}{peak:10.0f}{cells / seconds:10.0f}{ratio:13.2f}", flush=True)
+            if rules and not (folder / str(cells)).is_dir():
+                prepare(folder / str(cells), cells)
+            for rule in rules:
+                file = peaks_file(folder, cells)
+                known = json.loads(file.read_text()) if file.is_file() else {}
+                name = f"{rule}, on the fly" if given.on_the_fly else rule
+                known[name] = run_rule(rule, folder / str(cells), given.on_the_fly)
+                file.write_text(json.dumps(known, indent=1))
+                print(f"{cells:,} cells, {name}: {known[name]['seconds']:.0f} s", flush=True)
+        print_table(folder, sorted(given.cells))
 
 
 if __name__ == "__main__":

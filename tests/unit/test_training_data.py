@@ -17,7 +17,8 @@ from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
 from cell2text.evaluation.baselines.aligned import predict_aligned
 from cell2text.files import seal
-from cell2text.finetuning.data import BatchSize, Cells, balance, find_depths, plan_epoch, read_cells
+from cell2text.finetuning import data
+from cell2text.finetuning.data import BatchSize, Cells, Texts, balance, find_depths, plan_epoch, read_cells
 from cell2text.finetuning.loop import Finetuning
 from cell2text.finetuning.optimiser import MasterAdamW
 from cell2text.processes import Team
@@ -31,7 +32,7 @@ def files(tmp_path, tiny_model):
 
 
 def test_a_text_that_names_no_cell_type_is_its_own_opening():
-    texts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    texts = Texts.of([[1, 2, 3], [4, 5]], np.array([0, 1]))
     cells = Cells(None, texts, None, ["a", "b"], torch.tensor([2, 0]), None).openings_alone()
     assert [text.tolist() for text in cells.texts] == [[1, 2], [4, 5]]
 
@@ -53,11 +54,29 @@ def test_an_opening_ends_with_the_token_of_its_full_stop(files, tiny_model, long
     embeddings = Embeddings([str(files / "embeddings.safetensors")])
     cells = read_cells(table, "train", embeddings, {"cell_type": TYPES}, model)
     assert cells.openings[0] == 0
-    for text, opening, name in zip(cells.texts[1:], cells.openings[1:], [1, 2, 0] * 7, strict=False):
+    for text, opening, name in zip(list(cells.texts)[1:], cells.openings[1:], [1, 2, 0] * 7, strict=False):
         sentence = f"This is a {small_table()['name'][name]}."
         whole, short = (tokenizer.decode(text[:n]) for n in (opening, opening - 1))
         assert whole.startswith(sentence) and not short.startswith(sentence)
         assert long or whole == sentence
+
+
+def test_cells_with_the_same_text_share_its_tokens(files, tiny_model, monkeypatch):
+    monkeypatch.setattr(data, "TOKENISED_AT_ONCE", 2)
+    table = DESCRIPTIONS.read(files / "descriptions.parquet").astype({"text": "category"})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
+    embeddings = Embeddings([str(files / "embeddings.safetensors")])
+    cells = read_cells(table, "train", embeddings, {"cell_type": TYPES}, model)
+    expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in table["text"][:21]]
+    assert [text.tolist() for text in cells.texts] == expected
+    assert cells.text_lengths.tolist() == [len(text) for text in expected]
+    assert len(cells.texts.tokens) == sum(map(len, expected[:3]))  # there are three types
+    short = cells.openings_alone()
+    assert [text.tolist() for text in short.texts] == [
+        text[:end] for text, end in zip(expected, cells.openings.tolist(), strict=True)
+    ]
+    assert short.texts.tokens is cells.texts.tokens
 
 
 def join(steps):

@@ -91,6 +91,17 @@ TOKENS_ON_THE_FLY = (
 )
 # Whether the encoder is a neural network; fitting and embedding by coexpression is numpy's work.
 ENCODER_GPU = int(config["encoder"]["kind"] in ("geneformer", "pretrain"))
+# Dimensions of a vector: at most the config's, or those of the largest Geneformer. Values in a cell's gene vectors.
+DIMENSIONS = (
+    config["encoder"]["dimensions"]
+    if config["encoder"]["kind"] == "coexpression"
+    else 1152
+)
+GENE_VECTORS = (
+    0
+    if config["projector"]["kind"] == "pooled"
+    else config["encoder"]["top_k"] * DIMENSIONS
+)
 
 
 wildcard_constraints:
@@ -107,9 +118,49 @@ def on_the_fly(wildcards, input):
     return {"encoder": input.encoder, "tokens": list(input.tokens), "top_k": top_k}
 
 
-def mem_from_input(wildcards, input, attempt):
-    """Return the memory in MB for jobs that have several copies of their decompressed input in memory."""
-    return max(2000, int(12 * input.size_mb)) * attempt
+def corpus_cells(input):
+    """Return the number of cells of the corpus, at most: the config's, or what fits into the table of cells."""
+    # a cell takes at least this many bytes: the hash of its counts, or its id and codes of its labels
+    file, smallest = (
+        (input.corpus, 18) if "corpus" in input.keys() else (input.descriptions, 4)
+    )
+    return min(config["sample"]["cells"], os.path.getsize(file) / smallest)
+
+
+def mem(base, per_cell=0):
+    """Return the memory in MB: a base, and some kB per cell of the corpus (docs/memory.md); more at each retry."""
+    return (
+        lambda wildcards, input, attempt: int(
+            base + per_cell * corpus_cells(input) / 1024
+        )
+        * attempt
+    )
+
+
+def mem_embeddings(wildcards, input, attempt):
+    """Return the memory in MB of jobs that have the vectors of one shard of a dataset in memory."""
+    # a cell with 450 genes takes a kilobyte in the file of ranked genes
+    cells = min(config["sample"]["cells"], os.path.getsize(input.tokens) / 1000)
+    top_k = config["encoder"]["top_k"] if config["encoder"]["cache"] else 0
+    vectors = cells / config["shards"] * (2 * top_k + 8) * DIMENSIONS
+    return int(4000 + vectors / 1e6) * attempt
+
+
+def mem_language_model(processes=1, per_cell=2, cells_at_once=0, optimiser=False):
+    """Return the memory in MB of jobs with a language model.
+
+    Each process loads the model through the host's memory, and reads the gene vectors of ``cells_at_once`` cells, if
+    the projector takes any. Masters, moments, sums of gradients and the best weights take 12 times the model's file.
+    """
+
+    def amount(wildcards, input, attempt):
+        model = sum(file.stat().st_size for file in os.scandir(input.language_model))
+        vectors = cells_at_once * GENE_VECTORS * 4
+        each = 6000 + per_cell * corpus_cells(input) / 1024
+        each += (2 * model + 3 * vectors) / 1e6
+        return int(processes * each + optimiser * 12 * model / 1e6) * attempt
+
+    return amount
 
 
 def hours(amount):

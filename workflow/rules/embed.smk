@@ -72,7 +72,8 @@ rule fit_encoder:
         "../../envs/llm.yaml"
     threads: 2
     resources:
-        mem_mb=mem_from_input,
+        # one part of the ranked genes; pre-training has the tokens of all training cells in memory
+        mem_mb=mem(4000, 10 if config["encoder"]["kind"] == "pretrain" else 0.5),
         runtime=hours(12 if config["encoder"]["kind"] == "pretrain" else 1),
         gpu=int(config["encoder"]["kind"] == "pretrain"),
     params:
@@ -99,7 +100,7 @@ rule embed_genes:
         "../../envs/llm.yaml"
     threads: 2
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=mem_embeddings,
         runtime=hours(2),
         gpu=ENCODER_GPU,
     params:

@@ -20,7 +20,7 @@ rule baseline_majority:
         "../../envs/report.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=mem(2000, 1),
         runtime=hours(1),
     params:
         library=library_version("baseline_majority.py"),
@@ -45,7 +45,8 @@ rule baseline_pca_logistic:
         "../../envs/report.yaml"
     threads: 2
     resources:
-        mem_mb=mem_from_input,
+        # the counts of at most 100,000 training cells
+        mem_mb=mem(8000, 1),
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),
@@ -71,7 +72,8 @@ rule baseline_knn:
         "../../envs/report.yaml"
     threads: 2
     resources:
-        mem_mb=mem_from_input,
+        # copies of the pooled vectors, and the votes for each class
+        mem_mb=mem(4000, 1.5 + DIMENSIONS / 64),
         runtime=hours(1),
     params:
         library=library_version("baseline_knn.py"),
@@ -95,7 +97,7 @@ rule baseline_nearest_text:
         "../../envs/report.yaml"
     threads: 2
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=mem(4000, 7 + DIMENSIONS / 64),
         runtime=hours(1),
     params:
         library=library_version("baseline_nearest_text.py"),
@@ -124,7 +126,7 @@ rule baseline_shuffled:
         "../../envs/llm.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        mem_mb=mem_language_model(),
         runtime=hours(4),
         gpu=1,
     params:
@@ -157,7 +159,7 @@ rule baseline_aligned:
         "../../envs/llm.yaml"
     threads: 2
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        mem_mb=mem_language_model(cells_at_once=4096),
         runtime=hours(1),
         # the projector is small, but gene vectors computed on the fly need the encoder
         gpu=ENCODER_GPU if TOKENS_ON_THE_FLY else 0,
@@ -193,7 +195,7 @@ rule evaluate:
         "../../envs/report.yaml"
     threads: 2
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=mem(4000, 5),
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),

@@ -24,7 +24,12 @@ rule finetune:
         "../../envs/llm.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        mem_mb=mem_language_model(
+            config["finetune"]["gpus"],
+            per_cell=5,
+            cells_at_once=4096,
+            optimiser=config["finetune"]["mode"] == "full",
+        ),
         runtime=hours(12),
         gpu=config["finetune"]["gpus"],
     params:

@@ -27,7 +27,7 @@ rule generate_descriptions:
         "../../envs/llm.yaml"
     threads: 8
     resources:
-        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        mem_mb=mem_language_model(),
         runtime=hours(4),
         gpu=1,
     params:

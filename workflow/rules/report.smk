@@ -52,7 +52,7 @@ rule render_report:
         "../../envs/report.yaml"
     threads: 1
     resources:
-        mem_mb=mem_from_input,
+        mem_mb=mem(3000, 4),
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),

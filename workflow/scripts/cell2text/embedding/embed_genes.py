@@ -38,13 +38,15 @@ def embed_genes(encoder: str, tokens: str, embeddings: str, shard: int, shards: 
     stored = (last - first) * bytes_per_cell(loaded.dimensions, top_k)
     log.info("embedding %d of %d cells, %.1f MB on disk", last - first, cells, stored / 1e6)
     progress = Progress(last - first, "cells")
-    ids, parts = [], []
+    ids, tensors = [], {}
     for part in read_rows(tokens, first, last):
+        rows = slice(len(ids), len(ids) + len(part))
+        for name, values in loaded.embed(part, top_k, progress).items():
+            # filled in place: parts and their concatenation would take twice the memory
+            whole = tensors.setdefault(name, np.empty((last - first, *values.shape[1:]), values.dtype))
+            whole[rows] = values
         ids += part.cell_ids.tolist()
-        parts.append(loaded.embed(part, top_k, progress))
-    EMBEDDINGS.write(
-        {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}, ids, embeddings
-    )
+    EMBEDDINGS.write(tensors, ids, embeddings)
 
 
 def read_rows(tokens: str | Path, first: int, last: int) -> Iterator[RankedCells]:

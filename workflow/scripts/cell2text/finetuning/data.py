@@ -1,12 +1,13 @@
 """Training and validation cells in the form that the model takes, and their order in each epoch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from cell2text.contracts import TERM_SLOTS
 from cell2text.embedding.vectors import Embeddings, Vectors
@@ -16,6 +17,41 @@ from cell2text.grammar import find_opening
 from cell2text.model.alignment import number_labels
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.prompt import SOURCE
+
+TOKENISED_AT_ONCE = 4096  # texts, because an encoding takes over a hundred bytes per token
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of cells as token ids; the same text of several cells is in memory once.
+
+    Parameters
+    ----------
+    tokens
+        Token ids of the distinct texts, concatenated, int32.
+    starts, lengths
+        Where the text of each cell starts among them, and its number of tokens, int64 (cells,).
+    """
+
+    tokens: Tensor
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, distinct: Sequence[Sequence[int]], which: np.ndarray) -> "Texts":
+        """Return the texts of cells from distinct texts and the index of each cell's text among them."""
+        parts = [np.array(text, dtype=np.int32) for text in distinct]
+        lengths = np.array([len(text) for text in parts], dtype=np.int64)
+        tokens = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
+        return cls(tokens, (np.cumsum(lengths) - lengths)[which], lengths[which])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, cell: int) -> Tensor:
+        """Return the token ids of a cell's text, int64."""
+        start = self.starts[cell]
+        return self.tokens[start : start + self.lengths[cell]].long()
 
 
 @dataclass
@@ -27,7 +63,7 @@ class Cells:
     vectors
         Input of the projector.
     texts
-        Token ids of each description with the end token, int64.
+        Token ids of each description with the end token.
     labels
         Class numbers, see ``alignment.number_labels``; int64 (cells, slots).
     ids
@@ -40,7 +76,7 @@ class Cells:
     """
 
     vectors: Vectors
-    texts: list[Tensor]
+    texts: Texts
     labels: Tensor
     ids: list[str]
     openings: Tensor
@@ -54,15 +90,15 @@ class Cells:
         parts = (*self.vectors[rows], padded, mask, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
-    @cached_property
+    @property
     def text_lengths(self) -> np.ndarray:
         """Number of tokens of each text, int64 (cells,)."""
-        return np.array([len(text) for text in self.texts])
+        return self.texts.lengths
 
     def openings_alone(self) -> "Cells":
         """Return the cells with only the opening of each text, or the whole text if it has no opening."""
-        cut = [text[:end] if end else text for text, end in zip(self.texts, self.openings.tolist(), strict=True)]
-        return replace(self, texts=cut)
+        ends = self.openings.numpy()
+        return replace(self, texts=replace(self.texts, lengths=np.where(ends, ends, self.text_lengths)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +192,7 @@ def read_cells(
     Parameters
     ----------
     descriptions
-        Rows of ``contracts.DESCRIPTIONS``.
+        Rows of ``contracts.DESCRIPTIONS``; text may be categorical.
     split
         Name of the split.
     embeddings
@@ -167,20 +203,30 @@ def read_cells(
         Its projector determines which vectors to read; its tokenizer tokenises the texts.
     """
     rows = descriptions[descriptions["split"] == split]
-    encoded = model.tokenizer(rows["text"].to_list(), add_special_tokens=False)
-    end = model.tokenizer.eos_token_id
-    openings = [find_opening(text) for text in rows["text"]]
-    # up to the token with the last character, the full stop
-    ends = [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
+    which, distinct = pd.factorize(rows["text"])
+    tokens, openings = _tokenise(list(distinct), model.tokenizer)
     labels = number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes)
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
-        [torch.tensor([*text, end]) for text in encoded["input_ids"]],
+        Texts.of(tokens, which),
         labels,
         rows["cell_id"].to_list(),
-        torch.tensor(ends, dtype=torch.long),
+        torch.from_numpy(openings[which]),
         labels,
     )
+
+
+def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the token ids of each text with the end token, and the number of tokens in its opening, int64."""
+    tokens, ends = [], []
+    for start in range(0, len(texts), TOKENISED_AT_ONCE):
+        part = texts[start : start + TOKENISED_AT_ONCE]
+        encoded = tokenizer(part, add_special_tokens=False)
+        tokens += [np.array([*text, tokenizer.eos_token_id], dtype=np.int32) for text in encoded["input_ids"]]
+        openings = [find_opening(text) for text in part]
+        # up to the token with the last character, the full stop
+        ends += [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
+    return tokens, np.array(ends, dtype=np.int64)
 
 
 def check_lengths(model: Cell2Text, train: Cells, validation: Cells, max_new_tokens: int | None) -> int:
@@ -236,4 +282,4 @@ def find_depths(cell_types: pd.Series, terms: pd.DataFrame) -> np.ndarray:
         A table of ``contracts.TERMS``.
     """
     depths = terms[terms["slot"] == "cell_type"].set_index("id")["depth"]
-    return cell_types.map(depths).fillna(0).to_numpy(dtype=float)
+    return cell_types.astype(object).map(depths).fillna(0).to_numpy(dtype=float)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cell2text.contracts import DESCRIPTIONS, HISTORY, TERMS
+from cell2text.contracts import DESCRIPTIONS, HISTORY, TERM_SLOTS, TERMS
 from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
 from cell2text.files import read_json, whole_folder
@@ -97,7 +97,9 @@ def _finetune(
     max_new_tokens: int | None,
 ) -> None:
     device = pick_device()
-    texts = DESCRIPTIONS.read(descriptions)
+    # as categories, because many cells share a text
+    shared = ["split", "text", *(f"{slot}_id" for slot in TERM_SLOTS)]
+    texts = DESCRIPTIONS.read(descriptions, ["cell_id", *shared], categories=shared)
     training_rows = texts[texts["split"] == "train"]
 
     def build_model() -> Cell2Text:
