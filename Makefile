@@ -5,14 +5,14 @@ UV := 0.13.9
 export PYTHONHASHSEED ?= 0
 export MPLBACKEND = Agg
 
-.PHONY: demo test lint dry-run unit workflow slow format requirements clean
+.PHONY: demo test lint dry-run tests unit workflow slow format requirements clean
 
 demo: .venv/ready
 	@$(BIN)/snakemake --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
 	killed: run $(BIN)/snakemake --unlock, then make demo again; finished steps are kept."; exit 1; }
 	@echo "Done: open results/pbmc68k/report.html in a browser"
 
-test: lint dry-run unit workflow
+test: lint dry-run tests
 
 # uv installs the same pins as pip in a fraction of the time and shows what it does. It does not read pip's settings, so
 # wheels that PIP_FIND_LINKS names are handed on. UV_TORCH_BACKEND=cpu avoids the CUDA libraries on machines without a GPU.
@@ -32,11 +32,17 @@ lint: .venv/ready
 dry-run: .venv/ready
 	for target in all models census corpus embeddings; do $(BIN)/snakemake --dry-run $$target --quiet all || exit 1; done
 
+# Two processes, each with whole files of tests and one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+tests: .venv/ready
+	$(PYTEST) tests/workflow tests/unit tests/real
+
 unit: .venv/ready
-	$(BIN)/python -m pytest -q tests/unit tests/real
+	$(PYTEST) tests/unit tests/real
 
 workflow: .venv/ready
-	$(BIN)/python -m pytest -q tests/workflow
+	$(PYTEST) tests/workflow
 
 # Slow checks are run by name: make slow
 slow: .venv/ready

@@ -326,16 +326,20 @@ def job(row, path):
     return SimpleNamespace(log=[], rule="fetch_dataset", params={"row": row}, output=SimpleNamespace(cells=path))
 
 
+def fail_with(monkeypatch, number):
+    def refuse(*given, **more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(h5ad.ad.io, "write_elem", refuse)
+
+
 def full_disk(monkeypatch, out):
-    monkeypatch.setattr(h5ad.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    return out / "s.h5ad", "No space left on device. Free some space"
+    fail_with(monkeypatch, errno.ENOSPC)
+    return out / "s.h5ad", "Free some space on that disk"
 
 
 def read_only_disk(monkeypatch, out):
-    def refuse(*given, **more):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(h5ad.ad.io, "write_elem", refuse)
+    fail_with(monkeypatch, errno.EROFS)
     return out / "s.h5ad", "Read-only file system. Run in a folder that can be written"
 
 

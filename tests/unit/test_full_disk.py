@@ -52,7 +52,7 @@ def test_sorting_names_its_scratch_folder(tmp_path):
     assert not any(tmp_path.iterdir())
     (tmp_path / "file").write_text("in place of a folder")
     with pytest.raises(InputError, match="scratch: cannot be written: Not a directory"):
-        list(sort_by_cell(iter([entries]), 5000, (50, 70), tmp_path / "file/scratch"))
+        list(sort_by_cell(iter([entries]), 5000, (50, 70), tmp_path / "file/scratch", "a.h5ad"))
 
 
 def test_vectors_name_their_file(tmp_path):
