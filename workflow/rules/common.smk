@@ -186,3 +186,17 @@ def own_limits(wildcards):
     """Return the QC limits in the dataset's row of the sheet, which override those of the run."""
     row = SHEET[wildcards.dataset]
     return {key: float(row[key]) for key in config["qc"] if key in row}
+
+
+def benchmarks_of_this_run(wildcards):
+    """Return the benchmark files of each rule. The folder can have files of jobs that the config no longer has."""
+    values = {
+        "dataset": DATASETS,
+        "shard": SHARDS,
+        "split": SPLITS,
+        "census": sorted(CENSUS),
+        "name": [Path(model).name for model in [LANGUAGE_MODEL, *FETCHED_ENCODER]],
+    }
+    names = [one.name for one in workflow.rules if one.benchmark]
+    names.remove("render_report")  # its own cost is known only afterwards
+    return {name: expand(getattr(rules, name).benchmark, **values) for name in names}

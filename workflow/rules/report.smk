@@ -5,20 +5,6 @@ Inputs: results of all other stages. Outputs: <results>/report.html, <results>/m
 """
 
 
-def benchmarks_of_this_run(wildcards):
-    """Return the benchmark files of each rule. The folder can have files of jobs that the config no longer has."""
-    values = {
-        "dataset": DATASETS,
-        "shard": SHARDS,
-        "split": SPLITS,
-        "census": sorted(CENSUS),
-        "name": [Path(model).name for model in [LANGUAGE_MODEL, *FETCHED_ENCODER]],
-    }
-    names = [one.name for one in workflow.rules if one.benchmark]
-    names.remove("render_report")  # its own cost is known only afterwards
-    return {name: expand(getattr(rules, name).benchmark, **values) for name in names}
-
-
 rule render_report:
     input:
         metrics="<results>/evaluation/metrics.tsv",
