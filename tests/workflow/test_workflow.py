@@ -136,7 +136,7 @@ def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
     edit("tiny.yaml", "source: nowhere", "source: tiny-model")
     before = (fresh / "tiny.yaml").read_text()
     edit("tiny.yaml", "name: tiny", "name: tiny-model")
-    edit("tiny.yaml", "kind: coexpression", "kind: geneformer\n  source: tiny-model")
+    edit("tiny.yaml", "kind: coexpression\n  dimensions: 8", "kind: geneformer\n  source: tiny-model")
     assert "language_model.name: the folder of the encoder is named tiny-model, too. Set another name" in refused()
     (fresh / "tiny.yaml").write_text(before)
     for folder in (model, fresh / "results/tiny/model", fresh / "results/tiny/encoder"):
