@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class Team:
 
 
 ALONE = Team()
+PATIENCE = 5  # seconds
 
 
 def count_processes(gpus: int, allowed: int) -> int:
@@ -193,6 +195,9 @@ def _run(
     except InputError as error:
         log.error("%s", error)
         sys.exit(REPORTED)
+    except RuntimeError:
+        time.sleep(PATIENCE)  # if it is only that another process ended, the parent first sees how that one ended
+        raise
     except KeyboardInterrupt:  # before the training listens for signals; torch would report success
         sys.exit(TERMINATED)
     finally:

@@ -46,7 +46,8 @@ class TensorContract:
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         ids = json.dumps(cell_ids)
         sums = {name: _crc32(tensor) for name, tensor in tensors.items()} | {"cell_ids": zlib.crc32(ids.encode())}
-        metadata = {"cell_ids": ids, "crc32": json.dumps(sums)}
+        # in one entry, because safetensors writes several in any order
+        metadata = {"cells": json.dumps({"cell_ids": ids, "crc32": sums})}
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata=metadata)
 
@@ -61,8 +62,8 @@ class TensorContract:
         from safetensors import safe_open
 
         with reading(path), safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            cell_ids, sums = (json.loads(metadata[name]) for name in ("cell_ids", "crc32"))
+            metadata = json.loads(file.metadata()["cells"])
+            cell_ids, sums = json.loads(metadata["cell_ids"]), metadata["crc32"]
             wanted = list(self.tensors if names is None else names)
             missing = set(wanted) - set(file.keys())
             if missing:
