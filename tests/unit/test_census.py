@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import yaml
 from scipy import sparse
 
 from cell2text.cells import census
@@ -27,7 +26,6 @@ from cell2text.cells.choose_census_cells import (
 from cell2text.cells.fetch_census_shard import fetch_census_shard, label_census_cells
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.cells.filter_cells import filter_cells
-from cell2text.config import check_config, cut_census, read_datasets
 from cell2text.contracts import CELLS, CENSUS_CELLS
 from cell2text.corpus.sample_cells import read_labels, sample_cells
 from cell2text.corpus.split_donors import split_donors
@@ -354,27 +352,6 @@ def test_a_network_error_is_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "open_soma", fail)
     with pytest.raises(InputError, match="census://2025-01-30: cannot be read.*no route.*network.*shards are kept"):
         choose("census://2025-01-30", tmp_path)
-
-
-def test_a_census_row_becomes_one_dataset_per_shard():
-    rows = {"big": {"dataset": "big", "source": "census://2025-01-30", "notes": "n", "min_genes": "5"}}
-    rows |= {"own": {"dataset": "own", "source": "own.h5ad"}}
-    assert cut_census(rows, 2) == {"big": ["big-0", "big-1"]}
-    with pytest.raises(InputError, match="big-1: a shard of big has this name"):
-        cut_census(rows | {"big-1": {"dataset": "big-1", "source": "x.h5ad"}}, 2)
-    rows["big"] |= {"tissue": BLOOD}
-    with pytest.raises(InputError, match="tissue of big: the Census brings its own labels"):
-        cut_census(rows, 2)
-
-
-def test_the_config_at_the_papers_scale_is_valid():
-    config = yaml.safe_load((ROOT / "config/cellxgene.yaml").read_text())
-    config = check_config(config, ROOT / "workflow/schemas/config.schema.yaml", "config/cellxgene.yaml")
-    assert sum(config["sample"]["shares"].values()) == pytest.approx(1)
-    rows = read_datasets(ROOT / config["datasets"], ROOT / "workflow/schemas/datasets.schema.yaml")
-    assert cut_census(rows, config["shards"]) == {"census": [f"census-{shard}" for shard in range(16)]}
-    assert len(config["census"]["leave_out_datasets"]) == 4
-    assert len(with_descendants(config["census"]["leave_out_assays"])) >= 10
 
 
 def snakemake(folder, *arguments):

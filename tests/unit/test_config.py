@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cell2text.config import check_config, check_files, read_datasets
+from cell2text.cells.choose_census_cells import with_descendants
+from cell2text.config import check_config, check_files, cut_census, read_datasets
 from cell2text.errors import InputError
 
-SCHEMAS = Path(__file__).parents[2] / "workflow/schemas"
+ROOT = Path(__file__).parents[2]
+SCHEMAS = ROOT / "workflow/schemas"
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +123,24 @@ def test_a_line_of_an_error_is_short_and_holds_no_control_characters():
     assert len(message) < 3000
     line = str(InputError("a.h5ad", "\x1b[31mred\x07\n\u202ereversed", "Correct\tit"))
     assert line == "a.h5ad: \ufffd[31mred\ufffd \ufffdreversed. Correct it"
+
+
+def test_a_census_row_becomes_one_dataset_per_shard():
+    rows = {"big": {"dataset": "big", "source": "census://2025-01-30", "notes": "n", "min_genes": "5"}}
+    rows |= {"own": {"dataset": "own", "source": "own.h5ad"}}
+    assert cut_census(rows, 2) == {"big": ["big-0", "big-1"]}
+    with pytest.raises(InputError, match="big-1: a shard of big has this name"):
+        cut_census(rows | {"big-1": {"dataset": "big-1", "source": "x.h5ad"}}, 2)
+    rows["big"] |= {"tissue": "UBERON:0000178"}
+    with pytest.raises(InputError, match="tissue of big: the Census brings its own labels"):
+        cut_census(rows, 2)
+
+
+def test_the_config_at_the_papers_scale_is_valid():
+    config = yaml.safe_load((ROOT / "config/cellxgene.yaml").read_text())
+    config = check_config(config, SCHEMAS / "config.schema.yaml", "config/cellxgene.yaml")
+    assert sum(config["sample"]["shares"].values()) == pytest.approx(1)
+    rows = read_datasets(ROOT / config["datasets"], SCHEMAS / "datasets.schema.yaml")
+    assert cut_census(rows, config["shards"]) == {"census": [f"census-{shard}" for shard in range(16)]}
+    assert len(config["census"]["leave_out_datasets"]) == 4
+    assert len(with_descendants(config["census"]["leave_out_assays"])) >= 10
