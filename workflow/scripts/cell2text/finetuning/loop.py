@@ -114,7 +114,8 @@ class Finetuning:
         self.settings, self.seed = settings, seed
         self.checkpoint_file, self.fingerprint = checkpoints / "last.safetensors", fingerprint
         self.weights = balance(train.labels[:, 0].numpy()) if settings.balance else None
-        size = BatchSize(settings.batch_cells, settings.batch_tokens, self._count_prompt())
+        prompt, _ = model.count_prompt(*train.vectors[np.array([0])])
+        size = BatchSize(settings.batch_cells, settings.batch_tokens, prompt)
         self.texts = Stage("finetune", train, validation, size)
         self.epochs = [self.texts] * settings.epochs
         if settings.opening_epochs:
@@ -134,12 +135,6 @@ class Finetuning:
         self.best: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def _count_prompt(self) -> int:
-        """Return the number of tokens before a cell's text."""
-        prompt, cell = self.model.prompt, self.train.vectors[np.array([0])]
-        soft, _ = self.model.projector(*(part.to(self.model.device) for part in cell))
-        return len(prompt.before) + soft.shape[1] + len(prompt.after)
-
     def _plan(self, epoch: int) -> list[list[np.ndarray]]:
         # micro-batches of a step accumulate gradients in turn, so only one is in memory
         step_batches = self.settings.accumulate * self.team.size

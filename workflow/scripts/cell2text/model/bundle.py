@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from cell2text.device import pick_device
 from cell2text.errors import InputError
-from cell2text.files import read_json, read_sealed, write_json, writing
+from cell2text.files import read_json, read_sealed, reading, write_json, writing
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.language_model import add_adapter, load_language_model
 from cell2text.model.projectors import build_projector
 from cell2text.settings import FinetuneSettings, ProjectorSettings
-from cell2text.weights import check_finite, read_weights, reading
+from cell2text.weights import check_finite, read_weights
 
 FIX = "Delete the model's folder and fine-tune again with this language model"
 

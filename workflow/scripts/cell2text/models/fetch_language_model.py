@@ -18,9 +18,9 @@ import shutil
 from pathlib import Path
 
 from cell2text.errors import InputError
-from cell2text.files import read_json, whole_folder, write_json
+from cell2text.files import read_json, reading, whole_folder, write_json
 from cell2text.models.sources import WHERE, Fetched, check_target, download, fetch_wheel, is_local, licence_of
-from cell2text.weights import check_weights, reading
+from cell2text.weights import check_weights
 
 log = logging.getLogger("cell2text.models")
 

@@ -14,9 +14,9 @@ from transformers import BertModel
 from cell2text.device import pick_device, pick_precision
 from cell2text.embedding.ranked_cells import RankedCells
 from cell2text.errors import InputError
-from cell2text.files import read_json, write_json
+from cell2text.files import read_json, reading, write_json
 from cell2text.progress import Progress
-from cell2text.weights import check_finite, reading
+from cell2text.weights import check_finite
 
 log = logging.getLogger("cell2text.encoders")
 
