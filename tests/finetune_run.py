@@ -8,7 +8,7 @@ from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, HISTORY, TERMS
 from cell2text.embedding.vectors import Embeddings
 from cell2text.files import write_json
 from cell2text.finetuning import finetune as finetune_module
-from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.grammar import Slots, Terms, render
 from cell2text.training import warm_up_then_decay
 from default_settings import finetune_settings, projector_settings
 from tests_terms import small_table
@@ -45,7 +45,7 @@ def write_files(tmp_path, tiny_model):
         tmp_path / "embeddings.safetensors",
     )
     terms = Terms(small_table())
-    slots = [with_definition(Slots(label, None, "UBERON:0000178", "PATO:0000461"), terms) for label in labels]
+    slots = [Slots(label, "UBERON:0000178", "PATO:0000461") for label in labels]
     DESCRIPTIONS.write(
         pd.DataFrame(
             {
@@ -57,7 +57,6 @@ def write_files(tmp_path, tiny_model):
                 "sex_id": None,
                 "stage_id": None,
                 "pathway_ids": [[]] * 30,
-                "definition": [slot.definition for slot in slots],
                 "text": [render(slot, terms) for slot in slots],
             }
         ),

@@ -39,7 +39,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     split = ["test"] * cells + ["train"] * 6
 
     def describe(term, pathways):
-        return render(Slots(term, None, "UBERON:0000178", None, None, None, tuple(pathways)), terms)
+        return render(Slots(term, "UBERON:0000178", None, None, None, tuple(pathways)), terms)
 
     reference = pd.DataFrame(
         {
@@ -51,7 +51,6 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
             "sex_id": None,
             "stage_id": None,
             "pathway_ids": [["GLYCOLYSIS"]] * len(ids),
-            "definition": None,
             "text": [describe(term, ["GLYCOLYSIS"]) for term in truth],
         }
     )

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [
-    "This is a cell. By definition: A cell that is negative for the lineage markers CD3, CD19, and CD20.",
-    "The sample is blood from a female donor at the mature stage, without known disease.",
-    "Most active gene programmes: interferon response (genes that answer interferons); then cytotoxicity.",
+    "This is a cell. The sample is blood from a female donor at the mature stage, without known disease.",
+    "Most active gene programmes: interferon response; then cytotoxicity. Definition of cell: A cell that is negative "
+    "for the lineage markers CD3, CD19, and CD20. Definition of interferon response: genes that answer interferons.",
     "naive thymus-derived CD8-positive, alpha-beta memory regulatory T cell natural killer B monocyte dendritic",
 ]
 CHAT = (

@@ -281,9 +281,9 @@ def test_gene_sets_that_cannot_be_scored(tmp_path, out, gmt, expected):
             ["sets.tsv: name", "'one; then two'", "Reword it"],
         ),
         (
-            "id\tname\tdescription\nA\tone\tx; then y\n",
+            "id\tname\tdescription\nA\tone. Definition of two\t\n",
             0,
-            ["sets.tsv: description", "'x; then y'", "Reword it"],
+            ["sets.tsv: name", "'one. Definition of two'", "Reword it"],
         ),
         (
             "id\tname\tdescription\n",
@@ -291,7 +291,7 @@ def test_gene_sets_that_cannot_be_scored(tmp_path, out, gmt, expected):
             ["config: pathways: min_active_share", "no gene set is active in more than 100", "Lower it"],
         ),
     ],
-    ids=["other columns", "duplicate names", "a separator in a name", "a separator in a description", "no set kept"],
+    ids=["other columns", "duplicate names", "a separator in a name", "an explanation in a name", "no set kept"],
 )
 def test_gene_sets_that_cannot_be_described(tmp_path, out, table, min_active_share, expected):
     corpus = write_table(CELLS, tmp_path / "corpus.parquet", cell_id=["c1", "c2"], split="train")

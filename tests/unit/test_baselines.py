@@ -16,7 +16,7 @@ from cell2text.evaluation.baselines.majority import predict_majority
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
 from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic, read_logs
 from cell2text.evaluation.baselines.slots import read_pooled
-from cell2text.grammar import Slots, Terms, parse, render, with_definition
+from cell2text.grammar import Slots, Terms, parse, render
 from cell2text.ontology import slot_terms
 
 LABELS = Path(__file__).parents[2] / "config/labels/pbmc68k.tsv"
@@ -49,11 +49,7 @@ def write_corpus(folder, cell_types, splits, pathways, **slots):
     for slot in SLOTS:
         table[f"{slot}_id"] = pd.Series(slots.get(slot, [None] * n), dtype=object)
     table["cell_type_id"], table["pathway_ids"] = pd.Series(cell_types, dtype=object), pathways
-    filled = [
-        with_definition(Slots(*row[2:3], None, *row[3:7], tuple(row.pathway_ids)), names)
-        for row in table.itertuples(index=False)
-    ]
-    table["definition"] = [one.definition for one in filled]
+    filled = [Slots(*row[2:7], tuple(row.pathway_ids)) for row in table.itertuples(index=False)]
     table["text"] = [render(one, names) for one in filled]
     DESCRIPTIONS.write(table[list(DESCRIPTIONS.columns)], folder / "descriptions.parquet")
     return table, names

@@ -41,7 +41,6 @@ def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test
         table["cell_type_confidence"] = np.array(confidence, dtype=np.float32)
     table["pathway_ids"] = pd.Series(pathways or [[]] * n, dtype=object)
     table["text"] = texts or [f"This is a {NAMES.get(term)}." for term in cell_types]
-    table["definition"] = None
     return table
 
 

@@ -285,8 +285,8 @@ def test_label_targets_of_sentences_are_the_centred_directions_of_sentences(buil
     model, labels = build(), {"cell_type": ["CL:0000236", "CL:0000623"], "tissue": ["UBERON:0000178"]}
     cell_types, tissues = LabelTargets.of_sentences(labels, small_table(), model).directions
     texts = [
-        "This is a B cell. By definition: A lymphocyte of B lineage.",
-        "This is a natural killer cell. By definition: A lymphocyte that can kill.",
+        "This is a B cell. Definition of B cell: A lymphocyte of B lineage.",
+        "This is a natural killer cell. Definition of natural killer cell: A lymphocyte that can kill.",
     ]
     embeddings = model.language_model.get_input_embeddings().weight.detach().float()
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -313,8 +313,8 @@ def word_tokenizer(text):
             "female{0.75} donor at{0.5} the 29-year-old stage,{0.9} with{0.4} flu{0.5}.{0.25}",
             {
                 "cell_type": 0.9 * 0.8 * 0.5 * 0.25,  # not "an", and the full stop: not "natural killer cell, human"
-                "tissue": 0.7 * 0.5,  # from: not "blood vessel"
-                "sex": 0.75,
+                "tissue": 0.5 * 0.7 * 0.5,  # The: there is a sample; from: not "blood vessel"
+                "sex": 0.75 * 0.5,  # at: there is a stage
                 "stage": 0.9,  # the comma
                 "disease": 0.4 * 0.5 * 0.25,  # not "without", and the full stop: not "flu, chronic"
             },
@@ -326,7 +326,7 @@ def word_tokenizer(text):
         ("This is a{0.5} B{0.8} cell.{0.5} and{0.1} more", {"cell_type": 0.5 * 0.8 * 0.5}),  # violates the grammar
     ],
 )  # fmt: skip
-def test_confidence_is_the_probability_of_the_words_that_decide_a_slot(marked, confidences):
+def test_confidence_is_the_probability_of_the_piece_of_a_slot(marked, confidences):
     pieces = re.split(r"\{(.*?)\}", marked)
     text, marks = "".join(pieces[::2]), np.cumsum([len(piece) for piece in pieces[:-1:2]]).tolist()
     unsure = dict(zip(marks, map(float, pieces[1::2]), strict=True))
@@ -350,10 +350,9 @@ def test_confidence_does_not_depend_on_how_words_are_cut_into_tokens(build):
         decoded, ends = decode(ids, tokenizer)
         assert decoded == text
         starts = np.concatenate([[0], ends[:-1]])
-        start = text.index("a B cell.")
-        deciding = (ends > start) & (starts < start + len("a B cell."))
+        piece = (ends > len(lead)) & (starts < len(lead + "This is a B cell."))
         row = read_text(Written(ids, [-0.25] * len(ids), True), terms, tokenizer)
         assert (row["cell_type_id"], row["tissue_id"], row["disease_id"]) == ("CL:0000236", "UBERON:0000178", None)
-        assert row["cell_type_confidence"] == pytest.approx(np.exp(-0.25 * deciding.sum()))
+        assert row["cell_type_confidence"] == pytest.approx(np.exp(-0.25 * piece.sum()))
         assert row["disease_confidence"] is None
         assert read_text(Written(ids, [-0.25] * len(ids), False), terms, tokenizer)["status"] == "partial"

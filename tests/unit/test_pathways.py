@@ -20,7 +20,7 @@ from cell2text.corpus.score_pathways import THINNED_TO, kept_share, score_pathwa
 from cell2text.corpus.write_descriptions import write_descriptions
 from cell2text.evaluation.similarity import ontology_edges
 from cell2text.files import read_json
-from cell2text.grammar import PATHWAY, Slots, Terms, parse, render, with_definition
+from cell2text.grammar import PATHWAY, Slots, Terms, parse, render
 
 GENES = [f"G{i:02d}" for i in range(40)]
 
@@ -233,13 +233,15 @@ def test_a_description_contains_the_known_slots_and_can_be_parsed(tmp_path):
         sex_id=["PATO:0000383", None, "PATO:0000384"],
     )
     text = descriptions["text"][0]
-    assert text.startswith("This is a CD4-positive, alpha-beta T cell. By definition: ")
-    assert "The sample is blood from a female donor, without known disease." in text
-    assert text.endswith("Most active gene programmes: first set (what the first set does); then SET B.")
+    assert text.startswith(
+        "This is a CD4-positive, alpha-beta T cell. The sample is blood from a female donor, without known disease. "
+        "Most active gene programmes: first set; then SET B. Definition of CD4-positive, alpha-beta T cell: A "
+    )
+    assert text.endswith(". Definition of first set: what the first set does.")
     known = Terms(terms)
     for row in descriptions.itertuples():
         ids = {slot: getattr(row, f"{slot}_id") for slot in TERM_SLOTS}
-        slots = Slots(**ids, definition=row.definition, pathways=tuple(row.pathway_ids))
+        slots = Slots(**ids, pathways=tuple(row.pathway_ids))
         assert parse(row.text, known).slots == slots
         assert parse(row.text, known).status == "parsed"
 
@@ -263,7 +265,7 @@ def test_descriptions_do_not_depend_on_parts_or_files(tmp_path, monkeypatch):
             },
             pathways=tuple(row.pathway_ids),
         )
-        assert row.text == render(with_definition(slots, words), words)
+        assert row.text == render(slots, words)
         assert len(row.pathway_ids) == 2
 
     monkeypatch.setattr(writing, "DESCRIBED_AT_ONCE", 7)

@@ -172,7 +172,8 @@ def test_openings_are_read_before_whole_texts(files, tiny_model, monkeypatch):
     history = losses(directory).query("stage != 'align'")
     openings, whole = (history[history["stage"] == stage] for stage in ("openings", "finetune"))
     assert (openings["epoch"].max(), whole["epoch"].min(), len(read)) == (1, 2, len(history))
-    names = {f"This is a {small_table()['name'][i]}." for i in range(3)}
+    sample = " The sample is blood, without known disease."
+    names = {f"This is a {small_table()['name'][i]}.{sample}" for i in range(3)}
     texts = {f"{text}{tokenizer.eos_token}" for text in DESCRIPTIONS.read(files / "descriptions.parquet")["text"]}
     assert set().union(*read[: len(openings)]) == names and set().union(*read[len(openings) :]) == texts
     assert len(openings) < len(whole)  # micro-batches have more openings than whole texts, with as many tokens
@@ -210,13 +211,14 @@ def test_validation_accuracy_equals_that_of_greedy_decoding(files, tiny_model, m
     work, cells = kept[0], kept[0].texts.validation
     loss, accuracy = work.validate()
     assert (loss, accuracy) == (work.state.best_loss, work.state.best_accuracy)
-    openings = cells.openings.clone()
-    cells.openings[0] = 0  # as if it had no cell type
+    sentences = cells.first_sentences.clone()
+    assert (sentences < cells.openings).all()
+    cells.first_sentences[0] = 0  # as if it had no cell type
     accuracy_of_others = work.validate()[1]
-    written = write_texts(work.model.ready_to_write(), *cells.vectors[np.arange(9)], int(openings.max()))
+    written = write_texts(work.model.ready_to_write(), *cells.vectors[np.arange(9)], int(sentences.max()))
     correct = [
-        one.ids[:opening] == text[:opening].tolist()
-        for one, text, opening in zip(written, cells.texts, openings.tolist(), strict=True)
+        one.ids[:sentence] == text[:sentence].tolist()
+        for one, text, sentence in zip(written, cells.texts, sentences.tolist(), strict=True)
     ]
     assert 0 < accuracy < 1
     assert (accuracy, accuracy_of_others) == (np.mean(correct), np.mean(correct[1:]))

@@ -1,34 +1,35 @@
 """The grammar of descriptions: renders slots as text and parses text into slots.
 
-A description has up to seven slots, in this order::
+Names come first, in this order, because they distinguish cells; explanations follow, because names determine them::
 
-    This is a {cell type}. By definition: {definition} The sample is {tissue} from a {sex} donor at the
-    {stage}, with {disease}. Most active gene programmes: {name} ({what it is}); then {name} ({what it is}).
+    This is a {cell type}. The sample is {tissue} from a {sex} donor at the {stage}, with {disease}. Most active gene
+    programmes: {name}; then {name}. Definition of {cell type}: {definition} Definition of {programme}: {what it is}.
 
 An unknown slot is omitted together with the words that introduce it; a stage or disease without tissue and sex is
-that of "a donor". Slots hold ontology ids; the text uses their names.
+that of "a donor". A name without a definition has no explanation. Slots hold ontology ids; the text uses their names.
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
-from cell2text.contracts import TERM_SLOTS
-
 NORMAL = "PATO:0000461"  # the term that CELLxGENE uses for the absence of disease
 PATHWAY = "pathway"
+THEN = "; then "
+DEFINITION = ". Definition of "  # begins the explanations: no name contains it
 _HEALTHY = "without known disease"
-_THEN = "; then "
-_GRAMMAR = re.compile(
-    r"(?:This is an? (?P<cell_type>.+?)\."
-    r"(?: By definition: (?P<definition>.+?\.))?(?= The sample | Most active |$))?"
+_NAMES = re.compile(
+    r"(?:This is an? (?P<cell_type>.+?)\.(?= The sample is | Most active |$))?"
     r"(?: ?The sample is (?P<tissue>(?!from a |at the |with |without ).+?)?"
     r"(?: ?from a (?:(?P<sex>female|male) )?donor)?(?: ?at the (?P<stage>.+?))?"
     r"(?:, (?:with (?P<disease>.+?)|(?P<healthy>without known disease)))?\.(?= Most active |$))?"
-    r"(?: ?Most active gene programmes: (?P<pathways>.+)\.)?"
+    r"(?: ?Most active gene programmes: (?P<pathway>.+)\.)?"
 )
+_TEXT_ORDER = ("cell_type", "tissue", "sex", "stage", "disease", "healthy", PATHWAY)
+_TERMINATOR = re.compile(r"(?:[.,;]| \w+)?")  # what ends a name: a mark, or the next word
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,11 @@ class Slots:
     ----------
     cell_type, tissue, disease, sex, stage
         Ids from the Cell Ontology, UBERON, MONDO (or PATO:0000461, normal), PATO and HsapDv.
-    definition
-        Definition of the cell type.
     pathways
         Ids of the most active gene sets, most active first.
     """
 
     cell_type: str | None = None
-    definition: str | None = None
     tissue: str | None = None
     disease: str | None = None
     sex: str | None = None
@@ -63,15 +61,19 @@ class Parsed:
     slots
         The slots that could be read.
     status
-        ``"parsed"`` if the whole text follows the grammar and every name is a known term; ``"partial"`` if some
-        slot could not be read; ``"failed"`` if there is no cell type.
-    spans
-        Start and end of each term's name in the text, by slot.
+        ``"parsed"`` if the whole text follows the grammar, every name is a known term, and any explanations are those
+        of the names; ``"partial"`` if something else is in it; ``"failed"`` if there is no cell type.
+    names
+        Slot, start and end of each known name in the text, in the order of the text; gene programmes, whose slot is
+        ``"pathway"``, in the order of ``slots.pathways``.
+    pieces
+        Slot, start and end of the piece of each of these names, as :func:`pieces` cuts them.
     """
 
     slots: Slots
     status: str
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    names: tuple[tuple[str, int, int], ...] = ()
+    pieces: tuple[tuple[str, int, int], ...] = ()
 
 
 class Terms:
@@ -94,57 +96,96 @@ class Terms:
                 key: text if isinstance(text, str) and text else None
                 for key, text in zip(rows["id"], rows["definition"], strict=True)
             }
-        # Longest first: "Regulation of TP53 Activity" must not be read as "Regulation of TP53".
-        self.pathways_by_length = sorted(self.id.get(PATHWAY, {}), key=lambda name: (-len(name), name))
-
-
-def with_definition(slots: Slots, terms: Terms) -> Slots:
-    """Return the slots with the definition of their cell type filled in."""
-    return replace(slots, definition=terms.definition["cell_type"].get(slots.cell_type))
 
 
 def render(slots: Slots, terms: Terms) -> str:
-    """Return the description of a cell.
+    """Return the description of a cell: the names, then their explanations.
 
     Raises
     ------
     KeyError
         If an id is not among the terms of its slot.
     """
-    sentences = []
+    return "".join(text for _, text in pieces(slots, terms)) + explanations(slots, terms)
+
+
+def pieces(slots: Slots, terms: Terms) -> list[tuple[str, str]]:
+    """Return the names part of a description, cut into one piece per name.
+
+    A piece holds the words that introduce a name, the name, and what ends it: an article decides between names, and
+    the full stop, comma or word after a name decides against longer names that begin with it. So the probability of a
+    piece, given those before it, is that of its slot. Every piece but the first begins with a space, where tokens
+    begin.
+
+    Returns
+    -------
+    list of (str, str)
+        Slot and text: the slots of ``contracts.TERM_SLOTS`` in the order of the text, then ``"pathway"`` for each gene
+        programme. Together the texts are the names part of ``render(slots, terms)``.
+
+    Raises
+    ------
+    KeyError
+        If an id is not among the terms of its slot.
+
+    Examples
+    --------
+    >>> [text for _, text in pieces(slots, terms)]
+    ['This is a B cell.', ' The sample is blood from', ' a female donor at', ' the 45-year-old stage,',
+     ' without known disease.', ' Most active gene programmes: hypoxia;', ' then glycolysis.']
+    """
+    cut: list[tuple[str, str]] = []
+    for sentence in _sentences(slots, terms):
+        for number, (slot, link, words) in enumerate(sentence):
+            if number:
+                cut[-1] = (cut[-1][0], cut[-1][1] + link)
+                cut.append((slot, f" {words}"))
+            else:
+                cut.append((slot, f"{' ' if cut else ''}{link} {words}"))
+        cut[-1] = (cut[-1][0], f"{cut[-1][1]}.")
+    return cut
+
+
+def _sentences(slots: Slots, terms: Terms) -> Iterator[list[tuple[str, str, str]]]:
+    """Yield the sentences of the names part: for each name its slot, the words that link it to the last, and it."""
     if slots.cell_type:
         name = terms.name["cell_type"][slots.cell_type]
-        sentences.append(f"This is {_article(name)} {name}.")
-        if slots.definition:
-            sentences.append(f"By definition: {slots.definition}")
-    sample = _render_sample(slots, terms)
-    if sample:
-        sentences.append(f"The sample is {sample}.")
-    if slots.pathways:
-        pathways = _THEN.join(_render_pathway(pathway, terms) for pathway in slots.pathways)
-        sentences.append(f"Most active gene programmes: {pathways}.")
-    return " ".join(sentences)
-
-
-def _render_sample(slots: Slots, terms: Terms) -> str:
-    words = []
+        yield [("cell_type", "This is", f"{_article(name)} {name}")]
+    sample = []
     if slots.tissue:
-        words.append(terms.name["tissue"][slots.tissue])
+        sample.append(("tissue", "", terms.name["tissue"][slots.tissue]))
     if slots.sex:
-        words.append(f"from a {terms.name['sex'][slots.sex]} donor")
-    elif not slots.tissue and (slots.stage or slots.disease):
-        words.append("from a donor")
+        sample.append(("sex", " from", f"a {terms.name['sex'][slots.sex]} donor"))
+    donor = "" if sample else " from a donor"
     if slots.stage:
-        words.append(f"at the {terms.name['stage'][slots.stage]}")
-    clauses = [" ".join(words)]
+        sample.append(("stage", " at", f"the {terms.name['stage'][slots.stage]}"))
     if slots.disease:
-        clauses.append(_HEALTHY if slots.disease == NORMAL else f"with {terms.name['disease'][slots.disease]}")
-    return ", ".join(clauses)
+        healthy = slots.disease == NORMAL
+        sample.append(("disease", ",", _HEALTHY if healthy else f"with {terms.name['disease'][slots.disease]}"))
+    if sample:
+        slot, link, words = sample[0]
+        yield [(slot, f"The sample is{donor}{link}", words), *sample[1:]]
+    if slots.pathways:
+        first, *others = (terms.name[PATHWAY][pathway] for pathway in slots.pathways)
+        programmes = [(PATHWAY, ";", f"then {name}") for name in others]
+        yield [(PATHWAY, "Most active gene programmes:", first), *programmes]
 
 
-def _render_pathway(pathway: str, terms: Terms) -> str:
-    meaning = terms.definition[PATHWAY][pathway]
-    return terms.name[PATHWAY][pathway] + (f" ({meaning})" if meaning else "")
+def explanations(slots: Slots, terms: Terms) -> str:
+    """Return the part of a description after the names: what the cell type and the gene programmes are.
+
+    Returns
+    -------
+    str
+        Begins with a space; empty if no name has a definition.
+    """
+    named = [("cell_type", slots.cell_type)] if slots.cell_type else []
+    text = ""
+    for slot, term in [*named, *((PATHWAY, pathway) for pathway in slots.pathways)]:
+        meaning = terms.definition[slot][term]
+        if meaning:
+            text += f"{DEFINITION[1:]}{terms.name[slot][term]}: {meaning.removesuffix('.')}."
+    return text
 
 
 def _article(name: str) -> str:
@@ -158,106 +199,92 @@ def _article(name: str) -> str:
 
 
 def parse(text: str, terms: Terms) -> Parsed:
-    """Parse the slots of a description.
+    """Parse the slots of a description, with or without its explanations, which may be truncated.
 
     ``parse(render(slots)).slots == slots`` for every term of the ontologies. A name that is not a term leaves its
     slot empty.
     """
     stripped = text.strip()
-    match = _GRAMMAR.fullmatch(stripped)
-    parsed = _parse_pieces(stripped, terms) if match is None else _read(match, terms)
-    return replace(parsed, spans=_shift(parsed.spans, len(text) - len(text.lstrip())))
-
-
-def find_deciding_words(text: str, slot: str, span: tuple[int, int]) -> tuple[int, int]:
-    """Return start and end of the words that decide a slot: its name, and what introduces and ends it.
-
-    An article decides between names, and "with" or "without" between a disease and none. The full stop, comma or word
-    after a name decides against longer names that begin with it.
-
-    Parameters
-    ----------
-    text
-        A description.
-    slot
-        Name of the slot.
-    span
-        Start and end of its name, as in ``Parsed.spans``.
-
-    Examples
-    --------
-    >>> text = "This is a B cell. The sample is blood from a donor, without known disease."
-    >>> [text[slice(*find_deciding_words(text, *found))] for found in parse(text, terms).spans.items()]
-    ['a B cell.', 'blood from', 'without known disease.']
-    """
-    start, end = span
-    if slot in ("cell_type", "disease") and text[start:end] != _HEALTHY:
-        start = text.rindex(" ", 0, start - 1) + 1
-    after = re.compile(r"[.,]| \w+").match(text, end)
-    return start, after.end() if after else end
+    opening = find_opening(stripped)
+    match = _NAMES.fullmatch(opening)
+    found, complete = _find(match, terms) if match else ([], False)
+    if "cell_type" not in {name.slot for name in found}:
+        found = _find_some(opening, terms) or found
+    ids = {name.slot: name.id for name in found if name.slot != PATHWAY}
+    slots = Slots(**ids, pathways=tuple(name.id for name in found if name.slot == PATHWAY))
+    complete = complete and stripped[len(opening) :] in ("", explanations(slots, terms))
+    shift = len(text) - len(text.lstrip())
+    return Parsed(
+        slots,
+        "failed" if slots.cell_type is None else "parsed" if complete else "partial",
+        tuple((name.slot, name.start + shift, name.end + shift) for name in found),
+        tuple((name.slot, name.piece_start + shift, name.piece_end + shift) for name in found),
+    )
 
 
 def find_opening(text: str) -> str:
+    """Return the opening of a description: all its names, without the explanations, which may be truncated.
+
+    Examples
+    --------
+    >>> find_opening("This is a B cell. The sample is blood. Definition of B cell: A lymphocyte of B lineage.")
+    'This is a B cell. The sample is blood.'
+    """
+    end = text.find(DEFINITION)
+    if end < 0:
+        end = text.rfind(". ")
+        if end < 0 or not DEFINITION.startswith(text[end:]):
+            return text
+    return text[: end + 1]
+
+
+def find_cell_type(text: str) -> str:
     """Return the first sentence of a description, which names the cell type; empty if there is no cell type.
 
     Examples
     --------
-    >>> find_opening("This is a B cell. The sample is blood.")
+    >>> find_cell_type("This is a B cell. The sample is blood.")
     'This is a B cell.'
     """
-    match = _GRAMMAR.fullmatch(text)
+    match = _NAMES.fullmatch(find_opening(text))
     return text[: match.end("cell_type") + 1] if match and match["cell_type"] else ""
 
 
-def _parse_pieces(text: str, terms: Terms) -> Parsed:
-    """Parse what is readable in a text that violates the grammar, if its first sentence names a cell type."""
-    first = re.match(r"This is an? (?P<cell_type>.+?)\.(?= |$)", text)
-    cell_type = terms.id["cell_type"].get(first["cell_type"]) if first else None
+class _Name(NamedTuple):
+    """A known name in a text: its slot and id, and start and end of the name and of its piece."""
+
+    slot: str
+    id: str
+    start: int
+    end: int
+    piece_start: int
+    piece_end: int
+
+
+def _find_some(text: str, terms: Terms) -> list[_Name]:
+    """Return the known names of a text that violates the grammar; none without a cell type."""
+    first = re.match(r"This is an? (.+?)\.(?= |$)", text)
+    cell_type = terms.id["cell_type"].get(first[1]) if first else None
     if cell_type is None:
-        return Parsed(Slots(), "failed")
-    rest = re.search(r"The sample is .*", text)
-    match = _GRAMMAR.fullmatch(rest[0]) if rest else None
-    read = _read(match, terms) if match else Parsed(Slots(), "partial")
-    spans = _shift(read.spans, rest.start()) if rest else {}
-    spans["cell_type"] = first.span("cell_type")
-    return Parsed(replace(read.slots, cell_type=cell_type), "partial", spans)
+        return []
+    rest = re.search(r" (The sample is|Most active gene programmes:) ", text)
+    match = _NAMES.fullmatch(text, rest.start()) if rest else None
+    others, _ = _find(match, terms) if match else ([], False)
+    return [_Name("cell_type", cell_type, *first.span(1), 0, first.end()), *others]
 
 
-def _shift(spans: dict[str, tuple[int, int]], by: int) -> dict[str, tuple[int, int]]:
-    return {slot: (start + by, end + by) for slot, (start, end) in spans.items()}
-
-
-def _read(match: re.Match[str], terms: Terms) -> Parsed:
-    found: dict[str, str | None] = {"definition": match["definition"]}
-    spans: dict[str, tuple[int, int]] = {}
-    complete = True
-    for slot in TERM_SLOTS:
-        name = match[slot]
-        if name is None:
-            continue
-        found[slot] = terms.id.get(slot, {}).get(name)
-        spans[slot] = match.span(slot)
-        complete &= found[slot] is not None
-    if match["healthy"]:
-        found["disease"] = NORMAL
-        spans["disease"] = match.span("healthy")
-    pathways = _read_pathways(match["pathways"], terms) if match["pathways"] else ()
-    complete &= None not in pathways
-    slots = Slots(**found, pathways=tuple(pathway for pathway in pathways if pathway))
-    if slots.cell_type is None:
-        return Parsed(slots, "failed", spans)
-    return Parsed(slots, "parsed" if complete else "partial", spans)
-
-
-def _read_pathways(text: str, terms: Terms) -> Iterable[str | None]:
-    """Return the id of each named gene set, or None if it is unknown."""
-    return tuple(_read_pathway(piece, terms) for piece in text.split(_THEN))
-
-
-def _read_pathway(piece: str, terms: Terms) -> str | None:
-    if piece in terms.id.get(PATHWAY, {}):
-        return terms.id[PATHWAY][piece]
-    for name in terms.pathways_by_length:
-        if piece.startswith(f"{name} ("):
-            return terms.id[PATHWAY][name]
-    return None
+def _find(match: re.Match[str], terms: Terms) -> tuple[list[_Name], bool]:
+    """Return the known names in a match of ``_NAMES``, and whether all names in it are known."""
+    found, complete, piece = [], True, match.start()
+    for slot in filter(match.group, _TEXT_ORDER):
+        start = match.start(slot)
+        for name in match[slot].split(THEN) if slot == PATHWAY else [match[slot]]:
+            end = start + len(name)
+            piece_end = _TERMINATOR.match(match.string, end + (len(" donor") if slot == "sex" else 0)).end()
+            term = NORMAL if slot == "healthy" else terms.id.get(slot, {}).get(name)
+            if term is None:
+                complete = False
+            else:
+                found.append(_Name("disease" if slot == "healthy" else slot, term, start, end, piece, piece_end))
+            start, piece = end + len(THEN), piece_end
+    return found, complete

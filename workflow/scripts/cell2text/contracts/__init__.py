@@ -10,7 +10,7 @@ from cell2text.contracts.table import TableContract
 from cell2text.contracts.tensor import TensorContract
 
 TEXT, TEXTS = pa.string(), pa.list_(pa.string())
-# The slots of a description that take one ontology term each, in the order of the text.
+# The slots of a description that take one ontology term each.
 TERM_SLOTS = ("cell_type", "tissue", "disease", "sex", "stage")
 SPLITS = ("train", "validation", "test")
 QC = TableContract(
@@ -70,7 +70,7 @@ TERMS = TableContract(
 _SLOTS = {**{f"{slot}_id": TEXT for slot in TERM_SLOTS}, "pathway_ids": TEXTS}
 DESCRIPTIONS = TableContract(
     "reference descriptions",
-    {"cell_id": TEXT, "split": TEXT, **_SLOTS, "definition": TEXT, "text": TEXT},
+    {"cell_id": TEXT, "split": TEXT, **_SLOTS, "text": TEXT},
     key="cell_id",
 )
 GENES = TableContract(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from cell2text.errors import InputError
-from cell2text.grammar import PATHWAY
+from cell2text.grammar import DEFINITION, PATHWAY, THEN
 from cell2text.tables import read_rows, read_table
 
 COLLECTIONS = ("HALLMARK", "REACTOME", "KEGG_MEDICUS", "KEGG", "BIOCARTA", "PID", "WP", "GOBP", "GOCC", "GOMF")
@@ -80,12 +80,10 @@ def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
         raise InputError(
             where, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name"
         )
-    for column, values in (("name", names), ("description", descriptions)):
-        broken = values[values.str.contains("; then ", regex=False)]
+    for words, what in ((THEN, "separates gene sets"), (DEFINITION, "begins an explanation")):
+        broken = names[names.str.contains(words, regex=False)]
         if len(broken):
-            raise InputError(
-                f"{where}: {column}", f"{broken.iloc[0]!r} contains '; then ', which separates gene sets", "Reword it"
-            )
+            raise InputError(f"{where}: name", f"{broken.iloc[0]!r} contains {words!r}, which {what}", "Reword it")
     return pd.DataFrame({"slot": PATHWAY, "id": ids, "name": names.to_numpy(), "definition": descriptions.to_numpy()})
 
 

@@ -14,7 +14,7 @@ from cell2text.corpus.pathways import choose_pathways, fit_sets
 from cell2text.corpus.score_pathways import kept_share
 from cell2text.errors import InputError
 from cell2text.files import write_json
-from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.grammar import Slots, Terms, render
 from cell2text.ontology import slot_terms
 from cell2text.progress import Progress
 
@@ -109,12 +109,9 @@ def _describe(corpus: pd.DataFrame, chosen: np.ndarray, sets: list[str], terms: 
         for row in distinct:
             known = [names[code] for names, code in zip(ids, row, strict=True)]
             pathways = tuple(name for name in known[len(slots) :] if name)
-            described.append(
-                with_definition(Slots(**dict(zip(TERM_SLOTS, known, strict=False)), pathways=pathways), terms)
-            )
+            described.append(Slots(**dict(zip(TERM_SLOTS, known, strict=False)), pathways=pathways))
         columns = {f"{slot}_id": [getattr(slots, slot) for slots in described] for slot in TERM_SLOTS}
         columns["pathway_ids"] = [list(slots.pathways) for slots in described]
-        columns["definition"] = [slots.definition for slots in described]
         columns["text"] = [render(slots, terms) for slots in described]
         cells = {name: pa.array(corpus[name][part].astype(object), pa.string()) for name in ("cell_id", "split")}
         types = DESCRIPTIONS.columns

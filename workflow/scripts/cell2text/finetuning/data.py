@@ -13,7 +13,7 @@ from cell2text.contracts import TERM_SLOTS
 from cell2text.embedding.vectors import Embeddings, Vectors
 from cell2text.errors import InputError
 from cell2text.generation.decode import check_limit
-from cell2text.grammar import find_opening
+from cell2text.grammar import find_cell_type, find_opening
 from cell2text.model.alignment import number_labels
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.prompt import SOURCE
@@ -69,8 +69,9 @@ class Cells:
     ids
         Cell ids.
     openings
-        Number of tokens in the opening of each text, the sentence that names the cell type; 0 if the text names none.
-        int64 (cells,).
+        Number of tokens in the opening of each text, which has all its names; int64 (cells,).
+    first_sentences
+        Number of tokens in the sentence that names the cell type, the first; 0 if the text names none. int64 (cells,).
     aligned_to
         Input of the alignment loss: the labels, or the index of each text among the distinct texts, int64 (cells,).
     """
@@ -80,6 +81,7 @@ class Cells:
     labels: Tensor
     ids: list[str]
     openings: Tensor
+    first_sentences: Tensor
     aligned_to: Tensor
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -96,7 +98,7 @@ class Cells:
         return self.texts.lengths
 
     def openings_alone(self) -> "Cells":
-        """Return the cells with only the opening of each text, or the whole text if it has no opening."""
+        """Return the cells with only the opening of each text, or the whole text if it names nothing."""
         ends = self.openings.numpy()
         return replace(self, texts=replace(self.texts, lengths=np.where(ends, ends, self.text_lengths)))
 
@@ -204,7 +206,7 @@ def read_cells(
     """
     rows = descriptions[descriptions["split"] == split]
     which, distinct = pd.factorize(rows["text"])
-    tokens, openings = _tokenise(list(distinct), model.tokenizer)
+    tokens, openings, first_sentences = _tokenise(list(distinct), model.tokenizer)
     labels = number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes)
     return Cells(
         embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
@@ -212,21 +214,27 @@ def read_cells(
         labels,
         rows["cell_id"].to_list(),
         torch.from_numpy(openings[which]),
+        torch.from_numpy(first_sentences[which]),
         labels,
     )
 
 
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the token ids of each text with the end token, and the number of tokens in its opening, int64."""
-    tokens, ends = [], []
+def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Return the token ids of each text with the end token, and the number of tokens in its opening and first sentence.
+
+    The numbers are int64 (texts,).
+    """
+    tokens, numbers = [], []
     for start in range(0, len(texts), TOKENISED_AT_ONCE):
         part = texts[start : start + TOKENISED_AT_ONCE]
         encoded = tokenizer(part, add_special_tokens=False)
         tokens += [np.array([*text, tokenizer.eos_token_id], dtype=np.int32) for text in encoded["input_ids"]]
-        openings = [find_opening(text) for text in part]
-        # up to the token with the last character, the full stop
-        ends += [encoded.char_to_token(i, len(text) - 1) + 1 if text else 0 for i, text in enumerate(openings)]
-    return tokens, np.array(ends, dtype=np.int64)
+        for i, text in enumerate(part):
+            # up to the token with the last character, the full stop
+            ends = (len(find_opening(text)), len(find_cell_type(text)))
+            numbers.append([encoded.char_to_token(i, end - 1) + 1 if end else 0 for end in ends])
+    openings, first_sentences = np.array(numbers, dtype=np.int64).reshape(-1, 2).T
+    return tokens, openings, first_sentences
 
 
 def check_lengths(model: Cell2Text, train: Cells, validation: Cells, max_new_tokens: int | None) -> int:

@@ -255,9 +255,9 @@ class Finetuning:
         sums = torch.zeros(4, dtype=torch.float64, device=model.device)
         for rows in batches[self.team.rank :: self.team.size]:
             vectors, lengths, text, text_mask, _ = cells.batch(rows, model.device)
-            opening = (torch.arange(text.shape[1]) < cells.openings[rows][:, None]).to(model.device)
-            loss, chosen = model.judge_text(*model.projector(vectors, lengths), text, text_mask, opening)
-            named = opening.any(1)
+            sentence = (torch.arange(text.shape[1]) < cells.first_sentences[rows][:, None]).to(model.device)
+            loss, chosen = model.judge_text(*model.projector(vectors, lengths), text, text_mask, sentence)
+            named = sentence.any(1)
             sums += torch.stack([loss, text_mask.sum(), (chosen.all(1) & named).sum(), named.sum()])
         total, tokens, correct, named = self.team.all_reduce(sums).tolist()
         return total / tokens, correct / max(named, 1)

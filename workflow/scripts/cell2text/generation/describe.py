@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cell2text.contracts import CELLS, EMBEDDINGS, TERM_SLOTS
 from cell2text.embedding.vectors import Vectors
 from cell2text.generation.decode import Written, check_limit, write_texts
-from cell2text.grammar import Terms, find_deciding_words, parse
+from cell2text.grammar import PATHWAY, Terms, parse
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
 from cell2text.settings import GenerateSettings
@@ -48,20 +48,20 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
 def read_text(written: Written, terms: Terms, tokenizer: PreTrainedTokenizerBase) -> dict:
     """Return the text of one cell, its slots and their confidences.
 
-    The confidence of a slot is the model's probability of the tokens of the words that decide it, see
-    ``grammar.find_deciding_words``, given all tokens before them. It is not calibrated.
+    The confidence of a slot is the model's probability of the tokens of its piece, see ``grammar.pieces``, given all
+    tokens before them. It is not calibrated.
     """
     text, ends = decode(written.ids, tokenizer)
     parsed = parse(text, terms)
     status = parsed.status if written.ended or parsed.status == "failed" else "partial"
     row = {"text": text, "status": status, "pathway_ids": list(parsed.slots.pathways)}
-    for slot in TERM_SLOTS:
-        row[f"{slot}_id"] = getattr(parsed.slots, slot)
-        row[f"{slot}_confidence"] = None
-        if slot in parsed.spans:
-            start, end = find_deciding_words(text, slot, parsed.spans[slot])
-            inside = (ends > start) & (np.concatenate([[0], ends[:-1]]) < end)
-            row[f"{slot}_confidence"] = math.exp(float(np.sum(np.array(written.log_probabilities)[inside])))
+    row |= {f"{slot}_id": getattr(parsed.slots, slot) for slot in TERM_SLOTS}
+    row |= {f"{slot}_confidence": None for slot in TERM_SLOTS}
+    starts, log_probabilities = np.concatenate([[0], ends[:-1]]), np.array(written.log_probabilities)
+    for slot, start, end in parsed.pieces:
+        if slot != PATHWAY:
+            inside = (ends > start) & (starts < end)
+            row[f"{slot}_confidence"] = math.exp(float(log_probabilities[inside].sum()))
     return row
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.grammar import Slots, Terms, render
 
 if TYPE_CHECKING:
     from cell2text.model.cell2text import Cell2Text
@@ -100,7 +100,7 @@ class LabelTargets:
         known, embeddings = Terms(terms), model.language_model.get_input_embeddings().weight.detach()
         directions = []
         for slot, ids in labels.items():
-            texts = [render(with_definition(Slots(**{slot: label}), known), known) for label in ids]
+            texts = [render(Slots(**{slot: label}), known) for label in ids]
             tokens = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
             directions.append(_centre(torch.stack([_mean_direction(text, embeddings) for text in tokens])))
         return cls(directions)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cell2text.contracts import TERM_SLOTS
-from cell2text.grammar import Terms, parse
+from cell2text.grammar import PATHWAY, Terms, parse
 from cell2text.report.results import SLOTS, Results
 
 EXAMPLES = 20
@@ -73,13 +73,11 @@ def mark_text(text: str, wrong: set[str], pathways: set[str], terms: Terms) -> l
     terms
         Names of the terms.
     """
-    spans = [span for slot, span in parse(text, terms).spans.items() if slot in wrong]
-    for name in (terms.name.get("pathway", {}).get(term, term) for term in sorted(pathways)):
-        start = text.rfind(name)
-        spans += [(start, start + len(name))] if start >= 0 else []
+    parsed = parse(text, terms)
+    differ = iter(term in pathways for term in parsed.slots.pathways)
     pieces, end = [], 0
-    for first, last in sorted(spans):
-        if first < end:
+    for slot, first, last in parsed.names:
+        if not (next(differ) if slot == PATHWAY else slot in wrong):
             continue
         pieces += [(text[end:first], False), (text[first:last], True)]
         end = last

@@ -208,7 +208,7 @@ def _read_cells(files: RunFiles, corpus: pd.DataFrame) -> pd.DataFrame:
     generated = pd.DataFrame([row for path in files.generations for row in read_jsonl(path)])
     if generated.empty:
         raise InputError(files.model, "there are no descriptions of test cells", "Put some cells into the test split")
-    reference = DESCRIPTIONS.read(files.descriptions).drop(columns=["split", "definition"])
+    reference = DESCRIPTIONS.read(files.descriptions).drop(columns="split")
     reference = reference.rename(columns=lambda name: name if name == "cell_id" else f"true_{name}")
     cells = generated.merge(reference, on="cell_id", how="left", validate="one_to_one", indicator=True)
     cells = cells.merge(corpus, on="cell_id", how="left")

@@ -9,7 +9,7 @@ import torch
 from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.embedding.vectors import Embeddings
 from cell2text.generation.describe import cells_in
-from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.grammar import Slots, Terms, render
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.bundle import load_projector
 
@@ -54,7 +54,7 @@ def predict_aligned(
     result = pd.concat(tables, ignore_index=True)
     slots = result[[f"{slot}_id" for slot in TERM_SLOTS]].astype(object).where(result.notna(), None)
     result["text"] = [
-        render(with_definition(Slots(**dict(zip(TERM_SLOTS, row, strict=True))), known), known)
+        render(Slots(**dict(zip(TERM_SLOTS, row, strict=True))), known)
         for row in slots.itertuples(index=False, name=None)
     ]
     PREDICTIONS.write(result, predictions)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
-from cell2text.grammar import Slots, Terms, render, with_definition
+from cell2text.grammar import Slots, Terms, render
 
 # Takes the rows of the training cells with a known label, and the code of each label. Returns the probability of
 # each code for each cell to describe, shape (cells, codes); a row of zeros is an abstention.
@@ -71,7 +71,7 @@ def _predict_pathways(sets: pd.Series, cells: int, classify: Classifier) -> list
 
 def read_slots(descriptions: str) -> pd.DataFrame:
     """Return ``contracts.DESCRIPTIONS`` without the texts, which take most of the memory."""
-    columns = [name for name in DESCRIPTIONS.columns if name not in ("definition", "text")]
+    columns = [name for name in DESCRIPTIONS.columns if name != "text"]
     return DESCRIPTIONS.read(descriptions, columns)
 
 
@@ -118,9 +118,7 @@ def write_predictions(predicted: pd.DataFrame, terms: str, predictions: str) -> 
 
     @cache
     def text(*slots: str | None, pathways: tuple[str, ...]) -> str:
-        return render(
-            with_definition(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names), names
-        )
+        return render(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names)
 
     ids = predicted[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
     predicted["text"] = [
