@@ -89,6 +89,7 @@ TOKENS_ON_THE_FLY = (
     if config["encoder"]["cache"] or config["projector"]["kind"] == "pooled"
     else collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS)
 )
+GENES_ON_THE_FLY = ["<results>/genes.parquet"] if TOKENS_ON_THE_FLY else []
 # Whether the encoder is a neural network; fitting and embedding by coexpression is numpy's work.
 ENCODER_GPU = int(config["encoder"]["kind"] in ("geneformer", "pretrain"))
 # Dimensions of a vector: at most the config's, or those of the largest Geneformer. Values in a cell's gene vectors.
@@ -115,7 +116,12 @@ def on_the_fly(wildcards, input):
     if not TOKENS_ON_THE_FLY:
         return {}
     top_k = config["encoder"]["top_k"]
-    return {"encoder": input.encoder, "tokens": list(input.tokens), "top_k": top_k}
+    return {
+        "encoder": input.encoder,
+        "tokens": list(input.tokens),
+        "genes": input.genes[0],
+        "top_k": top_k,
+    }
 
 
 def corpus_cells(input):
@@ -142,7 +148,8 @@ def mem_embeddings(wildcards, input, attempt):
     # a cell with 450 genes takes a kilobyte in the file of ranked genes
     cells = min(config["sample"]["cells"], os.path.getsize(input.tokens) / 1000)
     top_k = config["encoder"]["top_k"] if config["encoder"]["cache"] else 0
-    vectors = cells / config["shards"] * (2 * top_k + 8) * DIMENSIONS
+    views = 1 + config["encoder"]["views"]
+    vectors = cells / config["shards"] * views * (2 * top_k + 8) * DIMENSIONS
     return int(4000 + vectors / 1e6) * attempt
 
 

@@ -90,6 +90,7 @@ rule embed_genes:
     input:
         encoder="<results>/encoder",
         tokens="<results>/tokens/{dataset}.parquet",
+        genes="<results>/genes.parquet",
     output:
         embeddings="<results>/embeddings/{dataset}/{shard}.safetensors",
     log:
@@ -107,6 +108,8 @@ rule embed_genes:
         shard=lambda wildcards: int(wildcards.shard),
         shards=lookup("shards", within=config),
         top_k=config["encoder"]["top_k"] if config["encoder"]["cache"] else 0,
+        views=lookup("encoder/views", within=config),
+        seed=lookup("seed", within=config),
         library=library_version("embed_genes.py"),
     message:
         "Computing gene vectors of {wildcards.dataset}, shard {wildcards.shard}"

@@ -34,7 +34,9 @@ rule baseline_pca_logistic:
     input:
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
-        cells=collect("<results>/cells/{dataset}.h5ad", dataset=DATASETS),
+        corpus="<results>/corpus/cells.parquet",
+        genes="<results>/genes.parquet",
+        tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
     output:
         predictions="<results>/baselines/pca_logistic.parquet",
     log:
@@ -45,8 +47,8 @@ rule baseline_pca_logistic:
         "../../envs/report.yaml"
     threads: 2
     resources:
-        # the counts of at most 100,000 training cells
-        mem_mb=mem(8000, 1),
+        # the coordinates of all cells on 50 axes, twice
+        mem_mb=mem(4000, 1.5),
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),
@@ -116,6 +118,7 @@ rule baseline_shuffled:
         embeddings=EMBEDDINGS,
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
     output:
         predictions="<results>/baselines/shuffled.parquet",
     log:
@@ -149,6 +152,7 @@ rule baseline_aligned:
         embeddings=EMBEDDINGS,
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
     output:
         predictions="<results>/baselines/aligned.parquet",
     log:

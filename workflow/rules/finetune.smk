@@ -14,6 +14,7 @@ rule finetune:
         encoder="<results>/encoder",
         embeddings=EMBEDDINGS,
         tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
     output:
         model=directory("<results>/model"),
     log:

@@ -16,6 +16,7 @@ rule generate_descriptions:
         ),
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
     output:
         # empty if the shard has no cell of the split
         generations="<results>/generations/{split}/{shard}.jsonl",

@@ -9,7 +9,9 @@ def main(snakemake):
     predict_pca_logistic(
         snakemake.input.descriptions,
         snakemake.input.terms,
-        snakemake.input.cells,
+        snakemake.input.corpus,
+        snakemake.input.genes,
+        snakemake.input.tokens,
         snakemake.output.predictions,
         seed=snakemake.params.seed,
     )

@@ -9,10 +9,13 @@ def main(snakemake):
     embed_genes(
         snakemake.input.encoder,
         snakemake.input.tokens,
+        snakemake.input.genes,
         snakemake.output.embeddings,
         shard=snakemake.params.shard,
         shards=snakemake.params.shards,
         top_k=snakemake.params.top_k,
+        views=snakemake.params.views,
+        seed=snakemake.params.seed,
     )
 
 

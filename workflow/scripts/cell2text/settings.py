@@ -44,6 +44,7 @@ class EncoderSettings:
 
     kind: str
     top_k: int
+    views: int
     cache: bool
     dimensions: int
     source: str | None
@@ -72,6 +73,7 @@ class FinetuneSettings:
     align_steps: int
     align_to: str
     align_weight: float
+    view_share: float
     opening_epochs: int
     epochs: int
     curriculum: bool

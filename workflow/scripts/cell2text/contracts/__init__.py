@@ -80,12 +80,18 @@ GENES = TableContract(
         "gene_id": TEXT,  # Ensembl id, or else symbol
         "symbol": TEXT,
         "median": pa.float64(),  # of the non-zero counts per 10,000 over the training cells
+        "datasets": TEXTS,  # those that measure the gene, with or without counts; empty in a fetched dictionary
     },
     key="gene_id",
 )
 TOKENS = TableContract(
     "ranked genes",
-    {"cell_id": TEXT, "tokens": pa.list_(pa.int32()), "expression": pa.list_(pa.float32())},
+    {
+        "cell_id": TEXT,
+        "tokens": pa.list_(pa.int32()),
+        "expression": pa.list_(pa.float32()),
+        "n_counts": pa.float64(),  # of all genes that the dataset measures
+    },
     key="cell_id",
 )
 EMBEDDINGS = TensorContract(
@@ -95,7 +101,14 @@ EMBEDDINGS = TensorContract(
         "lengths": (np.dtype("int32"), 1),
         "pooled": (np.dtype("float32"), 2),
     },
-    optional={"cls": (np.dtype("float32"), 2)},
+    # Each cell seen again through random gene panels and at reduced depth, in the second dimension.
+    optional={
+        "cls": (np.dtype("float32"), 2),
+        "view_gene_vectors": (np.dtype("float16"), 4),
+        "view_lengths": (np.dtype("int32"), 2),
+        "view_pooled": (np.dtype("float32"), 3),
+        "view_cls": (np.dtype("float32"), 3),
+    },
 )
 # Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all.
 PREDICTIONS = TableContract(

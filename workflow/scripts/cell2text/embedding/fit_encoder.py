@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from cell2text.contracts import GENES
 from cell2text.embedding.encoders import encoder_class
-from cell2text.embedding.ranked_cells import RankedSplit
+from cell2text.embedding.ranked_cells import RankedSplit, read_measured
 from cell2text.files import whole_folder
 from cell2text.settings import EncoderSettings
 
@@ -39,8 +38,8 @@ def fit_encoder(
     fetched
         Directory of the fetched encoder, if the encoder is a pretrained checkpoint.
     """
-    vocabulary = int(GENES.read(genes)["token"].max()) + 1
-    train, validation = (RankedSplit(tokens, corpus, split, vocabulary) for split in ("train", "validation"))
+    measured = read_measured(genes, tokens)
+    train, validation = (RankedSplit(tokens, corpus, split, measured) for split in ("train", "validation"))
     checkpoint = None if fetched is None else Path(fetched)
     kind = encoder_class(settings.kind)
     checkpoints = Path(f"{directory}.checkpoints")
@@ -49,11 +48,11 @@ def fit_encoder(
         encoder.save(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     cells = sum(pq.read_metadata(path).num_rows for path in tokens)
-    stored = cells * bytes_per_cell(encoder.dimensions, settings.top_k if settings.cache else 0)
+    stored = cells * bytes_per_cell(encoder.dimensions, settings.top_k if settings.cache else 0, settings.views)
     log.info("%s encoder with %d dimensions", settings.kind, encoder.dimensions)
     log.info("the vectors of %d cells will take %.3g GB on disk", cells, stored / 1e9)
 
 
-def bytes_per_cell(dimensions: int, top_k: int) -> int:
-    """Return the bytes per cell on disk: float16 gene vectors and one float32 pooled vector."""
-    return (2 * top_k + 4) * dimensions
+def bytes_per_cell(dimensions: int, top_k: int, views: int) -> int:
+    """Return the bytes per cell on disk: float16 gene vectors and a float32 pooled vector, also of each view."""
+    return (1 + views) * (2 * top_k + 4) * dimensions

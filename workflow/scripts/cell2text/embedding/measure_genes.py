@@ -84,21 +84,23 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
                 "Use Ensembl ids, or set a gene table under `genes` in the config",
             )
     measured = name_genes(cell_files)
-    seen = known[known.index.isin(measured.index)].reset_index()
+    seen = known[known.index.isin(measured.index)].rename_axis("gene_id").reset_index()
+    seen["datasets"] = measured["datasets"].loc[seen["gene_id"]].to_list()
     GENES.write(seen.sort_values(["token", "gene_id"]), path)
 
 
 def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
-    """Return the ``symbol`` of each gene measured in any file, from the first such file, by gene id."""
-    genes = pd.DataFrame({"symbol": pd.Series(dtype=str)})
-    by_ensembl_id = set()
+    """Return each gene measured in any file, by gene id: ``symbol`` in the first such file, and all their datasets."""
+    tables, by_ensembl_id = [pd.DataFrame({"symbol": [], "dataset": []}, dtype=str)], set()
     for file in cell_files:
         table = read_genes(file)
         by_ensembl_id.add(table.index.str.startswith("ENSG").any())
-        genes = pd.concat([genes, table[~table.index.isin(genes.index)]])
+        tables.append(table.assign(dataset=Path(file).stem))
+    by_gene = pd.concat(tables).groupby(level=0, sort=True)
+    genes = by_gene.agg(symbol=("symbol", "first"), datasets=("dataset", list))
     if len(by_ensembl_id) > 1:
         log.warning("Some datasets use Ensembl ids and others gene symbols: their genes are not matched")
-    return genes.sort_index()
+    return genes
 
 
 def median_of_each(read: Callable[[], Iterable[Values]], genes: int) -> np.ndarray:

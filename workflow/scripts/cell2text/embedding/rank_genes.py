@@ -16,6 +16,7 @@ from scipy import sparse
 
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import GENES, TOKENS
+from cell2text.embedding.ranked_cells import read_medians
 
 log = logging.getLogger("cell2text.embedding")
 
@@ -50,8 +51,7 @@ def rank_genes(
     """
     genes = GENES.read(genes_file).set_index("gene_id")
     token = genes["token"].reindex(read_genes(cells_file).index).fillna(-1).to_numpy(dtype=np.int32)
-    median = np.full(genes["token"].max() + 1, np.nan)
-    median[genes["token"]] = genes["median"]
+    median = read_medians(genes_file)
 
     def rank() -> Iterator[pa.Table]:
         cells = ranked = 0
@@ -59,7 +59,8 @@ def rank_genes(
             tokens, expression, ends = rank_counts(join_genes(counts, token), token, median, threads)
             starts = pa.array(np.concatenate([[0], ends]), pa.int32())
             lists = [pa.ListArray.from_arrays(starts, values) for values in (tokens, expression)]
-            yield pa.table([pa.array(ids, pa.string()), *lists], names=list(TOKENS.columns))
+            total = pa.array(np.asarray(counts.sum(axis=1, dtype=float)).ravel())
+            yield pa.table([pa.array(ids, pa.string()), *lists, total], names=list(TOKENS.columns))
             cells, ranked = cells + len(ids), ranked + len(tokens)
         log.info("%d cells, %d ranked genes", cells, ranked)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse
 
-from cell2text.contracts import CELLS, TOKENS
+from cell2text.contracts import CELLS, GENES, TOKENS
 from cell2text.contracts.table import among, hash_ids
 from cell2text.errors import InputError
 from cell2text.files import writing
@@ -27,20 +27,30 @@ class RankedCells:
         Ranked genes of all cells, int32, and log1p of their counts per 10,000, float32; (total genes,).
     offsets
         Start of each cell in these arrays and end of the last one, int64 (cells + 1,).
+    n_counts
+        Counts of each cell, of all genes that were measured, float64 (cells,).
+    panels
+        Gene panels: which genes are measured, by token, bool (panels, genes).
+    panel
+        Panel of each cell, int64 (cells,).
     """
 
     cell_ids: np.ndarray
     tokens: np.ndarray
     expression: np.ndarray
     offsets: np.ndarray
+    n_counts: np.ndarray
+    panels: np.ndarray
+    panel: np.ndarray
 
     @classmethod
-    def of(cls, table: pa.Table) -> "RankedCells":
-        """Return the cells of a table of ``contracts.TOKENS``."""
+    def of(cls, table: pa.Table, measured: np.ndarray) -> "RankedCells":
+        """Return the cells of a table of ``contracts.TOKENS`` and the genes that their dataset measures."""
         ids = table["cell_id"].to_numpy()
         tokens, expression = (table[name].combine_chunks() for name in ("tokens", "expression"))
         offsets = np.asarray(tokens.offsets, dtype=np.int64)
-        return cls(ids, np.asarray(tokens.flatten()), np.asarray(expression.flatten()), offsets - offsets[0])
+        ranked = np.asarray(tokens.flatten()), np.asarray(expression.flatten()), offsets - offsets[0]
+        return cls(ids, *ranked, table["n_counts"].to_numpy(), measured[None], np.zeros(len(ids), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.cell_ids)
@@ -54,20 +64,49 @@ class RankedCells:
         """Return the cells of the given rows (int64), in that order."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
         place = np.repeat(self.offsets[rows] - offsets[:-1], np.diff(offsets)) + np.arange(offsets[-1])
-        return RankedCells(self.cell_ids[rows], self.tokens[place], self.expression[place], offsets)
+        ranked = self.tokens[place], self.expression[place], offsets
+        return RankedCells(self.cell_ids[rows], *ranked, self.n_counts[rows], self.panels, self.panel[rows])
 
-    def matrix(self, genes: int) -> scipy.sparse.csr_matrix:
-        """Return the expression as float32 (cells, genes), columns by token."""
-        return scipy.sparse.csr_matrix((self.expression, self.tokens, self.offsets), shape=(len(self), genes))
+    def matrix(self, values: np.ndarray | None = None) -> scipy.sparse.csr_matrix:
+        """Return the expression, or other values of the ranked genes, as (cells, genes), columns by token."""
+        values = self.expression if values is None else values
+        shape = (len(self), self.panels.shape[1])
+        return scipy.sparse.csr_matrix((values, self.tokens, self.offsets), shape=shape)
 
 
-def store_ranked(files: Iterable[str | Path], folder: str | Path) -> None:
+def read_measured(genes_file: str | Path, files: Iterable[str | Path]) -> list[np.ndarray]:
+    """Return which genes the dataset of each file of ranked genes measures, by token, bool (genes,).
+
+    Parameters
+    ----------
+    genes_file
+        File of ``contracts.GENES``.
+    files
+        Files of ``contracts.TOKENS``, named after their datasets.
+    """
+    genes = GENES.read(genes_file, ["token", "datasets"])
+    tokens = genes.explode("datasets").groupby("datasets")["token"].agg(list)
+    every = np.arange(genes["token"].max() + 1)
+    return [np.isin(every, tokens.get(Path(path).stem, [])) for path in files]
+
+
+def read_medians(genes_file: str | Path) -> np.ndarray:
+    """Return the median of each token's non-zero counts per 10,000, float64 (genes,); NaN for tokens without a gene."""
+    genes = GENES.read(genes_file, ["token", "median"])
+    median = np.full(genes["token"].max() + 1, np.nan)
+    median[genes["token"]] = genes["median"]
+    return median
+
+
+def store_ranked(files: Iterable[str | Path], measured: list[np.ndarray], folder: str | Path) -> None:
     """Copy ranked genes from compressed files to flat ones, from which single cells can be read; 8 bytes per gene.
 
     Parameters
     ----------
     files
         Files of ``contracts.TOKENS``, read in parts.
+    measured
+        Genes that the dataset of each file measures, from :func:`read_measured`.
     folder
         An existing folder.
 
@@ -76,16 +115,22 @@ def store_ranked(files: Iterable[str | Path], folder: str | Path) -> None:
     InputError
         If the disk is full.
     """
-    folder, ids, lengths = Path(folder), [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
+    folder, panels = Path(folder), np.stack(measured)
+    ids, lengths = [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
+    n_counts, panel = [np.empty(0)], [np.empty(0, dtype=np.int64)]
     with writing(folder), (folder / "tokens").open("wb") as tokens, (folder / "expression").open("wb") as expression:
-        for path in files:
+        for number, path in enumerate(files):
             for table in TOKENS.read_arrow_parts(path):
-                part = RankedCells.of(table)
+                part = RankedCells.of(table, panels[number])
                 tokens.write(part.tokens.astype(np.int32).data)
                 expression.write(part.expression.astype(np.float32).data)
                 ids.append(hash_ids(part.cell_ids))
                 lengths.append(part.lengths)
-        np.save(folder / "ids.npy", np.concatenate(ids))
+                n_counts.append(part.n_counts)
+                panel.append(np.full(len(part), number))
+        for name, values in {"ids": ids, "n_counts": n_counts, "panel": panel}.items():
+            np.save(folder / f"{name}.npy", np.concatenate(values))
+        np.save(folder / "panels.npy", panels)
         np.save(folder / "offsets.npy", np.cumsum(np.concatenate(lengths)))
 
 
@@ -101,6 +146,9 @@ class RankedStore:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.folder, self.hashes = folder, np.load(folder / "ids.npy")
+        self.n_counts, self.panel, self.panels = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("n_counts", "panel", "panels")
+        )
         self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         genes = int(self.offsets[-1])
         self.tokens, self.expression = (
@@ -128,7 +176,8 @@ class RankedStore:
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
         offsets = np.concatenate([[0], np.cumsum(ends - starts)])
         place = np.repeat(starts - offsets[:-1], np.diff(offsets)) + np.arange(offsets[-1])
-        return RankedCells(np.full(len(rows), ""), self.tokens[place], self.expression[place], offsets)
+        ranked = self.tokens[place], self.expression[place], offsets
+        return RankedCells(np.full(len(rows), ""), *ranked, self.n_counts[rows], self.panels, self.panel[rows])
 
 
 @dataclass(frozen=True)
@@ -143,23 +192,32 @@ class RankedSplit:
         File of ``contracts.CELLS``.
     split
         Split of the cells.
-    genes
-        Size of the vocabulary: tokens are below this number.
+    measured
+        Genes that the dataset of each file measures, from :func:`read_measured`.
     """
 
     files: list[str | Path]
     corpus: str | Path
     split: str
-    genes: int
+    measured: list[np.ndarray]
+
+    @property
+    def genes(self) -> int:
+        """Size of the vocabulary: tokens are below this number."""
+        return len(self.measured[0])
 
     def __iter__(self) -> Iterator[RankedCells]:
+        for number in range(len(self.files)):
+            yield from self.of_file(number)
+
+    def of_file(self, number: int) -> Iterator[RankedCells]:
+        """Yield the cells of one of the files, in parts."""
         wanted = np.sort(hash_ids(self._corpus()["cell_id"].to_numpy()))
-        for path in self.files:
-            for table in TOKENS.read_arrow_parts(path):
-                cells = RankedCells.of(table)
-                rows = among(cells.cell_ids, wanted)
-                if rows.any():
-                    yield cells if rows.all() else cells.take(np.flatnonzero(rows))
+        for table in TOKENS.read_arrow_parts(self.files[number]):
+            cells = RankedCells.of(table, self.measured[number])
+            rows = among(cells.cell_ids, wanted)
+            if rows.any():
+                yield cells if rows.all() else cells.take(np.flatnonzero(rows))
 
     def __len__(self) -> int:
         return len(self._corpus())

@@ -26,10 +26,24 @@ def align(
     targets: LabelTargets | DescriptionTargets,
     cells: Cells,
     steps: int,
+    view_share: float,
     seed: int,
     device: torch.device,
 ) -> list[dict]:
     """Train the projector alone.
+
+    Parameters
+    ----------
+    model, targets, cells
+        The model, and what its cells are aligned to.
+    steps
+        Number of steps, of ``ALIGN_CELLS`` cells each.
+    view_share
+        Share of the cells that are seen through one of their views.
+    seed
+        Seed of cells, views and noise.
+    device
+        Device of the model.
 
     Returns
     -------
@@ -45,7 +59,8 @@ def align(
         for step in range(steps):
             random = torch.Generator().manual_seed(seed * 1_000_003 + step)
             rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
-            vectors, lengths, aligned_to = (part.to(device) for part in (*cells.vectors[rows], cells.aligned_to[rows]))
+            seen = cells.vectors.seen(rows, cells.draw_views(len(rows), view_share, random))
+            vectors, lengths, aligned_to = (part.to(device) for part in (*seen, cells.aligned_to[rows]))
             loss = targets.loss(*projector(add_noise(vectors, projector, random), lengths), aligned_to)
             adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
             adam.zero_grad()

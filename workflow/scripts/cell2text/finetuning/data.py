@@ -84,13 +84,28 @@ class Cells:
     first_sentences: Tensor
     aligned_to: Tensor
 
-    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return vectors, lengths, texts padded on the right, their mask, and the input of the alignment loss."""
+    def batch(
+        self, rows: np.ndarray, device: torch.device, views: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return vectors, lengths, texts padded on the right, their mask, and the input of the alignment loss.
+
+        The vectors are those of the cells themselves, or of ``views`` as in :meth:`draw_views`.
+        """
         texts = [self.texts[row] for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         mask = torch.arange(padded.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        parts = (*self.vectors[rows], padded, mask, self.aligned_to[rows])
+        vectors = self.vectors[rows] if views is None else self.vectors.seen(rows, views)
+        parts = (*vectors, padded, mask, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
+
+    def draw_views(self, cells: int, share: float, random: torch.Generator) -> np.ndarray:
+        """Return for each of so many cells the number of a random view, or -1 for the cell itself, int64.
+
+        ``share`` is the share of the cells that are seen through a view, if there are any.
+        """
+        drawn = torch.randint(max(self.vectors.views, 1), (cells,), generator=random)
+        own = torch.rand(cells, generator=random) >= (share if self.vectors.views else 0)
+        return drawn.masked_fill(own, -1).numpy()
 
     @property
     def text_lengths(self) -> np.ndarray:
@@ -205,11 +220,12 @@ def read_cells(
         Its projector determines which vectors to read; its tokenizer tokenises the texts.
     """
     rows = descriptions[descriptions["split"] == split]
+    views = embeddings.count_views() if split == "train" else 0
     which, distinct = pd.factorize(rows["text"])
     tokens, openings, first_sentences = _tokenise(list(distinct), model.tokenizer)
     labels = number_labels({slot: rows[f"{slot}_id"] for slot in classes}, classes)
     return Cells(
-        embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads),
+        embeddings.vectors(rows["cell_id"].to_list(), model.projector.reads, views),
         Texts.of(tokens, which),
         labels,
         rows["cell_id"].to_list(),

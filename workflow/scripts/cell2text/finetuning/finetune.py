@@ -152,7 +152,7 @@ def _finetune(
         "fast" if model.fast else "plain",
     )
     if not work.resume():
-        work.state.history = align(model, targets, train, settings.align_steps, seed, device)
+        work.state.history = align(model, targets, train, settings.align_steps, settings.view_share, seed, device)
         work.optimiser.take_weights()
     state = work.run()
     if team.leads:

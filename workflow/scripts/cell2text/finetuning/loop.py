@@ -227,7 +227,9 @@ class Finetuning:
         model = self.model
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
         rows = rows[np.argsort(self.stage.train.text_lengths[rows], kind="stable")]  # so that attention pads little
-        vectors, lengths, text, text_mask, aligned_to = self.stage.train.batch(rows, model.device)
+        cells = self.stage.train
+        views = cells.draw_views(len(rows), self.settings.view_share, random)
+        vectors, lengths, text, text_mask, aligned_to = cells.batch(rows, model.device, views)
         soft, present = model.projector(add_noise(vectors, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # for dropout, if any
         loss, tokens = model.text_loss(soft, present, text, text_mask)

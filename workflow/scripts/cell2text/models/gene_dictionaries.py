@@ -119,7 +119,7 @@ class GeneDictionaries:
         known = {name: gene for name, gene in sorted(self.others.items()) if gene in genes and name not in genes}
         symbol = {gene: name for name, gene in reversed(known.items()) if not name.startswith("ENS")}
         rows = [
-            (self.tokens[gene], name, symbol.get(gene, gene), self.medians[gene])
+            (self.tokens[gene], name, symbol.get(gene, gene), self.medians[gene], [])
             for name, gene in sorted((genes | known).items())
         ]
         return pd.DataFrame(rows, columns=list(GENES.columns))

@@ -1,0 +1,170 @@
+"""Principal axes of log-normalised counts from studies that measure different genes, and the place of cells on them.
+
+A gene that a study does not measure is missing, not zero:
+
+- A gene's mean is that of the studies that measure it, and missing values are replaced by it.
+- A cell is placed by ridge regression of its measured genes on their rows of the axes.
+- Counts per 10,000 are those that the cell would have if all genes were measured: they are multiplied by the share of
+  the counts that the measured genes have in an average training cell.
+
+Studies differ from each other in part for technical reasons, so the differences between their means count less than
+those between the cells of a study.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
+from cell2text.embedding.views import SCALE
+from cell2text.progress import Progress
+
+PASSES = 6  # over the training cells: with five, the last axes of real cells are still a few degrees off
+OVERSAMPLING = 10  # columns of the start block beyond the requested axes
+NEGLIGIBLE = 1e-8  # share of the first axis' variance; whitening an axis below it would amplify rounding errors
+RIDGE = 0.05  # penalty of the ridge regression; each axis has a squared length of 1 over all genes
+BETWEEN_STUDIES = 0.3  # weight of the differences between studies, relative to those within a study
+PROFILE_STEPS = 20  # of the mean profile; the shares of genes that only some studies measure change by less each time
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Principal axes of cells, some of whose genes may not be measured.
+
+    Parameters
+    ----------
+    vectors
+        Unit columns, (genes, dimensions).
+    mean
+        Mean expression of each gene over the cells whose study measures it, (genes,).
+    profile
+        Share of each gene in the counts of an average cell, summing to 1, (genes,).
+    """
+
+    vectors: np.ndarray
+    mean: np.ndarray
+    profile: np.ndarray
+
+    def expression(self, cells: RankedCells) -> np.ndarray:
+        """Return the expression of the ranked genes as if all genes were measured, float32 (total genes,)."""
+        coverage = (cells.panels @ self.profile).astype(np.float32)[cells.panel]
+        return np.log1p(np.expm1(cells.expression) * np.repeat(coverage, cells.lengths))
+
+    def place(self, cells: RankedCells) -> np.ndarray:
+        """Return the coordinates of cells, float64 (cells, dimensions); the PCA coordinates if all genes are measured.
+
+        Solves min ||V z - (x - mean)||^2 + RIDGE ||z||^2 over the measured genes; the coordinates of a cell with all
+        genes, which the penalty shrinks by 1 / (1 + RIDGE), are brought back to their length.
+        """
+        coordinates = np.asarray(cells.matrix(self.expression(cells)) @ self.vectors, dtype=float)
+        for number in np.unique(cells.panel):
+            vectors, mean = (values[cells.panels[number]] for values in (self.vectors, self.mean))
+            products = vectors.T @ vectors + RIDGE * np.eye(vectors.shape[1])
+            own = cells.panel == number
+            coordinates[own] = np.linalg.solve(products, (coordinates[own] - mean @ vectors).T).T
+        return coordinates * (1 + RIDGE)
+
+    def first(self, dimensions: int) -> "Axes":
+        """Return the first axes alone."""
+        return replace(self, vectors=self.vectors[:, :dimensions])
+
+
+def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[Axes, np.ndarray]:
+    """Return the principal axes of cells read in parts, by randomised block Krylov iteration.
+
+    Only matrices with one row per gene are in memory. After Musco & Musco, NeurIPS 2015, and Halko et al., SIAM Review
+    2011. The products of the covariance with each block are kept, so the final Rayleigh-Ritz step needs no pass over
+    the cells.
+
+    Parameters
+    ----------
+    cells
+        Cells to read, in ``PASSES`` + 1 passes; fewer if there are so few genes that the blocks span them sooner.
+    dimensions
+        Maximum number of axes. Axes without variance are dropped, and there are fewer axes than cells and genes.
+    seed
+        Seed of the start block, which is standard normal.
+
+    Returns
+    -------
+    axes
+        Axes by decreasing variance, signed so that the entry with the largest magnitude is positive; float64.
+    deviations
+        Standard deviation of the cells along each axis, float64 (dimensions,); differences between studies are
+        weighted by ``BETWEEN_STUDIES``.
+    """
+    width = min(dimensions + OVERSAMPLING, cells.genes)
+    columns = min(PASSES * width, cells.genes)
+    starts = range(0, columns, width)
+    progress = Progress((1 + len(starts)) * len(cells), "cells read")
+    no_axes = Axes(np.empty((cells.genes, 0)), np.zeros(cells.genes), find_profile(cells, progress))
+    basis, products = np.empty((2, cells.genes, columns))
+    block = np.random.default_rng(seed).standard_normal((cells.genes, width))
+    for start in starts:
+        here = slice(start, start + width)
+        basis[:, here] = _orthonormalise(block[:, : columns - start], basis[:, :start])
+        block, mean, count = _multiply_covariance(cells, no_axes, basis[:, here], progress)
+        products[:, here] = block
+    projected = basis.T @ products
+    variances, vectors = np.linalg.eigh((projected + projected.T) / 2)
+    variances, vectors = variances[::-1], vectors[:, ::-1]
+    # the mean sets the scale of the rounding errors that remain if cells do not vary at all
+    vary = np.count_nonzero(variances > NEGLIGIBLE * max(variances[0], mean @ mean))
+    kept = min(dimensions, count - 1, cells.genes - 1, vary)
+    axes = basis @ vectors[:, :kept]
+    axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(kept)])
+    return Axes(axes, mean, no_axes.profile), np.sqrt(variances[:kept])
+
+
+def find_profile(cells: RankedSplit, progress: Progress | None = None) -> np.ndarray:
+    """Return the share of each gene in the counts of an average cell, float64 (genes,), summing to 1.
+
+    The shares of a study's genes sum to 1 in the study's own cells, although it may measure only half of the counts
+    that others do. Each study is therefore weighted by the share that the profile gives to its genes, which is repeated
+    until the profile agrees with all studies. A study that shares no genes with others counts as complete.
+    """
+    sums, sizes = np.zeros((len(cells.files), cells.genes)), np.zeros(len(cells.files))
+    for number in range(len(cells.files)):
+        for part in cells.of_file(number):
+            shares = np.expm1(part.expression.astype(float)) / SCALE
+            sums[number] += np.bincount(part.tokens, shares, minlength=cells.genes)
+            sizes[number] += len(part)
+            if progress:
+                progress.advance(len(part))
+    measured = np.stack(cells.measured)
+    cells_measured = np.maximum(sizes @ measured, 1)
+    profile = sums.sum(axis=0)
+    for _ in range(PROFILE_STEPS):
+        profile /= profile.sum()
+        profile = (measured @ profile) @ sums / cells_measured
+    return profile / profile.sum()
+
+
+def _orthonormalise(block: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    for _ in range(2):  # columns almost in the span of the basis need it twice
+        block, _ = np.linalg.qr(block - basis @ (basis.T @ block))
+    return block
+
+
+def _multiply_covariance(
+    cells: RankedSplit, axes: Axes, block: np.ndarray, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return covariance @ block, (genes, columns), the mean of each gene, (genes,), and the number of cells.
+
+    Within a study, unmeasured genes are zero, and so is their mean: they add nothing.
+    """
+    product, sums, sizes = np.zeros(block.shape), np.zeros((len(cells.files), cells.genes)), np.zeros(len(cells.files))
+    for number in range(len(cells.files)):
+        for part in cells.of_file(number):
+            expression = part.matrix(axes.expression(part))
+            product += expression.T @ (expression @ block)
+            sums[number] += expression.T @ np.ones(len(part))
+            sizes[number] += len(part)
+            progress.advance(len(part))
+    measured, own = np.stack(cells.measured), sums / np.maximum(sizes, 1)[:, None]
+    mean = sums.sum(axis=0) / np.maximum(sizes @ measured, 1)
+    apart = (own - mean * measured) * BETWEEN_STUDIES
+    product -= sums.T @ (own @ block)
+    product += (apart * sizes[:, None]).T @ (apart @ block)
+    count = int(sizes.sum())
+    return product / max(count - 1, 1), mean, count
