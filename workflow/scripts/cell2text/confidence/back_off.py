@@ -39,7 +39,8 @@ class TermsAbove:
     """The terms that may be reported for a slot, most specific first.
 
     The most specific term is the one with the longest chain of ancestors. (The shortest path to the root would put
-    1,306 of 3,324 cell types level with or above one of their own ancestors.) Ties are resolved by probability, then id.
+    1,306 of 3,324 cell types level with or above one of their own ancestors.) Ties are resolved by probability, then
+    id.
 
     A term above all candidates is true of every cell and says nothing, so it is not reported. Exceptions are
     candidates themselves, if they are not a root that has other candidates below it.
