@@ -26,7 +26,7 @@ TERM_TABLE = pd.DataFrame(
     [("cell_type", key, name, "") for key, name in NAMES.items()]
     + [("pathway", key, key.lower(), "") for key in ("P1", "P2", "P3")],
     columns=["slot", "id", "name", "definition"],
-).assign(depth=None)
+).assign(depth=None, ancestors=None)
 
 
 def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test", status="parsed"):

@@ -64,8 +64,15 @@ CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, ke
 PATHWAY_SCORES = TableContract("gene set scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
 TERMS = TableContract(
     "the terms of each slot",
-    # depth: is_a steps from a cell type to the root of the Cell Ontology; null in other slots
-    {"slot": TEXT, "id": TEXT, "name": TEXT, "definition": TEXT, "depth": pa.int32()},
+    {
+        "slot": TEXT,
+        "id": TEXT,
+        "name": TEXT,
+        "definition": TEXT,
+        # Of cell types, tissues and diseases; otherwise null and empty. By is_a, for tissues also by part_of.
+        "depth": pa.int32(),  # steps to the root of the ontology, along the shortest path
+        "ancestors": TEXTS,  # all ids above the term, nearest first
+    },
 )
 _SLOTS = {**{f"{slot}_id": TEXT for slot in TERM_SLOTS}, "pathway_ids": TEXTS}
 DESCRIPTIONS = TableContract(
