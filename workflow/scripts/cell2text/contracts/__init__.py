@@ -104,7 +104,8 @@ EMBEDDINGS = TensorContract(
     },
     optional={"cls": (np.dtype("float32"), 2)},
 )
-# Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all.
+# Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all. Methods that do
+# not calibrate their confidences leave the columns after those empty.
 PREDICTIONS = TableContract(
     "predicted descriptions",
     {
@@ -114,6 +115,12 @@ PREDICTIONS = TableContract(
         "text": TEXT,
         "status": TEXT,
         **{f"{slot}_confidence": pa.float32() for slot in TERM_SLOTS},
+        # The most specific term that is probable enough, and its probability; null is "not determined".
+        **{f"{slot}_reported_id": TEXT for slot in TERM_SLOTS},
+        **{f"{slot}_reported_confidence": pa.float32() for slot in TERM_SLOTS},
+        "pathway_confidences": pa.list_(pa.float32()),  # of pathway_ids, in their order
+        "novelty": pa.float32(),
+        "novel": pa.bool_(),
     },
     key="cell_id",
 )
