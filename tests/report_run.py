@@ -25,7 +25,7 @@ def term_table():
     rows = [("cell_type", key, name, f"A {name}.") for key, name in TYPES.items()]
     rows += [("pathway", key, name, "") for key, name in PATHWAYS.items()]
     rows += [("tissue", "UBERON:0000178", "blood", "")]
-    return pd.DataFrame(rows, columns=["slot", "id", "name", "definition"]).assign(depth=None)
+    return pd.DataFrame(rows, columns=["slot", "id", "name", "definition"]).assign(depth=None, ancestors=None)
 
 
 def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run_text=""):

@@ -17,7 +17,7 @@ ROWS = [
 
 
 def small_table() -> pd.DataFrame:
-    return pd.DataFrame(ROWS, columns=["slot", "id", "name", "definition"]).assign(depth=None)
+    return pd.DataFrame(ROWS, columns=["slot", "id", "name", "definition"]).assign(depth=None, ancestors=None)
 
 
 def small_terms() -> Terms:

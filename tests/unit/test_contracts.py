@@ -50,7 +50,7 @@ def test_tensors_that_violate_the_contract_are_not_written(tmp_path, broken):
 
 
 def test_tables_that_violate_the_contract_are_not_written(tmp_path):
-    table = pd.DataFrame([("cell_type", "CL:1", "a, b", None, 1)], columns=list(TERMS.columns))
+    table = pd.DataFrame([("cell_type", "CL:1", "a, b", None, 1, ["CL:0"])], columns=list(TERMS.columns))
     TERMS.write(table, tmp_path / "terms.parquet")
     assert TERMS.read(tmp_path / "terms.parquet")["name"].tolist() == ["a, b"]
     with pytest.raises(ValueError, match="missing"):
@@ -148,11 +148,12 @@ def test_interrupted_parts_leave_the_old_file(tmp_path):
 
 def test_a_long_table_is_written_in_row_groups_with_categories_as_text(tmp_path, monkeypatch):
     monkeypatch.setattr(table_contracts, "ROWS_AT_ONCE", 2)
-    rows = [("stage", str(i), f"name {i % 2}", None, None if i else 3.0) for i in range(5)]
+    rows = [("stage", str(i), f"name {i % 2}", None, None if i else 3.0, ["a"]) for i in range(5)]
     table = pd.DataFrame(rows, columns=list(TERMS.columns))
     TERMS.write(table.assign(name=table["name"].astype("category")), tmp_path / "terms.parquet")
     assert pq.ParquetFile(tmp_path / "terms.parquet").num_row_groups == 3
-    pd.testing.assert_frame_equal(TERMS.read(tmp_path / "terms.parquet"), table)
+    found = TERMS.read(tmp_path / "terms.parquet")
+    pd.testing.assert_frame_equal(found.assign(ancestors=found["ancestors"].map(list)), table)
     assert TERMS.read(tmp_path / "terms.parquet", categories=["name"])["name"].dtype == "category"
 
 

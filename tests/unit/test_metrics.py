@@ -26,7 +26,7 @@ TERM_TABLE = pd.DataFrame(
     [("cell_type", key, name, "") for key, name in NAMES.items()]
     + [("pathway", key, key.lower(), "") for key in ("P1", "P2", "P3")],
     columns=["slot", "id", "name", "definition"],
-).assign(depth=None)
+).assign(depth=None, ancestors=None)
 
 
 def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test", status="parsed"):
@@ -41,7 +41,7 @@ def cells_of(cell_types, pathways=None, texts=None, confidence=None, split="test
         table["cell_type_confidence"] = np.array(confidence, dtype=np.float32)
     table["pathway_ids"] = pd.Series(pathways or [[]] * n, dtype=object)
     table["text"] = texts or [f"This is a {NAMES.get(term)}." for term in cell_types]
-    return table
+    return table.reindex(columns=[*table, *(name for name in PREDICTIONS.columns if name not in table)])
 
 
 def scores(truth, predicted, donors=None, replicates=50):
@@ -256,7 +256,12 @@ def results(tmp_path):
     corpus["cell_id"], corpus["donor"] = truth["cell_id"].to_numpy(), ["s|1", "s|2"] * 3 + ["s|3"] * 6
     CELLS.write(corpus, tmp_path / "cells.parquet")
     predicted = truth.assign(cell_type_confidence=np.float32(0.75))[list(PREDICTIONS.columns)]
-    generated = predicted.drop(columns="stage_confidence").astype(object).where(predicted.notna(), None)
+    generated = predicted.drop(columns="stage_confidence").assign(
+        cell_type_reported_id=predicted["cell_type_id"],
+        cell_type_reported_confidence=0.75,
+        pathway_confidences=[[0.75, 0.75]] * 12,
+    )
+    generated = generated.astype(object).where(generated.notna(), None)
     for split, rows in generated.groupby("split"):
         for shard in range(2):
             part = rows.iloc[shard::2].to_dict("records")
@@ -297,6 +302,9 @@ def test_evaluation_end_to_end(results):
     assert value["test", "majority", "cell_type", "accuracy"] == pytest.approx(1 / 3, abs=1e-6)
     assert value["validation", "majority", "pathways", "jaccard"] == 1
     assert metrics["value"].between(0, 1).all()
+    assert value["test", "cell2text", "cell_type", "reported_precision"] == 1
+    assert value["test", "cell2text", "pathways", "calibration_error"] == 0.25
+    assert set(metrics["method"][metrics["metric"].isin(["coverage", "reported_precision"])]) == {"cell2text"}
     compared = metrics[(metrics["split"] == "test") & (metrics["metric"] == "accuracy")]
     difference = compared.set_index(["method", "slot"])["difference"]
     assert difference["majority", "cell_type"] == pytest.approx(2 / 3, abs=1e-6)
@@ -305,6 +313,7 @@ def test_evaluation_end_to_end(results):
     assert compared["slot"].to_list() == ["cell_type", "cell_type_held_out"] * 2  # there are no training cells
     bins = pd.read_csv(outputs["calibration"], sep="\t")
     assert (bins["bin_low"].unique(), bins["bin_high"].unique()) == (0.7, 0.8)
+    assert bins["n"][bins["slot"] == "pathways"].to_list() == [12, 12]  # validation and test
     assert bins.groupby("method")["accuracy"].max().to_dict() == pytest.approx(
         {"cell2text": 1, "majority": 1 / 3}, abs=1e-6
     )

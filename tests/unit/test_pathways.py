@@ -299,7 +299,16 @@ def test_terms_contain_every_slot_and_only_the_kept_sets(tmp_path):
     # a T cell is a lymphocyte, a mononuclear leukocyte, a leukocyte, a hematopoietic cell, a cell
     line = ["CL:0000000", "CL:0000988", "CL:0000738", "CL:0000842", "CL:0000542", "CL:0000084"]
     assert cell_types.loc[line, "depth"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert cell_types["depth"].notna().all() and terms["depth"].notna().sum() == len(cell_types)
+    nearest_first = [term for term in cell_types["ancestors"]["CL:0000084"] if term in line]
+    assert nearest_first == line[-2::-1] and cell_types["ancestors"]["CL:0000000"].tolist() == []
+    above = terms.groupby("slot")["ancestors"].agg(lambda ids: ids.map(len).max() > 0)
+    assert set(above.index[above]) == {"cell_type", "tissue", "disease"}
+    no_place = terms[~terms["slot"].isin(above.index[above]) | (terms["id"] == "PATO:0000461")]
+    assert no_place["depth"].isna().all() and terms["depth"].isna().sum() == len(no_place)
+    tissues = terms[terms["slot"] == "tissue"].set_index("id")
+    cortex, kidney = "UBERON:0001225", "UBERON:0002113"
+    assert kidney in tissues["ancestors"][cortex]  # by part_of
+    assert tissues["depth"][[cortex, kidney, "UBERON:0001062"]].tolist() == [4, 3, 0]
     parents = pd.DataFrame(ontology_edges("CL"), columns=["child", "parent"])
     nearest = parents["parent"].map(cell_types["depth"]).groupby(parents["child"]).min()
     assert len(nearest) > 3000 and (cell_types.loc[nearest.index, "depth"] == nearest + 1).all()

@@ -160,7 +160,8 @@ def halves():
     for path in (SCRIPTS / "cell2text").rglob("*.py"):
         name = ".".join(path.relative_to(SCRIPTS / "cell2text").with_suffix("").parts).removesuffix(".__init__")
         half = "language" if name in language | both or name.startswith(folders) else "cells"
-        found[half].append(f"cell2text.{name}")
+        for one in found if name.startswith("confidence") else [half]:
+            found[one].append(f"cell2text.{name}")
     return found
 
 

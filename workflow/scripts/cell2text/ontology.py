@@ -21,7 +21,8 @@ log = logging.getLogger("cell2text.ontology")
 ONTOLOGIES = {"cell_type": "CL", "tissue": "UBERON", "disease": "MONDO", "sex": "PATO", "stage": "HsapDv"}
 SEXES = {"PATO:0000383": "female", "PATO:0000384": "male"}
 UNKNOWN = {"", "unknown", "na", "nan", "none"}
-ANY_CELL = "CL:0000000"  # the root of the Cell Ontology
+# The root of each ontology with terms of different depth: cell, anatomical entity, disease.
+ROOTS = {"cell_type": "CL:0000000", "tissue": "UBERON:0001062", "disease": "MONDO:0000001"}
 
 
 @cache
@@ -38,7 +39,7 @@ def live_terms(ontology: str) -> dict[str, dict]:
 def slot_terms(slot: str) -> pd.DataFrame:
     """Return the terms that a slot may take, as ``contracts.TERMS``."""
     if slot == "sex":
-        rows = [(slot, key, name, "", None) for key, name in SEXES.items()]
+        rows = [(slot, key, name, "", None, []) for key, name in SEXES.items()]
     else:
         rows = [
             (
@@ -46,14 +47,30 @@ def slot_terms(slot: str) -> pd.DataFrame:
                 key,
                 entry["label"],
                 first_sentence(entry.get("description")) if slot == "cell_type" else "",
-                # the package gives the length of the shortest path to each ancestor
-                entry["ancestors"].get(ANY_CELL, 0) if slot == "cell_type" else None,
+                *_place(slot, entry["ancestors"]),
             )
             for key, entry in live_terms(ONTOLOGIES[slot]).items()
         ]
         if slot == "disease":
-            rows.append((slot, NORMAL, "normal", "", None))
+            rows.append((slot, NORMAL, "normal", "", None, []))
     return pd.DataFrame(rows, columns=list(TERMS.columns)).astype({"depth": "Int32"})
+
+
+def _place(slot: str, distances: dict[str, int]) -> tuple[int | None, list[str]]:
+    """Return depth and ancestors of a term, as in ``contracts.TERMS``.
+
+    Parameters
+    ----------
+    slot
+        The slot of the term.
+    distances
+        Steps to each ancestor, along the shortest path, by is_a, and by part_of in UBERON.
+    """
+    if slot not in ROOTS:
+        return None, []
+    # some terms are not below the root, such as the susceptibility to a disease
+    depth = distances.get(ROOTS[slot], max(distances.values(), default=0))
+    return depth, sorted(distances, key=lambda term: (distances[term], term))
 
 
 def first_sentence(definition: str | None) -> str:

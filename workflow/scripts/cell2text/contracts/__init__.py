@@ -64,8 +64,15 @@ CELLS = TableContract("the corpus", {**SAMPLED_CELLS.columns, "split": TEXT}, ke
 PATHWAY_SCORES = TableContract("gene set scores", {"cell_id": TEXT}, key="cell_id", rest=pa.float32())
 TERMS = TableContract(
     "the terms of each slot",
-    # depth: is_a steps from a cell type to the root of the Cell Ontology; null in other slots
-    {"slot": TEXT, "id": TEXT, "name": TEXT, "definition": TEXT, "depth": pa.int32()},
+    {
+        "slot": TEXT,
+        "id": TEXT,
+        "name": TEXT,
+        "definition": TEXT,
+        # Of cell types, tissues and diseases; otherwise null and empty. By is_a, for tissues also by part_of.
+        "depth": pa.int32(),  # steps to the root of the ontology, along the shortest path
+        "ancestors": TEXTS,  # all ids above the term, nearest first
+    },
 )
 _SLOTS = {**{f"{slot}_id": TEXT for slot in TERM_SLOTS}, "pathway_ids": TEXTS}
 DESCRIPTIONS = TableContract(
@@ -110,7 +117,8 @@ EMBEDDINGS = TensorContract(
         "view_cls": (np.dtype("float32"), 3),
     },
 )
-# Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all.
+# Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all. Methods that do
+# not calibrate their confidences leave the columns after those empty.
 PREDICTIONS = TableContract(
     "predicted descriptions",
     {
@@ -120,6 +128,12 @@ PREDICTIONS = TableContract(
         "text": TEXT,
         "status": TEXT,
         **{f"{slot}_confidence": pa.float32() for slot in TERM_SLOTS},
+        # The most specific term that is probable enough, and its probability; null is "not determined".
+        **{f"{slot}_reported_id": TEXT for slot in TERM_SLOTS},
+        **{f"{slot}_reported_confidence": pa.float32() for slot in TERM_SLOTS},
+        "pathway_confidences": pa.list_(pa.float32()),  # of pathway_ids, in their order
+        "novelty": pa.float32(),
+        "novel": pa.bool_(),
     },
     key="cell_id",
 )

@@ -190,4 +190,6 @@ def _as_arrow(rows: pd.DataFrame | pa.Table, schema: pa.Schema) -> pa.Table:
         return rows.select(schema.names).cast(schema)
     # converted to text one part at a time: categories of millions of rows are small, their text is not
     rows = rows.astype(dict.fromkeys(rows.select_dtypes("category"), object))
+    # columns that are all missing may have any type, such as those that pandas' reindex adds
+    rows = rows.astype({name: object for name in rows if rows[name].isna().all()})
     return pa.Table.from_pandas(rows, schema=schema, preserve_index=False).replace_schema_metadata()

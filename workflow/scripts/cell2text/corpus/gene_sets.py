@@ -47,7 +47,7 @@ def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
 
 
 def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
-    """Return the terms of gene sets: rows of ``contracts.TERMS``, without ``depth``.
+    """Return the terms of gene sets: rows of ``contracts.TERMS``, without ``depth`` and ``ancestors``.
 
     A set that is not in the table is named after its id (``readable_name``) and has no description.
 

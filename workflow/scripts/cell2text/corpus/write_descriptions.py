@@ -88,7 +88,11 @@ def write_descriptions(
     if (chosen == -2).any():
         raise ValueError(f"{cells[(chosen == -2).any(axis=1)][0]} has no scores")
     table = pd.concat(
-        [*(slot_terms(slot) for slot in TERM_SLOTS), name_pathways(list(kept.index), pathways_file)], ignore_index=True
+        [
+            *(slot_terms(slot) for slot in TERM_SLOTS),
+            name_pathways(list(kept.index), pathways_file).assign(ancestors=[[]] * len(kept)),
+        ],
+        ignore_index=True,
     )
     DESCRIPTIONS.write_parts(_describe(corpus, chosen, list(kept.index), Terms(table)), descriptions_file)
     TERMS.write(table, terms_file)

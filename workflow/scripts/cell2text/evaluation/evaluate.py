@@ -13,6 +13,7 @@ from cell2text.errors import InputError
 from cell2text.evaluation.bootstrap import Bootstrap
 from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.evaluation.metrics import Score, known, score_method, term_similarities
+from cell2text.evaluation.sums import rate_programmes
 from cell2text.evaluation.tables import calibration, confusion, per_class
 from cell2text.files import read_json, read_jsonl, write_json
 from cell2text.grammar import Terms
@@ -83,7 +84,8 @@ def evaluate(
         method: _clean(_align(table, truth, where)) for method, table, where in _read_methods(generations, baselines)
     }
     similarities = term_similarities([truth, *methods.values()])
-    names = Terms(TERMS.read(terms))
+    term_table = TERMS.read(terms)
+    names = Terms(term_table)
     rows, tables, bootstraps = [], {table: [] for table in _TABLES}, {}
     for split in EVALUATED:
         chosen = truth["split"] == split
@@ -95,12 +97,13 @@ def evaluate(
         for method, predictions in methods.items():
             predicted = predictions[chosen].reset_index(drop=True)
             where = {"split": split, "method": method}
-            scores = score_method(cells, predicted, similarities, bootstrap, trained)
+            scores = score_method(cells, predicted, similarities, bootstrap, trained, term_table)
             rows += [where | score.row(reference.get(score.key)) for score in scores]
             reference = reference or {score.key: score for score in scores}  # the fine-tuned model is the first method
             for slot in TERM_SLOTS:
                 for table, frame in _slot_tables(slot, cells, predicted, names).items():
                     tables[table].append(frame.assign(**where, slot=slot))
+            tables["calibration"].append(_programme_calibration(cells, predicted).assign(**where, slot="pathways"))
             log.info("%s: scored on %d %s cells", method, len(cells), split)
     metrics = pd.DataFrame(rows, columns=METRICS)
     _write_tsv(metrics, outputs["metrics"])
@@ -166,7 +169,8 @@ def _align(predicted: pd.DataFrame, truth: pd.DataFrame, where: Path) -> pd.Data
 
 
 def _clean(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(**{f"{slot}_id": known(table[f"{slot}_id"]) for slot in TERM_SLOTS})
+    columns = [f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", "_reported_id")]
+    return table.assign(**{column: known(table[column]) for column in columns if column in table})
 
 
 def _slot_tables(slot: str, truth: pd.DataFrame, predictions: pd.DataFrame, terms: Terms) -> dict[str, pd.DataFrame]:
@@ -178,6 +182,13 @@ def _slot_tables(slot: str, truth: pd.DataFrame, predictions: pd.DataFrame, term
         "confusion": confusion(slot, true, predicted, terms),
         "calibration": calibration(confidence, (true == predicted).to_numpy(), counted),
     }
+
+
+def _programme_calibration(truth: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    confidence, right = rate_programmes(
+        truth["pathway_ids"], predictions["pathway_ids"], predictions["pathway_confidences"]
+    )
+    return calibration(confidence.ravel(), right.ravel(), ~np.isnan(confidence).ravel())
 
 
 def _join(frames: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:

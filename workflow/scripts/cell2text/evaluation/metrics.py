@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,7 @@ def score_method(
     similarities: dict[str, dict[str, pd.DataFrame]],
     bootstrap: Bootstrap,
     trained: Collection[str] | None = None,
+    terms: pd.DataFrame | None = None,
 ) -> list[Score]:
     """Return the scores of a method.
 
@@ -121,8 +123,11 @@ def score_method(
         Resamples of the same cells.
     trained
         Ids of the cell types of the training cells. Cells of other types are scored apart. None: there are no others.
+    terms
+        Rows of ``contracts.TERMS``, for the ancestors and depths of reported terms. None: these are not scored.
     """
-    metrics = [metric for metric in _all_metrics(truth, predicted, similarities, trained) if metric.counted.any()]
+    metrics = chain(_all_metrics(truth, predicted, similarities, trained), _reported_metrics(truth, predicted, terms))
+    metrics = [metric for metric in metrics if metric.counted.any()]
     units = [bootstrap.unit(metric.counted) for metric in metrics]
     values: dict[int, np.ndarray] = {}
     for unit in set(units):
@@ -151,7 +156,7 @@ def _all_metrics(
     if (true.notna() & ~seen).any():
         for part, among in ((SEEN, seen), (HELD_OUT, ~seen)):
             yield from _label_metrics(part, true.where(among, None), ids, similarities.get("cell_type", {}))
-    yield from _pathway_metrics(truth["pathway_ids"], predicted["pathway_ids"])
+    yield from _pathway_metrics(truth["pathway_ids"], predicted["pathway_ids"], predicted["pathway_confidences"])
     yield from _text_metrics(truth["text"], predicted)
 
 
@@ -188,13 +193,44 @@ def _error_metrics(
     yield Metric(slot, "calibration_error", bins, sums.calibration_error, counted, compared=False)
 
 
-def _pathway_metrics(truth: pd.Series, predicted: pd.Series) -> Iterator[Metric]:
+def _reported_metrics(truth: pd.DataFrame, predicted: pd.DataFrame, terms: pd.DataFrame | None) -> Iterator[Metric]:
+    """Yield the metrics of reported terms, for all slots if the method reports a term for any cell."""
+    if terms is None or not predicted[[f"{slot}_reported_id" for slot in TERM_SLOTS]].notna().any(axis=None):
+        return
+    for slot in TERM_SLOTS:
+        true, ids = truth[f"{slot}_id"], predicted[f"{slot}_reported_id"]
+        places = terms[terms["slot"] == slot].set_index("id")
+        ancestors = {key: above for key, above in places["ancestors"].items() if above is not None}
+        right = sums.is_at_or_above(ids, true, ancestors)
+        labelled = true.notna().to_numpy()
+        reported = labelled & ids.notna().to_numpy()
+        depth = ids.map(places["depth"]).to_numpy(float)
+        deep = reported & ~np.isnan(depth)
+        confidence = predicted[f"{slot}_reported_confidence"].to_numpy(float)
+        rated = reported & ~np.isnan(confidence)
+        for metric, values, counted in (
+            ("reported_precision", right, reported),
+            ("coverage", reported, labelled),
+            ("reported_depth", depth, deep),
+        ):
+            yield Metric(slot, metric, sums.mean_terms(values, counted), sums.ratio, counted, compared=False)
+        bins = sums.calibration_terms(confidence, right, rated)
+        yield Metric(slot, "reported_calibration_error", bins, sums.calibration_error, rated, compared=False)
+
+
+def _pathway_metrics(truth: pd.Series, predicted: pd.Series, confidences: pd.Series) -> Iterator[Metric]:
     if not truth.explode().notna().any():
         return
     every = np.ones(len(truth), dtype=bool)
     equal, jaccard = sums.compare_sets(truth, predicted)
     yield Metric("pathways", "subset_accuracy", sums.mean_terms(equal), sums.ratio, every)
     yield Metric("pathways", "jaccard", sums.mean_terms(jaccard), sums.ratio, every)
+    confidence, right = sums.rate_programmes(truth, predicted, confidences)
+    rated = ~np.isnan(confidence)
+    parts = [sums.calibration_terms(*rank) for rank in zip(confidence.T, right.T, rated.T, strict=True)]
+    if parts:
+        counted = rated.any(axis=1)
+        yield Metric("pathways", "calibration_error", sum(parts), sums.calibration_error, counted, compared=False)
 
 
 def _text_metrics(reference: pd.Series, predicted: pd.DataFrame) -> Iterator[Metric]:

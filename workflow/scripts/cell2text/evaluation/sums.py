@@ -5,6 +5,8 @@ In this form a resample is a weighted sum (see :class:`~.bootstrap.Bootstrap`). 
 excluded, and a missing prediction counts as wrong.
 """
 
+from collections.abc import Collection, Mapping
+
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -84,6 +86,50 @@ def calibration_terms(confidence: np.ndarray, correct: np.ndarray, counted: np.n
     bins = np.minimum(confidence.astype(np.float32) * np.float32(BINS), BINS - 1).astype(int)
     members = (bins[:, None] == np.arange(BINS)) & counted[:, None]
     return np.hstack([members * confidence[:, None], members * correct[:, None], members])
+
+
+def is_at_or_above(predicted: pd.Series, truth: pd.Series, ancestors: Mapping[str, Collection[str]]) -> np.ndarray:
+    """Return whether each cell's predicted term is its true term or an ancestor of it; False if either is missing.
+
+    Parameters
+    ----------
+    predicted, truth
+        Ids, None where missing.
+    ancestors
+        Ids of all ancestors of a true term.
+    """
+    codes, pairs = pd.factorize(pd.MultiIndex.from_arrays([predicted, truth]))
+    right = [isinstance(one, str) and (one == true or one in ancestors.get(true, ())) for one, true in pairs]
+    return np.array(right, dtype=bool)[codes]
+
+
+def rate_programmes(truth: pd.Series, predicted: pd.Series, confidences: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Return the confidence of each predicted programme and whether it is among the cell's true ones.
+
+    Parameters
+    ----------
+    truth, predicted
+        Lists of ids.
+    confidences
+        Lists of confidences in the order of the predicted ids; None for a cell without them.
+
+    Returns
+    -------
+    confidence, right
+        float64 and bool, shape (cells, most programmes of a cell); NaN and False where a cell has fewer.
+    """
+    given = confidences.notna().to_numpy()
+    rated = pd.DataFrame({"id": predicted.to_numpy()[given], "confidence": confidences.to_numpy()[given]})
+    rated.index = np.flatnonzero(given)
+    rated = rated.explode(["id", "confidence"]).dropna()
+    rank = rated.groupby(level=0).cumcount().to_numpy()
+    confidence = np.full((len(truth), rank.max(initial=-1) + 1), np.nan)
+    confidence[rated.index, rank] = rated["confidence"].astype(float)
+    right = np.zeros(confidence.shape, dtype=bool)
+    members = truth.reset_index(drop=True).explode()
+    true_pairs = pd.MultiIndex.from_arrays([members.index, members])
+    right[rated.index, rank] = pd.MultiIndex.from_arrays([rated.index, rated["id"]]).isin(true_pairs)
+    return confidence, right
 
 
 def compare_sets(truth: pd.Series, predicted: pd.Series) -> tuple[np.ndarray, np.ndarray]:

@@ -43,4 +43,4 @@ def predict_shuffled(
         vectors = embeddings.vectors(others.tolist(), loaded.projector.reads)
         described = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
         tables.append(described.assign(cell_id=cells, split=split))
-    PREDICTIONS.write(pd.concat(tables, ignore_index=True)[list(PREDICTIONS.columns)], predictions)
+    PREDICTIONS.write(pd.concat(tables, ignore_index=True).reindex(columns=list(PREDICTIONS.columns)), predictions)

@@ -124,4 +124,4 @@ def write_predictions(predicted: pd.DataFrame, terms: str, predictions: str) -> 
     predicted["text"] = [
         text(*row, pathways=tuple(sets)) for row, sets in zip(ids, predicted["pathway_ids"], strict=True)
     ]
-    PREDICTIONS.write(predicted.assign(status="parsed")[list(PREDICTIONS.columns)], predictions)
+    PREDICTIONS.write(predicted.assign(status="parsed").reindex(columns=list(PREDICTIONS.columns)), predictions)

@@ -1,0 +1,295 @@
+"""Calibration: probabilities that equal the share of right answers on validation cells.
+
+A slot's candidates get the probabilities (1 - none) * softmax(a * language model + b * projector) of their two
+log-probabilities. 1 / a is the temperature of Guo et al., ICML 2017. The weights are those of the greatest
+likelihood, which is convex in them, with a weak normal prior around (1, 0) so that few cells change little. ``none``
+is the share of labelled validation cells whose true term is no candidate. It is 0 where every type has training
+cells, and keeps confidences from being overstated where validation studies bring types of their own. It is the same
+for all cells: which cell is of an unseen type is the subject of ``novelty``.
+
+With at least 1,000 labelled cells, isotonic regression then maps the greatest probability of a cell to the share of
+right answers, but only if it lowers the Brier score and the log loss in five-fold cross-validation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, logit, softmax
+from sklearn.isotonic import IsotonicRegression
+
+FEWEST_FOR_ISOTONIC = 1000
+MOST_CELLS = 20_000  # evenly spaced among more; two weights and a step function need no more
+_PRIOR_SD = 1.0  # of each weight around its default
+_WEIGHTS = ((0.05, 20.0), (0.0, 20.0))  # bounds of a and b; a temperature from 0.05 to 20
+_LEAST = -50.0  # log-probabilities below are raised to it, which changes no probability and keeps the fit finite
+_EDGE = 1e-6
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A monotone map of probabilities, linear between its points.
+
+    Parameters
+    ----------
+    given, calibrated
+        The points, in ascending order.
+    """
+
+    given: tuple[float, ...]
+    calibrated: tuple[float, ...]
+
+    def __call__(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return the calibrated probabilities."""
+        return np.interp(probabilities, self.given, self.calibrated)
+
+
+@dataclass(frozen=True)
+class SlotCalibration:
+    """The calibration of a slot with one term.
+
+    Parameters
+    ----------
+    cells
+        Number of labelled validation cells it rests on.
+    weights
+        Of the log-probabilities of the language model and of the projector.
+    none
+        Probability that the true term is no candidate.
+    steps
+        Map of the greatest probability of a cell, or None.
+    """
+
+    cells: int = 0
+    weights: tuple[float, float] = (1.0, 0.0)
+    none: float = 0.0
+    steps: Steps | None = None
+
+    def probabilities(self, log_probabilities: np.ndarray, projector: np.ndarray | None = None) -> np.ndarray:
+        """Return the calibrated probabilities of the candidates.
+
+        Parameters
+        ----------
+        log_probabilities
+            Of the language model, normalised over the candidates, (cells, candidates).
+        projector
+            Those of the projector, if the calibration was fitted with them.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (cells, candidates). What a row lacks to 1 is the probability of none of the candidates.
+        """
+        if (projector is None) and self.weights[1]:
+            raise ValueError("the calibration was fitted with the projector's scores")
+        inputs = _inputs(log_probabilities, projector)
+        found = (1 - self.none) * softmax(np.tensordot(inputs, self.weights[: len(inputs.T)], 1), axis=1)
+        return found if self.steps is None else _with_greatest(found, self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a JSON file holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Self:
+        """Return the calibration of :meth:`to_dict`."""
+        return cls(**saved | {"weights": tuple(saved["weights"]), "steps": _read_steps(saved["steps"])})
+
+
+def calibrate_slot(
+    log_probabilities: np.ndarray,
+    candidates: Sequence[str],
+    truth: Sequence[str | None],
+    projector: np.ndarray | None = None,
+) -> SlotCalibration:
+    """Fit the calibration of a slot on validation cells, at most 20,000 of them.
+
+    Parameters
+    ----------
+    log_probabilities
+        Of the language model, normalised over the candidates, (cells, candidates).
+    candidates
+        Id of each column.
+    truth
+        True id of each cell; None if unknown, which excludes the cell. It may be no candidate.
+    projector
+        Log-probabilities of the projector for the same candidates, or None.
+
+    Raises
+    ------
+    ValueError
+        If a log-probability is NaN or positive infinity.
+    """
+    column = {candidate: place for place, candidate in enumerate(candidates)}
+    labelled = np.array([one is not None for one in truth], dtype=bool)
+    rows = np.flatnonzero(labelled)
+    rows = rows[:: -(-len(rows) // MOST_CELLS) or 1]
+    codes = np.array([column.get(truth[row], -1) for row in rows], dtype=np.int64)
+    inputs = _inputs(*(part if part is None else part[rows] for part in (log_probabilities, projector)))
+    if not len(codes) or not column:
+        return SlotCalibration(len(codes))
+    known = codes >= 0
+    weights = _fit_weights(inputs[known], codes[known])
+    fitted = SlotCalibration(len(codes), weights, float(np.mean(~known)))
+    found = (1 - fitted.none) * softmax(np.tensordot(inputs, weights[: len(inputs.T)], 1), axis=1)
+    steps = fit_steps(found.max(axis=1), found.argmax(axis=1) == codes) if len(column) > 1 else None
+    return SlotCalibration(len(codes), weights, fitted.none, steps)
+
+
+def _inputs(log_probabilities: np.ndarray, projector: np.ndarray | None) -> np.ndarray:
+    """Return the scores, float64 (cells, candidates, 1 or 2)."""
+    parts = [log_probabilities] if projector is None else [log_probabilities, projector]
+    scores = np.stack([np.asarray(part, dtype=np.float64) for part in parts], axis=-1)
+    if np.isnan(scores).any() or np.isposinf(scores).any():
+        raise ValueError("log-probabilities must be numbers below infinity")
+    return np.maximum(scores, _LEAST)
+
+
+def _fit_weights(inputs: np.ndarray, codes: np.ndarray) -> tuple[float, float]:
+    """Return the weights of the greatest posterior probability for cells whose true term is a candidate."""
+    used = inputs.shape[2]
+    start = np.array([1.0, 0.0])[:used]
+    cells = np.arange(len(codes))
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        scores = inputs @ weights
+        probabilities = softmax(scores, axis=1)
+        likelihood = np.log(np.maximum(probabilities[cells, codes], 1e-300)).sum()
+        slope = np.einsum("nc,ncw->w", probabilities, inputs) - inputs[cells, codes].sum(axis=0)
+        away = (weights - start) / _PRIOR_SD**2
+        return float(away @ (weights - start) / 2 - likelihood), away + slope
+
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=_WEIGHTS[:used])
+    return tuple(map(float, (*found.x, 0.0)))[:2]
+
+
+def _with_greatest(probabilities: np.ndarray, steps: Steps) -> np.ndarray:
+    """Return probabilities whose greatest of each row is mapped; what it loses or gains is shared by the others.
+
+    It stays the greatest. The probability of none of the candidates is one of the others.
+    """
+    if not probabilities.shape[1]:
+        return probabilities
+    rows, best = np.arange(len(probabilities)), probabilities.argmax(axis=1)
+    greatest = probabilities[rows, best]
+    rest = np.maximum(1 - greatest, 1e-12)
+    others = probabilities.copy()
+    others[rows, best] = 0
+    second = others.max(axis=1) / rest
+    mapped = np.maximum(steps(greatest), (1 + _EDGE) * second / (1 + second))
+    others *= ((1 - mapped) / rest)[:, None]
+    others[rows, best] = mapped
+    return others
+
+
+def fit_steps(probabilities: np.ndarray, right: np.ndarray) -> Steps | None:
+    """Return the isotonic map from probability to the share of right answers, or None if it does not help.
+
+    It helps if there are at least 1,000 answers, and if it lowers both the Brier score and the log loss in five-fold
+    cross-validation. The folds are every fifth answer.
+
+    Parameters
+    ----------
+    probabilities, right
+        Probability of each answer, and whether it is right.
+    """
+    if len(right) < FEWEST_FOR_ISOTONIC:
+        return None
+    predicted = np.empty(len(right))
+    folds = np.arange(len(right)) % _FOLDS
+    for fold in range(_FOLDS):
+        held_out = folds == fold
+        predicted[held_out] = _isotonic(probabilities[~held_out], right[~held_out])(probabilities[held_out])
+    before, after = _losses(probabilities, right), _losses(predicted, right)
+    return _isotonic(probabilities, right) if (after < before).all() else None
+
+
+def _isotonic(probabilities: np.ndarray, right: np.ndarray) -> Steps:
+    least = 1 / (len(right) + 2)  # no probability of exactly 0 or 1 from a finite number of answers
+    fitted = IsotonicRegression(y_min=least, y_max=1 - least).fit(probabilities, right.astype(float))
+    return Steps(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
+
+
+def _losses(probabilities: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return Brier score and log loss."""
+    clipped = np.clip(probabilities, _EDGE, 1 - _EDGE)
+    return np.array([np.mean((probabilities - right) ** 2), -np.mean(np.log(np.where(right, clipped, 1 - clipped)))])
+
+
+@dataclass(frozen=True)
+class ProgrammeCalibration:
+    """The calibration of gene programmes: from the model's probability of a programme to that of being a true one.
+
+    The logit of the result is slope * logit of the probability + intercept.
+
+    Parameters
+    ----------
+    programmes
+        Number of programmes reported for validation cells that it rests on.
+    slope, intercept
+        Of the logit.
+    steps
+        Isotonic map of the result, or None.
+    """
+
+    programmes: int = 0
+    slope: float = 1.0
+    intercept: float = 0.0
+    steps: Steps | None = None
+
+    def confidences(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return the calibrated probability of each reported programme, float64 of the same shape; NaN stays NaN."""
+        found = expit(self.slope * _logit(probabilities) + self.intercept)
+        return found if self.steps is None else self.steps(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a JSON file holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Self:
+        """Return the calibration of :meth:`to_dict`."""
+        return cls(**saved | {"steps": _read_steps(saved["steps"])})
+
+
+def calibrate_programmes(probabilities: np.ndarray, right: np.ndarray) -> ProgrammeCalibration:
+    """Fit the calibration of gene programmes on validation cells.
+
+    Logistic regression of being right on the logit of the probability, with a normal prior around slope 1 and
+    intercept 0, then isotonic regression as in :func:`fit_steps`.
+
+    Parameters
+    ----------
+    probabilities
+        The model's probability of each reported programme, one entry per cell and programme, in any shape. For a cell
+        with two programmes, the sum of its probabilities as first and as second is the natural choice.
+    right
+        Whether the programme is among the true ones of its cell; same shape.
+    """
+    right = np.ravel(right).astype(bool)
+    given = _logit(np.ravel(probabilities))
+    start = np.array([1.0, 0.0])
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        scores = parameters[0] * given + parameters[1]
+        away = (parameters - start) / _PRIOR_SD**2
+        residual = expit(scores) - right
+        slope = np.array([residual @ given, residual.sum()])
+        return float(np.logaddexp(0, np.where(right, -scores, scores)).sum() + away @ (parameters - start) / 2), (
+            away + slope
+        )
+
+    slope, intercept = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, 20), (-20, 20)]).x
+    steps = fit_steps(expit(slope * given + intercept), right)
+    return ProgrammeCalibration(len(right), float(slope), float(intercept), steps)
+
+
+def _logit(probabilities: np.ndarray) -> np.ndarray:
+    return logit(np.clip(np.asarray(probabilities, dtype=np.float64), _EDGE, 1 - _EDGE))
+
+
+def _read_steps(saved: dict[str, Any] | None) -> Steps | None:
+    return None if saved is None else Steps(tuple(saved["given"]), tuple(saved["calibrated"]))
