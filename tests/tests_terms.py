@@ -14,6 +14,15 @@ ROWS = [
     ("stage", "HsapDv:0000123", "29-year-old stage", ""),
     ("pathway", "INTERFERON", "interferon response", "genes that answer interferons"),
 ]
+MORE_ROWS = [
+    ("cell_type", "CL:1", "B cell, mature", ""),
+    ("tissue", "UBERON:1", "bone marrow", ""),
+    ("disease", "MONDO:1", "lupus", ""),
+    ("sex", "PATO:0000384", "male", ""),
+    ("stage", "HsapDv:1", "45-year-old stage", ""),
+    ("pathway", "CYTOTOXICITY", "cytotoxicity", ""),
+    ("pathway", "HYPOXIA", "hypoxia", "genes that answer a lack of oxygen"),
+]
 
 
 def small_table() -> pd.DataFrame:
@@ -22,3 +31,8 @@ def small_table() -> pd.DataFrame:
 
 def small_terms() -> Terms:
     return Terms(small_table())
+
+
+def two_names_per_slot() -> pd.DataFrame:
+    """Return the terms of a small table and more, so that there is a choice in every slot."""
+    return pd.DataFrame(ROWS + MORE_ROWS, columns=["slot", "id", "name", "definition"]).assign(depth=None)

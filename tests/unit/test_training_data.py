@@ -16,9 +16,18 @@ from cell2text.embedding.encoders.coexpression import Coexpression
 from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
 from cell2text.evaluation.baselines.aligned import predict_aligned
-from cell2text.files import seal
+from cell2text.files import read_json, seal
 from cell2text.finetuning import data
-from cell2text.finetuning.data import BatchSize, Cells, Texts, balance, find_depths, plan_epoch, read_cells
+from cell2text.finetuning.data import (
+    BatchSize,
+    Cells,
+    Texts,
+    balance,
+    find_depths,
+    find_programmes,
+    plan_epoch,
+    read_cells,
+)
 from cell2text.finetuning.loop import Finetuning
 from cell2text.finetuning.optimiser import MasterAdamW
 from cell2text.processes import Team
@@ -35,6 +44,19 @@ def test_a_text_that_names_nothing_is_its_own_opening():
     texts = Texts.of([[1, 2, 3], [4, 5]], np.array([0, 1]))
     cells = Cells(None, texts, None, ["a", "b"], torch.tensor([2, 0]), None, None).openings_alone()
     assert [text.tolist() for text in cells.texts] == [[1, 2], [4, 5]]
+
+
+def test_the_model_knows_the_programmes_of_training_texts_and_how_many_a_text_names(files, tiny_model):
+    path = files / "descriptions.parquet"
+    assert find_programmes(path) == ([], 0)
+    table = DESCRIPTIONS.read(path)
+    of_training = [["HYPOXIA"], [], ["INTERFERON", "HYPOXIA"], *[[]] * 18]
+    table["pathway_ids"] = [*of_training, *[["GLYCOLYSIS", "INTERFERON", "HYPOXIA"]] * 9]
+    DESCRIPTIONS.write(table, path)
+    assert find_programmes(path) == (["HYPOXIA", "INTERFERON"], 2)
+    about = read_json(finetune(files, tiny_model, "model", align_steps=1, epochs=1) / "cell2text.json")
+    assert about["labels"]["pathway"] == ["HYPOXIA", "INTERFERON"] and about["programmes_per_cell"] == 2
+    assert about["labels"]["cell_type"] == TYPES
 
 
 def tokenizer_of_long_tokens(texts):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cell2text.contracts import TERM_SLOTS
+from cell2text.contracts import DESCRIPTIONS, TERM_SLOTS
 from cell2text.embedding.vectors import Embeddings, Vectors
 from cell2text.errors import InputError
 from cell2text.generation.decode import check_limit
@@ -293,6 +294,23 @@ def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
     """
     ids = {slot: sorted(training[f"{slot}_id"].dropna().unique()) for slot in TERM_SLOTS}
     return {slot: found for slot, found in ids.items() if found}
+
+
+def find_programmes(descriptions: str | Path) -> tuple[list[str], int]:
+    """Return the sorted ids of the gene programmes in the training texts, and the greatest number of them in one text.
+
+    Parameters
+    ----------
+    descriptions
+        File of ``contracts.DESCRIPTIONS``.
+    """
+    ids: set[str] = set()
+    most = 0
+    for part in DESCRIPTIONS.read_parts(descriptions, ["split", "pathway_ids"]):
+        lists = part.loc[part["split"] == "train", "pathway_ids"]
+        ids.update(*lists)
+        most = max(most, *map(len, lists), 0)
+    return sorted(ids), most
 
 
 def find_depths(cell_types: pd.Series, terms: pd.DataFrame) -> np.ndarray:

@@ -20,8 +20,9 @@ from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
 from cell2text.files import read_json, whole_folder
 from cell2text.finetuning.align import align
-from cell2text.finetuning.data import Cells, check_lengths, find_classes, find_depths, read_cells
+from cell2text.finetuning.data import Cells, check_lengths, find_classes, find_depths, find_programmes, read_cells
 from cell2text.finetuning.loop import Finetuning, State
+from cell2text.grammar import PATHWAY
 from cell2text.model import fast
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.bundle import build, save
@@ -109,6 +110,7 @@ def _finetune(
     model = build_model()
     classes = find_classes(training_rows)
     train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
+    programmes, programmes_per_cell = find_programmes(descriptions)
     longest = check_lengths(model, train, validation, max_new_tokens)
     _fit_inputs(model, train, seed)
     if settings.fast and not _try_fast(model, train):
@@ -156,7 +158,8 @@ def _finetune(
         work.optimiser.take_weights()
     state = work.run()
     if team.leads:
-        _save(work, state, Path(directory), source, classes, seed)
+        labels = classes | ({PATHWAY: programmes} if programmes else {})
+        _save(work, state, Path(directory), source, labels, programmes_per_cell, seed)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
@@ -180,12 +183,19 @@ def _try_fast(model: Cell2Text, train: Cells) -> bool:
 
 
 def _save(
-    work: Finetuning, state: State, directory: Path, source: dict, classes: dict[str, list[str]], seed: int
+    work: Finetuning,
+    state: State,
+    directory: Path,
+    source: dict,
+    labels: dict[str, list[str]],
+    programmes_per_cell: int,
+    seed: int,
 ) -> None:
     about = {
         "language_model": source,
         "fast": work.model.fast,
-        "labels": classes,
+        "labels": labels,
+        "programmes_per_cell": programmes_per_cell,
         "training_cells": len(work.train.texts),
         "trainable_parameters": sum(value.numel() for value in work.optimiser.parameters.values()),
         "best_epoch": state.best_epoch + 1,

@@ -1,5 +1,7 @@
 """The model: a chat prompt with the soft tokens of a cell in it, and a language model that answers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -166,6 +168,20 @@ class Cell2Text(nn.Module):
         loss = functional.cross_entropy(logits, text[text_mask], reduction="sum")
         return loss, logits.argmax(-1)[judged[text_mask]]
 
+    @torch.no_grad()
+    def score_text(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Return the log-probability of each token given those before it, float32 (cells, text), 0 at the padding.
+
+        Parameters
+        ----------
+        soft, present, text, text_mask
+            As in :meth:`text_loss`.
+        """
+        logits = self._text_logits(soft, present, text, text_mask)
+        found = torch.zeros(text.shape, device=text.device)
+        found[text_mask] = -functional.cross_entropy(logits, text[text_mask], reduction="none")
+        return found
+
     def _text_logits(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Return the logits that predict each token of the texts, float32 (tokens, vocabulary), from transformers."""
         prompt, prompt_mask = self.prompt_embeddings(soft, present)
@@ -181,6 +197,27 @@ class Cell2Text(nn.Module):
     def accepts(self, argument: str) -> bool:
         """Return whether the language model's ``forward`` takes an argument of this name."""
         return argument in signature(self.base_model.forward).parameters
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the language model has 4-bit weights."""
+        return getattr(self.base_model, "is_quantized", False)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Cast the language model's weights to float32 and back, so that rounding hides no difference.
+
+        4-bit weights stay as they are.
+        """
+        # parameters alone: buffers such as rotary frequencies are float32 in a bfloat16 model and must stay so
+        dtypes = {} if self.is_quantised else {value: value.dtype for value in self.language_model.parameters()}
+        for value in dtypes:
+            value.data = value.data.float()
+        try:
+            yield
+        finally:
+            for value, dtype in dtypes.items():
+                value.data = value.data.to(dtype)
 
     def checkpoint_activations(self) -> None:
         """Keep the activations of one layer at a time; the backward pass recomputes the others (arXiv 1604.06174).

@@ -87,24 +87,19 @@ def check(model: Cell2Text, soft: Tensor, present: Tensor, text: Tensor, text_ma
     soft, present, text, text_mask
         A batch as in ``Cell2Text.text_loss``.
     """
-    training, quantised = model.training, getattr(model.base_model, "is_quantized", False)
-    # parameters alone: buffers such as rotary frequencies are float32 in a bfloat16 model and must stay so
-    dtypes = {} if quantised else {value: value.dtype for value in model.language_model.parameters()}
+    training = model.training
     model.eval()
-    for value in dtypes:
-        value.data = value.data.float()
-    expected, tokens = (float(value) for value in model.text_loss(soft, present, text, text_mask))
-    try:
-        speed_up(model)
-        found = float(model.text_loss(soft, present, text, text_mask)[0])
-        reason = f"its loss is {found / tokens:.5f} nats per token, not {expected / tokens:.5f}"
-    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
-        found, reason = math.nan, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    for value, dtype in dtypes.items():
-        value.data = value.data.to(dtype)
+    with model.in_float32():
+        expected, tokens = (float(value) for value in model.text_loss(soft, present, text, text_mask))
+        try:
+            speed_up(model)
+            found = float(model.text_loss(soft, present, text, text_mask)[0])
+            reason = f"its loss is {found / tokens:.5f} nats per token, not {expected / tokens:.5f}"
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+            found, reason = math.nan, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     match_adapters(model.language_model)
     model.train(training)
-    same = math.isclose(found, expected, rel_tol=0.02 if quantised else TOLERANCE)
+    same = math.isclose(found, expected, rel_tol=0.02 if model.is_quantised else TOLERANCE)
     if not same:
         log.info(
             "the fast path cannot train %s (%s): training with plain transformers and PEFT",
