@@ -74,7 +74,8 @@ class Cells:
     first_sentences
         Number of tokens in the sentence that names the cell type, the first; 0 if the text names none. int64 (cells,).
     aligned_to
-        Input of the alignment loss: the labels, or the index of each text among the distinct texts, int64 (cells,).
+        Input of the alignment loss: labels and gene programmes, see ``alignment.LabelTargets``; or the index of each
+        text among the distinct texts, int64 (cells,).
     """
 
     vectors: Vectors
@@ -203,7 +204,12 @@ def balance(labels: np.ndarray) -> np.ndarray:
 
 
 def read_cells(
-    descriptions: pd.DataFrame, split: str, embeddings: Embeddings, classes: dict[str, list[str]], model: Cell2Text
+    descriptions: pd.DataFrame,
+    split: str,
+    embeddings: Embeddings,
+    classes: dict[str, list[str]],
+    programmes: Tensor,
+    model: Cell2Text,
 ) -> Cells:
     """Return the cells of one split with tokenised texts.
 
@@ -217,10 +223,13 @@ def read_cells(
         Embeddings of the cells.
     classes
         As :func:`find_classes` returns them.
+    programmes
+        Gene programmes of each description, as :func:`find_programmes` returns them.
     model
         Its projector determines which vectors to read; its tokenizer tokenises the texts.
     """
-    rows = descriptions[descriptions["split"] == split]
+    chosen = (descriptions["split"] == split).to_numpy()
+    rows = descriptions[chosen]
     views = embeddings.count_views() if split == "train" else 0
     which, distinct = pd.factorize(rows["text"])
     tokens, openings, first_sentences = _tokenise(list(distinct), model.tokenizer)
@@ -232,7 +241,7 @@ def read_cells(
         rows["cell_id"].to_list(),
         torch.from_numpy(openings[which]),
         torch.from_numpy(first_sentences[which]),
-        labels,
+        torch.cat([labels, programmes[chosen]], dim=1),
     )
 
 
@@ -296,21 +305,37 @@ def find_classes(training: pd.DataFrame) -> dict[str, list[str]]:
     return {slot: found for slot, found in ids.items() if found}
 
 
-def find_programmes(descriptions: str | Path) -> tuple[list[str], int]:
-    """Return the sorted ids of the gene programmes in the training texts, and the greatest number of them in one text.
+def find_programmes(descriptions: str | Path) -> tuple[list[str], Tensor]:
+    """Return the gene programmes of the training texts, and which of them each text names.
 
     Parameters
     ----------
     descriptions
         File of ``contracts.DESCRIPTIONS``.
+
+    Returns
+    -------
+    ids
+        Sorted ids of the programmes.
+    numbers
+        Their indices in each text, the most active first, -1 where there are fewer or for a programme that no training
+        text names; int64 (cells, most programmes in a training text), in the order of the file.
     """
     ids: set[str] = set()
-    most = 0
+    most = cells = 0
     for part in DESCRIPTIONS.read_parts(descriptions, ["split", "pathway_ids"]):
         lists = part.loc[part["split"] == "train", "pathway_ids"]
         ids.update(*lists)
-        most = max(most, *map(len, lists), 0)
-    return sorted(ids), most
+        most, cells = max(most, *map(len, lists), 0), cells + len(part)
+    names, start = pd.Index(sorted(ids)), 0
+    numbers = np.full((cells, most), -1, dtype=np.int64)
+    for part in DESCRIPTIONS.read_parts(descriptions, ["pathway_ids"]):
+        named = part["pathway_ids"].reset_index(drop=True).explode().dropna()
+        place = named.groupby(level=0).cumcount().to_numpy()
+        kept = place < most
+        numbers[start + named.index[kept], place[kept]] = names.get_indexer(named[kept])
+        start += len(part)
+    return names.to_list(), torch.from_numpy(numbers)
 
 
 def find_depths(cell_types: pd.Series, terms: pd.DataFrame) -> np.ndarray:

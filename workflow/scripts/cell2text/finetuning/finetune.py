@@ -109,8 +109,11 @@ def _finetune(
 
     model = build_model()
     classes = find_classes(training_rows)
-    train, validation = (read_cells(texts, split, embeddings, classes, model) for split in ("train", "validation"))
-    programmes, programmes_per_cell = find_programmes(descriptions)
+    programmes, numbers = find_programmes(descriptions)
+    train, validation = (
+        read_cells(texts, split, embeddings, classes, numbers, model) for split in ("train", "validation")
+    )
+    labels = classes | ({PATHWAY: programmes} if programmes else {})
     longest = check_lengths(model, train, validation, max_new_tokens)
     _fit_inputs(model, train, seed)
     if settings.fast and not _try_fast(model, train):
@@ -120,12 +123,12 @@ def _finetune(
     model.about["longest_text"] = longest
     table = TERMS.read(terms)
     if settings.align_to == "labels":
-        targets = LabelTargets.of_labels(classes, table, model)
+        targets = LabelTargets.of_labels(labels, table, model)
     else:
-        numbers = pd.factorize(training_rows["text"])[0]
-        first = np.unique(numbers, return_index=True)[1]  # one cell per distinct text
+        which = pd.factorize(training_rows["text"])[0]
+        first = np.unique(which, return_index=True)[1]  # one cell per distinct text
         tokens = model.language_model.get_input_embeddings().weight.detach()
-        train.aligned_to = torch.from_numpy(numbers)
+        train.aligned_to = torch.from_numpy(which)
         targets = DescriptionTargets.of([train.texts[row] for row in first], tokens)
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
@@ -158,8 +161,7 @@ def _finetune(
         work.optimiser.take_weights()
     state = work.run()
     if team.leads:
-        labels = classes | ({PATHWAY: programmes} if programmes else {})
-        _save(work, state, Path(directory), source, labels, programmes_per_cell, seed)
+        _save(work, state, Path(directory), source, labels, numbers.shape[1], seed)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 

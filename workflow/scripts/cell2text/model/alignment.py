@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from cell2text.grammar import Slots, Terms, render
+from cell2text.contracts import TERM_SLOTS
+from cell2text.grammar import PATHWAY, Slots, Terms, render
 
 if TYPE_CHECKING:
     from cell2text.model.cell2text import Cell2Text
@@ -41,6 +42,8 @@ def _centre(directions: Tensor) -> Tensor:
 class LabelTargets:
     """The label names of each slot, each as one direction in the space of token embeddings.
 
+    The last slot may be that of gene programmes, of which a cell has several.
+
     With ``apart``, slot i of n has soft tokens i, i + n, i + 2n, ... of its own, and their mean is compared with the
     labels of the slot. The language model then finds the cell type at one position and the tissue at another. Without
     it, or with fewer soft tokens than slots, all slots use the mean of all soft tokens.
@@ -51,10 +54,12 @@ class LabelTargets:
         Unit vectors of the labels of each slot, float32 (labels, width).
     apart
         Whether each slot has soft tokens of its own.
+    programmes
+        Whether the last slot is that of gene programmes.
     """
 
-    def __init__(self, directions: Sequence[Tensor], apart: bool = False):
-        self.directions, self.apart = list(directions), apart
+    def __init__(self, directions: Sequence[Tensor], apart: bool = False, programmes: bool = False):
+        self.directions, self.apart, self.programmes = list(directions), apart, programmes
 
     @classmethod
     def of(
@@ -63,6 +68,7 @@ class LabelTargets:
         tokenizer: PreTrainedTokenizerBase,
         embeddings: Tensor,
         apart: bool = False,
+        programmes: bool = False,
     ) -> LabelTargets:
         """Average the token embeddings of each name.
 
@@ -72,15 +78,15 @@ class LabelTargets:
             Label names of each slot, in the order of their class numbers.
         tokenizer, embeddings
             Tokenizer and token embeddings of the language model; embeddings (vocabulary, width).
-        apart
-            Whether each slot has soft tokens of its own.
+        apart, programmes
+            See :class:`LabelTargets`.
         """
 
         def direction(name: str) -> Tensor:
             # with a leading space, so that the name is tokenised as within a sentence
             return _mean_direction(tokenizer(f" {name}", add_special_tokens=False)["input_ids"], embeddings)
 
-        return cls([torch.stack([direction(name) for name in slot_names]) for slot_names in names], apart)
+        return cls([torch.stack([direction(name) for name in slot_names]) for slot_names in names], apart, programmes)
 
     @classmethod
     def of_labels(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
@@ -88,7 +94,8 @@ class LabelTargets:
         names = terms.set_index(["slot", "id"])["name"]
         embeddings = model.language_model.get_input_embeddings().weight.detach()
         by_slot = [[names[slot, label] for label in ids] for slot, ids in labels.items()]
-        return cls.of(by_slot, model.tokenizer, embeddings, apart=not model.projector.tokens_are_genes)
+        apart = not model.projector.tokens_are_genes
+        return cls.of(by_slot, model.tokenizer, embeddings, apart, programmes=PATHWAY in labels)
 
     @classmethod
     def of_sentences(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
@@ -100,7 +107,8 @@ class LabelTargets:
         known, embeddings = Terms(terms), model.language_model.get_input_embeddings().weight.detach()
         directions = []
         for slot, ids in labels.items():
-            texts = [render(Slots(**{slot: label}), known) for label in ids]
+            one = [{"pathways": (label,)} if slot == PATHWAY else {slot: label} for label in ids]
+            texts = [render(Slots(**slots), known) for slots in one]
             tokens = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
             directions.append(_centre(torch.stack([_mean_direction(text, embeddings) for text in tokens])))
         return cls(directions)
@@ -129,19 +137,32 @@ class LabelTargets:
     def loss(self, soft: Tensor, present: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of the labels: the mean over the cells that have one, summed over the slots.
 
+        Gene programmes are drawn without replacement, the most active first (Plackett-Luce model): the second is scored
+        against all but the first.
+
         Parameters
         ----------
         soft, present
             As the projector returns them.
         labels
-            Class numbers, -1 where a cell has no label, int64 (cells, slots).
+            Class numbers, -1 where a cell has no label, int64 (cells, slots). The slot of gene programmes has as many
+            columns as a cell may have programmes.
         """
-        losses = [
-            functional.cross_entropy(scores, slot_labels, ignore_index=-1, reduction="sum")
-            / (slot_labels >= 0).sum().clamp(min=1)
-            for scores, slot_labels in zip(self.scores(soft, present), labels.T, strict=True)
-        ]
+        scores, columns = self.scores(soft, present), list(labels.T)
+        losses = [_cross_entropy(*pair) for pair in zip(scores[: len(scores) - self.programmes], columns, strict=False)]
+        if self.programmes:
+            left = scores[-1]
+            for programme in columns[len(losses) :]:
+                losses.append(_cross_entropy(left, programme))
+                taken = torch.arange(left.shape[1], device=left.device) == programme[:, None]
+                left = left.masked_fill(taken, -torch.inf)
         return torch.stack(losses).sum() if losses else soft.sum() * 0
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over the cells that have a label; 0 if none has."""
+    total = functional.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
+    return total / (labels >= 0).sum().clamp(min=1)
 
 
 class DescriptionTargets:
@@ -189,6 +210,11 @@ class DescriptionTargets:
         same = (texts[:, None] == texts).to(scores.dtype)
         matches = same / same.sum(1, keepdim=True)
         return (functional.cross_entropy(scores, matches) + functional.cross_entropy(scores.T, matches)) / 2
+
+
+def order_slots(labels: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Return the label ids of each slot in the order that assigns soft tokens to slots; JSON files sort their keys."""
+    return {slot: labels[slot] for slot in (*TERM_SLOTS, PATHWAY) if slot in labels}
 
 
 def number_labels(labels: Mapping[str, Sequence[str | None]], classes: Mapping[str, Sequence[str]]) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 
 from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.embedding.vectors import Embeddings
+from cell2text.evaluation.baselines.slots import write_predictions
 from cell2text.generation.describe import cells_in
-from cell2text.grammar import Slots, Terms, render
-from cell2text.model.alignment import LabelTargets
+from cell2text.grammar import PATHWAY
+from cell2text.model.alignment import LabelTargets, order_slots
 from cell2text.model.bundle import load_projector
 
 CELLS_AT_ONCE = 4096
@@ -29,13 +30,11 @@ def predict_aligned(
     """Predict for each slot the label whose words are nearest to the cell's soft tokens, with the projector alone.
 
     The words are embedded by the original language model, as in the alignment; ``mode: full`` changes the embeddings
-    afterwards. The confidence is the softmax over the labels of a slot. Gene sets are not predicted. The parameters
-    are those of :func:`generate_descriptions`, except ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
+    afterwards. The confidence is the softmax over the labels of a slot. Of the gene programmes, the nearest are
+    predicted, as many as a training text has. The parameters are those of :func:`generate_descriptions`, except ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
     loaded, table = load_projector(model, language_model), TERMS.read(terms)
-    # In TERM_SLOTS order, which assigns soft tokens to slots; the JSON file sorts its keys.
-    labels = {slot: loaded.about["labels"][slot] for slot in TERM_SLOTS if slot in loaded.about["labels"]}
-    known = Terms(table)
+    labels = order_slots(loaded.about["labels"])
     to_descriptions = loaded.about["finetune"]["align_to"] == "descriptions"
     targets_of = LabelTargets.of_sentences if to_descriptions else LabelTargets.of_labels
     targets = targets_of(labels, table, loaded)
@@ -45,16 +44,17 @@ def predict_aligned(
         vectors = embeddings.vectors(cells.tolist(), loaded.projector.reads)
         for rows in np.array_split(np.arange(len(cells)), max(math.ceil(len(cells) / CELLS_AT_ONCE), 1)):
             batch = [part.to(loaded.device) for part in vectors[rows]]
-            predicted = {"cell_id": cells[rows], "split": split, "status": "parsed", "pathway_ids": [[]] * len(rows)}
+            predicted = {"cell_id": cells[rows], "split": split, "pathway_ids": [[]] * len(rows)}
             for (slot, ids), scores in zip(labels.items(), targets.scores(*loaded.projector(*batch)), strict=True):
-                confidence, best = scores.softmax(-1).cpu().max(-1)
-                predicted[f"{slot}_id"] = np.array(ids, dtype=object)[best.numpy()]
-                predicted[f"{slot}_confidence"] = confidence.numpy()
+                confidence, order = scores.softmax(-1).cpu().sort(descending=True, stable=True)
+                best = np.array(ids, dtype=object)[order[:, : loaded.about["programmes_per_cell"]].numpy()]
+                if slot == PATHWAY:
+                    predicted["pathway_ids"] = best.tolist()
+                else:
+                    predicted[f"{slot}_id"] = best[:, 0]
+                    predicted[f"{slot}_confidence"] = confidence[:, 0].numpy()
             tables.append(pd.DataFrame(predicted).reindex(columns=list(PREDICTIONS.columns)))
     result = pd.concat(tables, ignore_index=True)
-    slots = result[[f"{slot}_id" for slot in TERM_SLOTS]].astype(object).where(result.notna(), None)
-    result["text"] = [
-        render(Slots(**dict(zip(TERM_SLOTS, row, strict=True))), known)
-        for row in slots.itertuples(index=False, name=None)
-    ]
-    PREDICTIONS.write(result, predictions)
+    ids = [f"{slot}_id" for slot in TERM_SLOTS]
+    result[ids] = result[ids].astype(object).where(result[ids].notna(), None)
+    write_predictions(result, terms, predictions)
