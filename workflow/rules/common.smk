@@ -15,7 +15,7 @@ sys.executable = shlex.quote(sys.executable)
 
 from cell2text.config import check_config, check_files, cut_census, read_datasets
 from cell2text.errors import InputError
-from cell2text.evaluation.methods import BASELINES
+from cell2text.evaluation.methods import BASELINES, GREEDY
 from cell2text.files import check_ours
 from cell2text.job import INVOCATION
 from cell2text.models import fetch_encoder, fetch_language_model
@@ -54,6 +54,9 @@ SPLITS = ["validation", "test"]
 GENERATIONS = collect(
     "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
 )
+COMPARED = [
+    name for name in BASELINES if name != GREEDY or config["evaluate"]["greedy"]
+]
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 # The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [

@@ -115,6 +115,7 @@ rule baseline_shuffled:
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
+        calibration="<results>/confidence/calibration.json",
         embeddings=EMBEDDINGS,
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,
@@ -134,13 +135,46 @@ rule baseline_shuffled:
         gpu=1,
     params:
         seed=lookup("seed", within=config),
-        generate=lookup("generate", within=config),
+        batch_cells=lookup("generate/batch_cells", within=config),
         on_the_fly=on_the_fly,
         library=library_version("baseline_shuffled.py"),
     message:
         "Baseline: fine-tuned model with shuffled embeddings"
     script:
         "../scripts/baseline_shuffled.py"
+
+
+rule baseline_greedy:
+    input:
+        model="<results>/model",
+        language_model=LANGUAGE_MODEL,
+        corpus="<results>/corpus/cells.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+        encoder="<results>/encoder",
+        tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
+    output:
+        predictions="<results>/baselines/greedy.parquet",
+    log:
+        "<logs>/baseline_greedy.log",
+    benchmark:
+        "<benchmarks>/baseline_greedy.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 8
+    resources:
+        mem_mb=mem_language_model(),
+        runtime=hours(4),
+        gpu=1,
+    params:
+        generate=lookup("generate", within=config),
+        on_the_fly=on_the_fly,
+        library=library_version("baseline_greedy.py"),
+    message:
+        "Comparison: fine-tuned model writes freely"
+    script:
+        "../scripts/baseline_greedy.py"
 
 
 rule baseline_aligned:
@@ -182,7 +216,7 @@ rule evaluate:
         terms="<results>/corpus/terms.parquet",
         corpus="<results>/corpus/cells.parquet",
         generations=GENERATIONS,
-        baselines=collect("<results>/baselines/{name}.parquet", name=BASELINES),
+        baselines=collect("<results>/baselines/{name}.parquet", name=COMPARED),
         model="<results>/model",
         language_model=LANGUAGE_MODEL,
     output:

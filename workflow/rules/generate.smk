@@ -1,11 +1,12 @@
 """
-The fine-tuned model describes each cell of a split.
+The candidate names of each cell's slots are scored, calibrated on the validation cells, and written as a description.
 
-Inputs: <results>/model/, <results>/embeddings/. Outputs: <results>/generations/{split}/{shard}.jsonl.
+Inputs: <results>/model/, <results>/embeddings/. Outputs: <results>/scores/{split}/{shard}.safetensors,
+<results>/confidence/, <results>/generations/{split}/{shard}.jsonl.
 """
 
 
-rule generate_descriptions:
+rule score_candidates:
     input:
         model="<results>/model",
         language_model=LANGUAGE_MODEL,
@@ -18,12 +19,12 @@ rule generate_descriptions:
         tokens=TOKENS_ON_THE_FLY,
         genes=GENES_ON_THE_FLY,
     output:
-        # empty if the shard has no cell of the split
-        generations="<results>/generations/{split}/{shard}.jsonl",
+        # no rows if the shard has no cell of the split
+        scores="<results>/scores/{split}/{shard}.safetensors",
     log:
-        "<logs>/generate_descriptions/{split}/{shard}.log",
+        "<logs>/score_candidates/{split}/{shard}.log",
     benchmark:
-        "<benchmarks>/generate_descriptions/{split}/{shard}.jsonl"
+        "<benchmarks>/score_candidates/{split}/{shard}.jsonl"
     conda:
         "../../envs/llm.yaml"
     threads: 8
@@ -32,9 +33,74 @@ rule generate_descriptions:
         runtime=hours(4),
         gpu=1,
     params:
-        seed=lookup("seed", within=config),
-        generate=lookup("generate", within=config),
+        batch_cells=lookup("generate/batch_cells", within=config),
         on_the_fly=on_the_fly,
+        library=library_version("score_candidates.py"),
+    message:
+        "Scoring the names for the {wildcards.split} cells, shard {wildcards.shard}"
+    script:
+        "../scripts/score_candidates.py"
+
+
+rule calibrate:
+    input:
+        model="<results>/model",
+        scores=collect("<results>/scores/validation/{shard}.safetensors", shard=SHARDS),
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+    output:
+        calibration="<results>/confidence/calibration.json",
+        reference="<results>/confidence/reference.safetensors",
+    log:
+        "<logs>/calibrate.log",
+    benchmark:
+        "<benchmarks>/calibrate.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        # the pooled vectors of all training cells, twice
+        mem_mb=mem(4000, 2 * DIMENSIONS / 64),
+        runtime=hours(1),
+    params:
+        seed=lookup("seed", within=config),
+        confidence=lookup("generate/confidence", within=config),
+        library=library_version("calibrate.py"),
+    message:
+        "Calibrating confidences on the validation cells"
+    script:
+        "../scripts/calibrate.py"
+
+
+rule generate_descriptions:
+    input:
+        model="<results>/model",
+        scores="<results>/scores/{split}/{shard}.safetensors",
+        calibration="<results>/confidence/calibration.json",
+        reference="<results>/confidence/reference.safetensors",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=collect(
+            "<results>/embeddings/{dataset}/{{shard}}.safetensors", dataset=DATASETS
+        ),
+    output:
+        # empty if the shard has no cell of the split
+        generations="<results>/generations/{split}/{shard}.jsonl",
+    log:
+        "<logs>/generate_descriptions/{split}/{shard}.log",
+    benchmark:
+        "<benchmarks>/generate_descriptions/{split}/{shard}.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        # the description of each cell of the shard, as text
+        mem_mb=lambda wildcards, input, attempt: int(
+            4000 + sum(os.path.getsize(file) for file in input.scores.split()) / 5e4
+        )
+        * attempt,
+        runtime=hours(1),
+    params:
         library=library_version("generate_descriptions.py"),
     message:
         "Describing the {wildcards.split} cells, shard {wildcards.shard}"

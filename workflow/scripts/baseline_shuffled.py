@@ -4,7 +4,6 @@ from cell2text.contracts import SPLITS
 from cell2text.embedding.vectors import Embeddings
 from cell2text.evaluation.baselines.shuffled import predict_shuffled
 from cell2text.job import run_job
-from cell2text.settings import GenerateSettings
 
 
 def main(snakemake):
@@ -16,10 +15,11 @@ def main(snakemake):
             snakemake.input.language_model,
             snakemake.input.corpus,
             snakemake.input.terms,
+            snakemake.input.calibration,
             embeddings,
             snakemake.output.predictions,
             splits=SPLITS[1:],
-            settings=GenerateSettings(**snakemake.params.generate),
+            batch_cells=snakemake.params.batch_cells,
             seed=snakemake.params.seed,
         )
 

@@ -102,4 +102,5 @@ class GenerateSettings:
     """The section ``generate``."""
 
     batch_cells: int
+    confidence: float
     max_new_tokens: int | None

@@ -117,6 +117,16 @@ EMBEDDINGS = TensorContract(
         "view_cls": (np.dtype("float32"), 3),
     },
 )
+# Log-probabilities of the candidate names of each slot, (cells, candidates), in the order of the labels in
+# cell2text.json: the language model's and the projector's. Slots without labels have none.
+SCORES = TensorContract(
+    "scores of candidate names",
+    optional={
+        **{slot: (np.dtype("float32"), 2) for slot in TERM_SLOTS},
+        "pathway": (np.dtype("float32"), 3),  # (cells, programmes in a text, candidates)
+        **{f"projector_{slot}": (np.dtype("float32"), 2) for slot in (*TERM_SLOTS, "pathway")},
+    },
+)
 # Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all. Methods that do
 # not calibrate their confidences leave the columns after those empty.
 PREDICTIONS = TableContract(

@@ -37,10 +37,12 @@ METHODS = {
     "aligned": Method(
         "Projector alone", "picks the label nearest to the cell's soft tokens, without running the language model"
     ),
+    "greedy": Method("Unconstrained text", "the fine-tuned model writes freely, word by word"),
     "shuffled": Method(
         "Shuffled embeddings", "control: the fine-tuned model reads another cell's embedding; should score at chance"
     ),
 }
+GREEDY = "greedy"  # only if asked for: it takes as long as training
 BASELINES = [name for name in METHODS if name != FINE_TUNED]
 
 

@@ -1,52 +1,75 @@
-"""The cells of one split and shard, described by the fine-tuned model."""
+"""The description of each cell of one split and shard, from the scores of its names and their confidence."""
 
 import logging
+from collections.abc import Sequence
 
 import pandas as pd
 
-from cell2text.contracts import TERMS
-from cell2text.embedding.vectors import Embeddings
-from cell2text.files import write_jsonl
-from cell2text.generation.describe import cells_in, describe_cells
-from cell2text.grammar import Terms
-from cell2text.model.bundle import load
-from cell2text.settings import GenerateSettings
+from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
+from cell2text.confidence.novelty import Reference
+from cell2text.contracts import EMBEDDINGS, PREDICTIONS, SCORES, TERM_SLOTS, TERMS
+from cell2text.files import read_json, write_jsonl
+from cell2text.grammar import Slots, Terms, render
+from cell2text.model.alignment import order_slots
+from cell2text.weights import read_weights
 
 log = logging.getLogger("cell2text.generation")
 
 
 def generate_descriptions(
     model: str,
-    language_model: str,
-    corpus: str,
+    scores: str,
+    calibration: str,
+    reference: str,
     terms: str,
-    embeddings: Embeddings,
+    embeddings: Sequence[str],
     generations: str,
     split: str,
-    settings: GenerateSettings,
 ) -> None:
-    """Describe the cells of a split in the given shards of embeddings.
+    """Describe the cells of a file of scores.
+
+    The text names the most specific guess of each slot. The term that is probable enough to be reported may be an
+    ancestor of it.
 
     Parameters
     ----------
-    model, language_model
-        Directories of the fine-tuned and the original model.
-    corpus, terms
-        Files of ``contracts.CELLS`` and ``contracts.TERMS``.
+    model
+        Directory of the fine-tuned model.
+    scores
+        File of ``contracts.SCORES``.
+    calibration, reference
+        Files written by ``calibrate``.
+    terms
+        File of ``contracts.TERMS``.
     embeddings
-        Embeddings of the cells.
+        Files of ``contracts.EMBEDDINGS`` of the cells.
     generations
         Output file, JSONL with one object per cell and the fields of ``contracts.PREDICTIONS``.
     split
         Name of the split.
-    settings
-        The config's ``generate`` section.
     """
-    loaded = load(model, language_model).ready_to_write()
-    cells = cells_in(embeddings.files, corpus, split)
-    vectors = embeddings.vectors(cells["cell_id"].to_list(), loaded.projector.reads)
-    described = describe_cells(loaded, vectors, Terms(TERMS.read(terms)), settings)
-    rows = [{"cell_id": cell, "split": split, **row} for cell, row in zip(cells["cell_id"], described, strict=True)]
-    counts = pd.Series([row["status"] for row in rows]).value_counts().sort_index().to_dict()
-    log.info("%d cells of %s: %s", len(rows), split, counts)
-    write_jsonl(rows, generations)
+    labels = order_slots(read_json(f"{model}/cell2text.json")["labels"])
+    wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
+    found, cells = SCORES.read(scores, wanted)
+    confidence = Confidence.load(calibration)
+    table = confidence.describe(found, labels, read_ancestors(terms)).assign(status="parsed", split=split)
+    table["cell_id"] = cells
+    compared = Reference(**read_weights(reference, FIX, "numpy"))
+    table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])
+    table["novel"] = None if confidence.limit is None else table["novelty"] > confidence.limit
+    table = write_texts(table.reindex(columns=list(PREDICTIONS.columns)), Terms(TERMS.read(terms)))
+    log.info(
+        "%d cells of %s: %d cell types reported, %d cells novel",
+        len(table), split, table["cell_type_reported_id"].notna().sum(), table["novel"].fillna(False).sum(),
+    )  # fmt: skip
+    write_jsonl(table.to_dict("records"), generations)
+
+
+def write_texts(table: pd.DataFrame, terms: Terms) -> pd.DataFrame:
+    """Return rows of ``contracts.PREDICTIONS`` with the text of their slots, and None for missing values."""
+    table = table.astype(object).where(table.notna(), None)
+    slots = zip(*(table[f"{slot}_id"] for slot in TERM_SLOTS), table["pathway_ids"], strict=True)
+    table["text"] = [
+        render(Slots(**dict(zip(TERM_SLOTS, row, strict=False)), pathways=tuple(row[-1] or ())), terms) for row in slots
+    ]
+    return table

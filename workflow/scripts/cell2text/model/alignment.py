@@ -113,6 +113,12 @@ class LabelTargets:
             directions.append(_centre(torch.stack([_mean_direction(text, embeddings) for text in tokens])))
         return cls(directions)
 
+    @classmethod
+    def of_model(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
+        """Return the targets to compare the soft tokens of a trained projector with; see :meth:`of_labels`."""
+        to_descriptions = model.about["finetune"]["align_to"] == "descriptions"
+        return (cls.of_sentences if to_descriptions else cls.of_labels)(labels, terms, model)
+
     def scores(self, soft: Tensor, present: Tensor) -> list[Tensor]:
         """Return the cosine similarity of the mean of a slot's soft tokens to each label, divided by the temperature.
 

@@ -31,13 +31,12 @@ def predict_aligned(
 
     The words are embedded by the original language model, as in the alignment; ``mode: full`` changes the embeddings
     afterwards. The confidence is the softmax over the labels of a slot. Of the gene programmes, the nearest are
-    predicted, as many as a training text has. The parameters are those of :func:`generate_descriptions`, except ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
+    predicted, as many as a training text has. The parameters are those of :func:`generate_descriptions`, except
+    ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
     loaded, table = load_projector(model, language_model), TERMS.read(terms)
     labels = order_slots(loaded.about["labels"])
-    to_descriptions = loaded.about["finetune"]["align_to"] == "descriptions"
-    targets_of = LabelTargets.of_sentences if to_descriptions else LabelTargets.of_labels
-    targets = targets_of(labels, table, loaded)
+    targets = LabelTargets.of_model(labels, table, loaded)
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()
@@ -47,7 +46,8 @@ def predict_aligned(
             predicted = {"cell_id": cells[rows], "split": split, "pathway_ids": [[]] * len(rows)}
             for (slot, ids), scores in zip(labels.items(), targets.scores(*loaded.projector(*batch)), strict=True):
                 confidence, order = scores.softmax(-1).cpu().sort(descending=True, stable=True)
-                best = np.array(ids, dtype=object)[order[:, : loaded.about["programmes_per_cell"]].numpy()]
+                most = loaded.about["programmes_per_cell"] if slot == PATHWAY else 1
+                best = np.array(ids, dtype=object)[order[:, :most].numpy()]
                 if slot == PATHWAY:
                     predicted["pathway_ids"] = best.tolist()
                 else:

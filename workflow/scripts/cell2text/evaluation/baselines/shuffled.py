@@ -3,12 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from cell2text.contracts import PREDICTIONS, TERMS
+from cell2text.confidence.decisions import Confidence, read_ancestors
 from cell2text.embedding.vectors import Embeddings
-from cell2text.generation.describe import cells_in, describe_cells
-from cell2text.grammar import Terms
-from cell2text.model.bundle import load
-from cell2text.settings import GenerateSettings
+from cell2text.evaluation.baselines.slots import write_predictions
+from cell2text.generation.describe import cells_in
+from cell2text.generation.score_candidates import Scorer
 
 
 def predict_shuffled(
@@ -16,10 +15,11 @@ def predict_shuffled(
     language_model: str,
     corpus: str,
     terms: str,
+    calibration: str,
     embeddings: Embeddings,
     predictions: str,
     splits: list[str],
-    settings: GenerateSettings,
+    batch_cells: int,
     seed: int,
 ) -> None:
     """Describe each cell from the embedding of another cell of its split, chosen at random.
@@ -27,10 +27,14 @@ def predict_shuffled(
     A cell alone in its split gets the embedding of a training cell.
 
     A model that uses its input drops to chance level; a model that ignores its input scores as before. The
-    parameters are those of :func:`generate_descriptions`, except ``predictions``: the file of
-    ``contracts.PREDICTIONS`` to write.
+    parameters are those of :func:`score_candidates`, and the file written by ``calibrate``, except ``predictions``: the
+    file of ``contracts.PREDICTIONS`` to write.
     """
-    loaded, known = load(model, language_model).ready_to_write(), Terms(TERMS.read(terms))
+    scorer, confidence, ancestors = (
+        Scorer(model, language_model, terms),
+        Confidence.load(calibration),
+        read_ancestors(terms),
+    )
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_numpy()
@@ -40,7 +44,7 @@ def predict_shuffled(
         others[order] = cells[np.roll(order, 1)]
         if len(cells) == 1:
             others = cells_in(embeddings.files, corpus, "train")["cell_id"].to_numpy()[:1]
-        vectors = embeddings.vectors(others.tolist(), loaded.projector.reads)
-        described = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
+        vectors = embeddings.vectors(others.tolist(), scorer.model.projector.reads)
+        described = confidence.describe(scorer.score(vectors, batch_cells), scorer.labels, ancestors)
         tables.append(described.assign(cell_id=cells, split=split))
-    PREDICTIONS.write(pd.concat(tables, ignore_index=True).reindex(columns=list(PREDICTIONS.columns)), predictions)
+    write_predictions(pd.concat(tables, ignore_index=True), terms, predictions)

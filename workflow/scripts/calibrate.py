@@ -1,0 +1,23 @@
+"""Fit confidences, thresholds and the limit of novelty on the validation cells."""
+
+from cell2text.confidence.calibrate import calibrate
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    calibrate(
+        snakemake.input.model,
+        snakemake.input.scores,
+        snakemake.input.descriptions,
+        snakemake.input.terms,
+        snakemake.input.embeddings,
+        snakemake.output.calibration,
+        snakemake.output.reference,
+        confidence=snakemake.params.confidence,
+        seed=snakemake.params.seed,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821

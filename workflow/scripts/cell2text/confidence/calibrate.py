@@ -1,0 +1,94 @@
+"""Confidence fitted on the validation cells: calibration, thresholds of reported terms, and the limit of novelty."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+from cell2text.confidence.back_off import TermsAbove, choose_threshold
+from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration, calibrate_programmes, calibrate_slot
+from cell2text.confidence.decisions import Confidence, rank_programmes, read_ancestors
+from cell2text.confidence.novelty import Reference, choose_limit, draw_reference
+from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS
+from cell2text.files import read_json, whole_file
+from cell2text.grammar import PATHWAY
+
+log = logging.getLogger("cell2text.confidence")
+
+
+def calibrate(
+    model: str,
+    scores: Sequence[str],
+    descriptions: str,
+    terms: str,
+    embeddings: Sequence[str],
+    calibration: str,
+    reference: str,
+    confidence: float,
+    seed: int,
+) -> None:
+    """Fit how scores become confidences, and write it.
+
+    Parameters
+    ----------
+    model
+        Directory of the fine-tuned model.
+    scores
+        Files of ``contracts.SCORES`` of the validation cells.
+    descriptions, terms
+        Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
+    embeddings
+        Files of ``contracts.EMBEDDINGS`` of all cells.
+    calibration, reference
+        Output files: the fitted numbers as JSON, and the training cells that new cells are compared with.
+    confidence
+        The share of the reported terms that should be right.
+    seed
+        Seed of the draw of training cells.
+    """
+    labels = read_json(f"{model}/cell2text.json")["labels"]
+    ids = [f"{slot}_id" for slot in TERM_SLOTS]
+    cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split", "pathway_ids", *ids])
+    validation = cells[cells["split"] == "validation"]
+    wanted = [*(slot for slot in labels), *(f"projector_{slot}" for slot in labels)]
+    found = SCORES.read_cells(scores, validation["cell_id"], wanted)
+    ancestors = read_ancestors(terms)
+    slots, thresholds = {}, {}
+    for slot in [slot for slot in TERM_SLOTS if slot in labels]:
+        truth = validation[f"{slot}_id"].astype(object).where(validation[f"{slot}_id"].notna(), None).to_list()
+        slots[slot] = calibrate_slot(found[slot], labels[slot], truth, found[f"projector_{slot}"])
+        probabilities = slots[slot].probabilities(found[slot], found[f"projector_{slot}"])
+        above = TermsAbove(labels[slot], ancestors[slot])
+        thresholds[slot] = choose_threshold(above, probabilities, truth, confidence)
+        log.info(
+            "%s: weights of language model and projector %.2f and %.2f, terms are reported from probability %.2f (%s)",
+            slot, *slots[slot].weights, thresholds[slot].value, thresholds[slot].note,
+        )  # fmt: skip
+    ranking, programmes = SlotCalibration(), ProgrammeCalibration()
+    if PATHWAY in labels:
+        ranking, programmes = _calibrate_programmes(found, labels[PATHWAY], validation["pathway_ids"])
+    training = cells.loc[cells["split"] == "train", "cell_id"]
+    compared = draw_reference(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"], seed)
+    own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
+    save_reference(compared, reference)
+    Confidence(slots, thresholds, ranking, programmes, choose_limit(compared.novelty(own))).save(calibration)
+
+
+def _calibrate_programmes(
+    scores: dict[str, np.ndarray], candidates: Sequence[str], truth: pd.Series
+) -> tuple[SlotCalibration, ProgrammeCalibration]:
+    first = [next(iter(named), None) for named in truth]
+    ranking = calibrate_slot(scores[PATHWAY][:, 0], candidates, first, scores[f"projector_{PATHWAY}"])
+    numbers, probabilities = rank_programmes(scores, ranking)
+    named = np.array(candidates, dtype=object)[numbers]
+    right = np.array([[one in true for one in row] for row, true in zip(named, truth, strict=True)], dtype=bool)
+    log.info("programmes: weights of language model and projector %.2f and %.2f", *ranking.weights)
+    return ranking, calibrate_programmes(probabilities, right.reshape(probabilities.shape))
+
+
+def save_reference(reference: Reference, path: str) -> None:
+    """Write the reference cells of novelty as safetensors."""
+    with whole_file(path) as unfinished:
+        save_file({"vectors": reference.vectors, "spread": reference.spread}, unfinished)

@@ -1,0 +1,97 @@
+"""The candidate names of each slot, scored by the language model and by the projector for the cells of one shard."""
+
+import logging
+
+import numpy as np
+import torch
+
+from cell2text.contracts import SCORES, TERMS
+from cell2text.embedding.vectors import Embeddings, Vectors
+from cell2text.generation.candidates import find_candidates
+from cell2text.generation.describe import cells_in
+from cell2text.generation.score import score_names
+from cell2text.grammar import PATHWAY, Terms
+from cell2text.model.alignment import LabelTargets, order_slots
+from cell2text.model.bundle import load, load_projector
+
+log = logging.getLogger("cell2text.generation")
+
+
+def score_candidates(
+    model: str,
+    language_model: str,
+    corpus: str,
+    terms: str,
+    embeddings: Embeddings,
+    scores: str,
+    split: str,
+    batch_cells: int,
+) -> None:
+    """Score the candidate names of the cells of a split in the given shards of embeddings.
+
+    Parameters
+    ----------
+    model, language_model
+        Directories of the fine-tuned and the original model.
+    corpus, terms
+        Files of ``contracts.CELLS`` and ``contracts.TERMS``.
+    embeddings
+        Embeddings of the cells.
+    scores
+        Output file (``contracts.SCORES``).
+    split
+        Name of the split.
+    batch_cells
+        Maximum number of cells to score at a time.
+    """
+    scorer = Scorer(model, language_model, terms)
+    cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_list()
+    vectors = embeddings.vectors(cells, scorer.model.projector.reads)
+    SCORES.write(scorer.score(vectors, batch_cells), cells, scores)
+    log.info("scored the names of %d cells of %s", len(cells), split)
+
+
+class Scorer:
+    """A fine-tuned model that scores the candidate names of cells.
+
+    Parameters
+    ----------
+    model, language_model
+        Directories of the fine-tuned and the original model.
+    terms
+        File of ``contracts.TERMS``.
+    """
+
+    def __init__(self, model: str, language_model: str, terms: str):
+        loaded, table = load(model, language_model), TERMS.read(terms)
+        self.labels = order_slots(loaded.about["labels"])
+        # full fine-tuning changes the embeddings of the words that the projector is aligned to
+        original = load_projector(model, language_model) if loaded.about["finetune"]["mode"] == "full" else loaded
+        self.targets = LabelTargets.of_model(self.labels, table, original)
+        self.model = loaded.ready_to_write()
+        steps = self.labels, loaded.about["programmes_per_cell"], Terms(table), loaded.tokenizer
+        self.candidates = find_candidates(*steps)
+
+    def score(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
+        """Return the tensors of ``contracts.SCORES`` for cells, reading at most ``batch_cells`` at a time."""
+        return self._score_by_projector(vectors, batch_cells) | self._score_by_language_model(vectors, batch_cells)
+
+    @torch.no_grad()
+    def _score_by_projector(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
+        parts = [[torch.empty(0, len(directions))] for directions in self.targets.directions]
+        for start in range(0, len(vectors), batch_cells):
+            rows = np.arange(start, min(start + batch_cells, len(vectors)))
+            batch = [part.to(self.model.device) for part in vectors[rows]]
+            for part, scores in zip(parts, self.targets.scores(*self.model.projector(*batch)), strict=True):
+                part.append(scores.log_softmax(-1).float().cpu())
+        return {f"projector_{slot}": torch.cat(part).numpy() for slot, part in zip(self.labels, parts, strict=True)}
+
+    def _score_by_language_model(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
+        parts = [[torch.empty(0, len(step.ids))] for step in self.candidates]
+        for batch in score_names(self.model, vectors, self.candidates, batch_cells):
+            for part, scores in zip(parts, batch.log_probabilities, strict=True):
+                part.append(scores)
+        steps = [(step.slot, torch.cat(part).numpy()) for step, part in zip(self.candidates, parts, strict=True)]
+        tensors = {slot: scores for slot, scores in steps if slot != PATHWAY}
+        ranked = [scores for slot, scores in steps if slot == PATHWAY]
+        return tensors | ({PATHWAY: np.stack(ranked, axis=1)} if ranked else {})
