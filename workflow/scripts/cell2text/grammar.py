@@ -12,9 +12,12 @@ that of "a donor". A name without a definition is not explained. Slots hold onto
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import pandas as pd
+
+from cell2text.contracts import TERM_SLOTS
 
 NORMAL = "PATO:0000461"  # the term that CELLxGENE uses for the absence of disease
 PATHWAY = "pathway"
@@ -107,6 +110,23 @@ def render(slots: Slots, terms: Terms) -> str:
         If an id is not among the terms of its slot.
     """
     return "".join(text for _, text in pieces(slots, terms)) + explanations(slots, terms)
+
+
+def render_rows(table: pd.DataFrame, terms: Terms) -> list[str]:
+    """Return the descriptions of rows of ``contracts.PREDICTIONS``; equal rows are rendered once.
+
+    Raises
+    ------
+    KeyError
+        If an id is not among the terms of its slot.
+    """
+
+    @cache
+    def text(*slots: str | None, pathways: tuple[str, ...]) -> str:
+        return render(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), terms)
+
+    ids = table[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
+    return [text(*row, pathways=tuple(sets)) for row, sets in zip(ids, table["pathway_ids"], strict=True)]
 
 
 def pieces(slots: Slots, terms: Terms) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cell2text.confidence.back_off import TermsAbove, Threshold
 from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration
-from cell2text.contracts import TERM_SLOTS, TERMS
+from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.files import read_json, write_json
 from cell2text.grammar import PATHWAY
 
@@ -66,7 +66,7 @@ class Confidence:
     def describe(
         self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
     ) -> pd.DataFrame:
-        """Return ids and confidences of all slots, as in ``contracts.PREDICTIONS``, one row per cell.
+        """Return ids and confidences of all slots, one row per cell; other columns of the predictions are None.
 
         Parameters
         ----------
@@ -77,7 +77,8 @@ class Confidence:
         ancestors
             For each slot, the ancestors of each term.
         """
-        columns: dict[str, Any] = {}
+        cells = len(next(iter(scores.values())))
+        columns: dict[str, Any] = {"pathway_ids": [[] for _ in range(cells)]}
         for slot in TERM_SLOTS:
             if slot not in labels:
                 continue
@@ -89,7 +90,8 @@ class Confidence:
             ranked, found = rank_programmes(scores, self.ranking)
             columns["pathway_ids"] = np.array(labels[PATHWAY], dtype=object)[ranked].tolist()
             columns["pathway_confidences"] = self.programmes.confidences(found).astype(np.float32).tolist()
-        return pd.DataFrame(columns)
+        table = pd.DataFrame(columns).reindex(columns=list(PREDICTIONS.columns)).astype(object)
+        return table.where(table.notna(), None)
 
     def probabilities(self, slot: str, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the calibrated probability of each candidate of a slot, float64 (cells, candidates)."""

@@ -3,13 +3,11 @@
 import logging
 from collections.abc import Sequence
 
-import pandas as pd
-
 from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
 from cell2text.confidence.novelty import Reference
-from cell2text.contracts import EMBEDDINGS, PREDICTIONS, SCORES, TERM_SLOTS, TERMS
+from cell2text.contracts import EMBEDDINGS, SCORES, TERMS
 from cell2text.files import read_json, write_jsonl
-from cell2text.grammar import Slots, Terms, render
+from cell2text.grammar import Terms, render_rows
 from cell2text.model.alignment import order_slots
 from cell2text.weights import read_weights
 
@@ -57,19 +55,9 @@ def generate_descriptions(
     compared = Reference(**read_weights(reference, FIX, "numpy"))
     table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])
     table["novel"] = None if confidence.limit is None else table["novelty"] > confidence.limit
-    table = write_texts(table.reindex(columns=list(PREDICTIONS.columns)), Terms(TERMS.read(terms)))
+    table["text"] = render_rows(table, Terms(TERMS.read(terms)))
     log.info(
         "%d cells of %s: %d cell types reported, %d cells novel",
-        len(table), split, table["cell_type_reported_id"].notna().sum(), table["novel"].fillna(False).sum(),
+        len(table), split, table["cell_type_reported_id"].notna().sum(), table["novel"].eq(True).sum(),
     )  # fmt: skip
     write_jsonl(table.to_dict("records"), generations)
-
-
-def write_texts(table: pd.DataFrame, terms: Terms) -> pd.DataFrame:
-    """Return rows of ``contracts.PREDICTIONS`` with the text of their slots, and None for missing values."""
-    table = table.astype(object).where(table.notna(), None)
-    slots = zip(*(table[f"{slot}_id"] for slot in TERM_SLOTS), table["pathway_ids"], strict=True)
-    table["text"] = [
-        render(Slots(**dict(zip(TERM_SLOTS, row, strict=False)), pathways=tuple(row[-1] or ())), terms) for row in slots
-    ]
-    return table

@@ -5,14 +5,13 @@ test cells, including the text.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import pandas as pd
 
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, PREDICTIONS, TERM_SLOTS, TERMS
 from cell2text.errors import InputError
-from cell2text.grammar import Slots, Terms, render
+from cell2text.grammar import Terms, render_rows
 
 # Takes the rows of the training cells with a known label, and the code of each label. Returns the probability of
 # each code for each cell to describe, shape (cells, codes); a row of zeros is an abstention.
@@ -114,14 +113,5 @@ def cells_to_describe(described: pd.DataFrame) -> pd.DataFrame:
 
 def write_predictions(predicted: pd.DataFrame, terms: str, predictions: str) -> None:
     """Render the text of each cell from its slots and write the predictions."""
-    names = Terms(TERMS.read(terms))
-
-    @cache
-    def text(*slots: str | None, pathways: tuple[str, ...]) -> str:
-        return render(Slots(**dict(zip(TERM_SLOTS, slots, strict=True)), pathways=pathways), names)
-
-    ids = predicted[[f"{slot}_id" for slot in TERM_SLOTS]].itertuples(index=False, name=None)
-    predicted["text"] = [
-        text(*row, pathways=tuple(sets)) for row, sets in zip(ids, predicted["pathway_ids"], strict=True)
-    ]
-    PREDICTIONS.write(predicted.assign(status="parsed").reindex(columns=list(PREDICTIONS.columns)), predictions)
+    predicted = predicted.assign(status="parsed", text=render_rows(predicted, Terms(TERMS.read(terms))))
+    PREDICTIONS.write(predicted.reindex(columns=list(PREDICTIONS.columns)), predictions)
