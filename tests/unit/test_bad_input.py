@@ -251,7 +251,7 @@ def test_cells_that_cannot_be_split(tmp_path, out, split, cell_types, donors, ex
         ("A\t\tCD3D\n\nA\t\tLYZ\n", ["sets.gmt line 3", "the set A is there twice", "Keep one"]),
         (
             "A\t\tCd3d\tMs4a1\n",
-            ["sets.gmt", "no set has 1 genes that raw measures", "symbols of human genes"],
+            ["sets.gmt", "no set has a gene that raw measures", "symbols of human genes"],
         ),
     ],
     ids=["empty", "no genes", "a set twice", "mouse genes"],
@@ -288,7 +288,7 @@ def test_gene_sets_that_cannot_be_scored(tmp_path, out, gmt, expected):
         (
             "id\tname\tdescription\n",
             1,
-            ["config: pathways: min_active_share", "no gene set is active in more than 100", "Lower it"],
+            ["config: pathways: min_genes, min_active_share", "is active in more than 100", "Lower one"],
         ),
     ],
     ids=["other columns", "duplicate names", "a separator in a name", "an explanation in a name", "no set kept"],

@@ -42,6 +42,13 @@ def test_a_config_with_only_its_run_has_the_documented_defaults():
     assert config["finetune"]["epochs"] == 1
 
 
+def test_epochs_of_zero_train_the_projector_alone():
+    assert check("{run: mine, finetune: {opening_epochs: 0, epochs: 0}}")["finetune"]["epochs"] == 0
+    assert "finetune.opening_epochs: 0 was expected" in error_of("{run: mine, finetune: {epochs: 0}}")
+    nothing = "{run: mine, finetune: {opening_epochs: 0, epochs: 0, align_steps: 0}}"
+    assert "finetune.align_steps: 0 is less than the minimum of 1" in error_of(nothing)
+
+
 @pytest.mark.parametrize(
     "name", ["..", ".", ".hidden", "-n", "a/b", "/a", "a\n", "a b", "~", "", "é", "a" * 101, "$(id)"]
 )

@@ -107,6 +107,14 @@ def test_a_set_with_too_few_measured_genes_is_not_scored(tmp_path, caplog):
     assert "FEW" in caplog.text and "MANY" not in caplog.text
 
 
+def test_a_panel_without_enough_genes_of_any_set_has_no_scores(tmp_path, caplog):
+    scores = score(tmp_path, distinct_counts(3), {"A": GENES[:2], "B": GENES[1:3]}, min_genes=3)
+    assert scores.shape == (3, 2) and scores.isna().all(axis=None)
+    assert "described without gene programmes" in caplog.text
+    fitted = pd.DataFrame({"mean": 0.0, "sd": 1.0, "reliability": 1.0}, index=["A", "B"])
+    assert choose_pathways(scores, fitted, 2).tolist() == [[-1, -1]] * 3
+
+
 def test_a_symbol_shared_by_two_genes_counts_once(tmp_path):
     counts = np.zeros((1, 40))
     counts[0, [0, 1, 2]] = 1, 150, 49  # G00, again G00, G01

@@ -349,6 +349,14 @@ def test_scores_that_were_not_computed_are_absent(files, tmp_path):
     assert f"| Cell2Text | {values} | {values} | – | {values} |" in (tmp_path / "model_card.md").read_text()
 
 
+def test_the_model_card_says_if_only_the_projector_was_trained(files, tmp_path):
+    about = files.model / "cell2text.json"
+    write_json(read_json(about) | {"best_epoch": 0, "validation_loss": None}, about)
+    render_page(files, tmp_path)
+    card = (tmp_path / "model_card.md").read_text()
+    assert "trained the projector alone, by alignment. The training" in card and "Saved weights" not in card
+
+
 def test_names_of_methods_come_from_the_registry(files, tmp_path, monkeypatch):
     for number, name in enumerate(METHODS):
         monkeypatch.setitem(methods.METHODS, name, methods.Method(f"title-{number}", f"summary-{number}"))

@@ -158,6 +158,17 @@ def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
     assert model.about["best_epoch"] == int(validation.argmin()) + 1
 
 
+def test_without_epochs_only_the_projector_is_trained(files, tiny_model, monkeypatch):
+    monkeypatch.setattr(finetune_module, "_try_fast", lambda *_: pytest.fail("compared two ways to train"))
+    model = load(finetune(files, tiny_model, "model", epochs=0), tiny_model)
+    history = losses(files / "model")
+    assert set(history["stage"]) == {"align"} and history["loss"].iloc[-1] < 0.5 * history["loss"].iloc[0]
+    adapter = {name: value for name, value in model.language_model.named_parameters() if "lora_B" in name}
+    assert adapter and not any(value.any() for value in adapter.values())
+    assert (model.about["best_epoch"], model.about["validation_loss"]) == (0, None)
+    assert not (files / "model.checkpoints").exists()
+
+
 def test_openings_are_read_before_whole_texts(files, tiny_model, monkeypatch):
     tokenizer, read = AutoTokenizer.from_pretrained(tiny_model), []
     loss = FastCell2Text.text_loss

@@ -56,14 +56,14 @@ def score_pathways(
     gene_sets_file
         GMT file with gene symbols.
     min_genes
-        A set with fewer measured genes is not scored: its column is NaN.
+        A set with fewer measured genes is not scored: its column is NaN. In a small panel, this may be every set.
     path
         Where to write the scores (``contracts.PATHWAY_SCORES``), in the order of the dataset, block by block.
 
     Raises
     ------
     InputError
-        If no set has enough genes.
+        If the dataset measures no gene of any set.
     """
     sets = read_gene_sets(gene_sets_file)
     symbols = read_genes(cells_file)["symbol"]
@@ -71,13 +71,15 @@ def score_pathways(
     position = {symbol: column for column, symbol in reversed(list(enumerate(symbols)))}
     columns = {name: [position[gene] for gene in genes if gene in position] for name, genes in sets.items()}
     skipped = [name for name, measured in columns.items() if len(measured) < min_genes]
-    if len(skipped) == len(sets):
+    if not any(columns.values()):
         raise InputError(
             gene_sets_file,
-            f"no set has {min_genes} genes that {Path(cells_file).stem} measures ({symbols.iloc[0]}, ...)",
+            f"no set has a gene that {Path(cells_file).stem} measures ({symbols.iloc[0]}, ...)",
             "Give gene sets with the symbols of human genes",
         )
-    if skipped:
+    if len(skipped) == len(sets):
+        log.warning("no set has %d measured genes, so these cells are described without gene programmes", min_genes)
+    elif skipped:
         log.info("Gene sets with fewer than %d measured genes are not scored: %s", min_genes, ", ".join(skipped))
     ends = np.cumsum([0, *map(len, columns.values())])
     genes = np.concatenate([np.asarray(measured, dtype=np.intp) for measured in columns.values()])

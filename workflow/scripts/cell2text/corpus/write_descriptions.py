@@ -77,9 +77,9 @@ def write_descriptions(
     kept = fit_sets(read_training, per_cell, min_active_share)
     if kept.empty:
         raise InputError(
-            "config: pathways: min_active_share",
-            f"no gene set is active in more than {min_active_share:.3%} of the training cells",
-            "Lower it, or use other gene sets",
+            "config: pathways: min_genes, min_active_share",
+            f"no gene set with enough genes is active in more than {min_active_share:.3%} of the training cells",
+            "Lower one of them, or use other gene sets",
         )
     log.info("%d gene sets kept", len(kept))
     chosen = np.full((len(cells), per_cell), -2, dtype=np.int32)

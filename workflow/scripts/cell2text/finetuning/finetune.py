@@ -116,7 +116,7 @@ def _finetune(
     labels = classes | ({PATHWAY: programmes} if programmes else {})
     longest = check_lengths(model, train, validation, max_new_tokens)
     _fit_inputs(model, train, seed)
-    if settings.fast and not _try_fast(model, train):
+    if settings.epochs and settings.fast and not _try_fast(model, train):
         trained = model.projector
         model = build_model()
         model.projector = trained
@@ -200,9 +200,10 @@ def _save(
         "programmes_per_cell": programmes_per_cell,
         "training_cells": len(work.train.texts),
         "trainable_parameters": sum(value.numel() for value in work.optimiser.parameters.values()),
+        # 0 and None if only the projector was trained
         "best_epoch": state.best_epoch + 1,
-        "validation_loss": state.best_loss,
-        "validation_accuracy": state.best_accuracy,
+        "validation_loss": state.best_loss if work.epochs else None,
+        "validation_accuracy": state.best_accuracy if work.epochs else None,
         "seed": seed,
         "instruction": INSTRUCTION,
     }

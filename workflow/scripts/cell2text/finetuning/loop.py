@@ -149,6 +149,9 @@ class Finetuning:
 
     def run(self) -> State:
         """Train until the epochs are done or validation stops improving; keep the best epoch of whole texts."""
+        if not self.epochs:
+            log.info("no epochs: the language model stays as it is, only the projector was trained")
+            return self.state
         self.progress = Progress(sum(self.epoch_steps), "steps", self.state.step)
         self.start = time.monotonic() - (self.state.history[-1]["seconds"] if self.state.step else 0)
         with listen_for_signals() as stop:

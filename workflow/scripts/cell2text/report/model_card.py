@@ -47,21 +47,24 @@ def write_model_card(results: Results, run: str, notes: dict[str, str], path: st
 def _model(results: Results, run: str) -> Iterator[str]:
     model, base = results.model, results.model["language_model"]
     types = len(model["labels"]["cell_type"])
-    trained = TRAINED[model["finetune"].get("mode", "lora")].format(**model["finetune"])
+    trained = "the projector alone, by alignment"
+    if model["best_epoch"]:
+        tuned = TRAINED[model["finetune"].get("mode", "lora")].format(**model["finetune"])
+        trained = f"the projector and {tuned} ({model['trainable_parameters']:,} parameters)"
     yield f"# Cell2Text model of run {run}"
     yield ""
     yield (
         f"This model describes a cell in words, from its gene counts: cell type, tissue, disease, sex, developmental "
         f"stage and active gene programmes. A `{model['projector']['kind']}` projector maps gene vectors of "
-        f"{model['dimensions']} dimensions to soft tokens, which the language model reads. Fine-tuning trained the "
-        f"projector and {trained} ({model['trainable_parameters']:,} parameters). The training data has {types} cell "
-        "types; do not expect the model to recognise any other."
+        f"{model['dimensions']} dimensions to soft tokens, which the language model reads. Fine-tuning trained "
+        f"{trained}. The training data has {types} cell types; do not expect the model to recognise any other."
     )
     yield ""
     licence = escape(base.get("licence", "not stated"))
     yield f"- Language model: {escape(base['source'].split('#')[0])}, licence: {licence}"
-    loss = f"{model['validation_loss']:.4f} nats per token"
-    yield f"- Saved weights: those of epoch {model['best_epoch']}, with a validation loss of {loss}"
+    if model["best_epoch"]:
+        loss = f"{model['validation_loss']:.4f} nats per token"
+        yield f"- Saved weights: those of epoch {model['best_epoch']}, with a validation loss of {loss}"
     yield "- To load the model: `cell2text.model.bundle.load(directory, language_model)`; `directory` is `model/`"
 
 
