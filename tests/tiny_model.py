@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [
     "This is a cell. The sample is blood from a female donor at the mature stage, without known disease.",
-    "Most active gene programmes: interferon response; then cytotoxicity. Definition of cell: A cell that is negative "
-    "for the lineage markers CD3, CD19, and CD20. Definition of interferon response: genes that answer interferons.",
+    "Most active gene programmes: interferon response; then cytotoxicity. Definitions. Cell type: A cell that is "
+    "negative for the lineage markers CD3, CD19, and CD20. Programme 1: genes that answer interferons.",
     "naive thymus-derived CD8-positive, alpha-beta memory regulatory T cell natural killer B monocyte dendritic",
 ]
 CHAT = (

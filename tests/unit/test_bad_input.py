@@ -281,9 +281,9 @@ def test_gene_sets_that_cannot_be_scored(tmp_path, out, gmt, expected):
             ["sets.tsv: name", "'one; then two'", "Reword it"],
         ),
         (
-            "id\tname\tdescription\nA\tone. Definition of two\t\n",
+            "id\tname\tdescription\nA\tone. Definitions. Two\t\n",
             0,
-            ["sets.tsv: name", "'one. Definition of two'", "Reword it"],
+            ["sets.tsv: name", "'one. Definitions. Two'", "Reword it"],
         ),
         (
             "id\tname\tdescription\n",

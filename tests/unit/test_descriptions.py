@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cell2text.contracts import TERM_SLOTS
 from cell2text.grammar import (
-    DEFINITION,
+    DEFINITIONS,
     NORMAL,
     Slots,
     Terms,
@@ -27,9 +27,9 @@ PATHWAYS = [
     ("pathway", "A", "interferon response", "genes that answer interferons"),
     ("pathway", "B", "Regulation of TP53", ""),
     ("pathway", "C", "Regulation of TP53 Activity", "what regulates it (in part)."),
-    ("pathway", "D", "E. coli: entry; then. (a; b).", "Definition of entry; then exit. Most active: none"),
+    ("pathway", "D", "E. coli: entry; then. (a; b).", "Entry; then exit. Definitions. Most active: none"),
     ("pathway", "E", "E", ""),
-    ("pathway", "F", "Definition of F. The sample is E;", "with lung."),
+    ("pathway", "F", "Definitions. The sample is E;", "with lung."),
 ]
 TABLE = pd.concat(
     [slot_terms(slot) for slot in TERM_SLOTS] + [pd.DataFrame(PATHWAYS, columns=["slot", "id", "name", "definition"])]
@@ -96,10 +96,13 @@ def test_a_complete_description():
         " then Regulation of TP53.",
     ]
     assert explanations(COMPLETE, TERMS) == (
-        " Definition of naive thymus-derived CD4-positive, alpha-beta T cell: "
-        f"{TERMS.definition['cell_type']['CL:0000895']} "
-        "Definition of interferon response: genes that answer interferons."
+        f" Definitions. Cell type: {TERMS.definition['cell_type']['CL:0000895']} "
+        "Programme 1: genes that answer interferons."
     )
+    assert explanations(Slots(pathways=("B", "E", "C")), TERMS) == (
+        " Definitions. Programme 3: what regulates it (in part)."
+    )
+    assert explanations(Slots(None, "UBERON:0000178", pathways=("B",)), TERMS) == ""
     assert_inverse(COMPLETE)
 
 
@@ -115,7 +118,7 @@ def test_explanations_may_be_truncated_or_wrong():
 
 def test_no_name_of_an_ontology_contains_the_words_between_parts():
     ontology = TABLE[TABLE["slot"] != "pathway"]
-    for words in (DEFINITION, " The sample is ", " Most active gene programmes: "):
+    for words in (DEFINITIONS, " The sample is ", " Most active gene programmes: "):
         assert not ontology["name"].str.contains(words, regex=False).any()
 
 
@@ -228,7 +231,7 @@ def test_names_that_are_not_terms_have_no_piece():
 
 
 def test_names_are_read_from_text_that_violates_the_grammar():
-    text = "This is a B cell. So it is. Most active gene programmes: Regulation of TP53 Activity. Definition of"
+    text = "This is a B cell. So it is. Most active gene programmes: Regulation of TP53 Activity. Definit"
     parsed = parse(text, TERMS)
     assert (parsed.slots, parsed.status) == (Slots("CL:0000236", pathways=("C",)), "partial")
     assert cut(text, parsed.pieces) == [
@@ -244,7 +247,7 @@ def test_names_are_read_from_text_that_violates_the_grammar():
         ("I do not know.", "failed", None),
         ("This is a purple cell. The sample is blood.", "failed", None),
         ("This is a B cell. The sample is nonsense.", "partial", "CL:0000236"),
-        ("This is a B cell. Definition of B cell: it never en", "partial", "CL:0000236"),
+        ("This is a B cell. Definitions. Cell type: it never en", "partial", "CL:0000236"),
         (
             "This is a B cell. The sample is blood. Most active gene programmes: dancing.",
             "partial",

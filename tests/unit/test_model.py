@@ -285,8 +285,8 @@ def test_label_targets_of_sentences_are_the_centred_directions_of_sentences(buil
     model, labels = build(), {"cell_type": ["CL:0000236", "CL:0000623"], "tissue": ["UBERON:0000178"]}
     cell_types, tissues = LabelTargets.of_sentences(labels, small_table(), model).directions
     texts = [
-        "This is a B cell. Definition of B cell: A lymphocyte of B lineage.",
-        "This is a natural killer cell. Definition of natural killer cell: A lymphocyte that can kill.",
+        "This is a B cell. Definitions. Cell type: A lymphocyte of B lineage.",
+        "This is a natural killer cell. Definitions. Cell type: A lymphocyte that can kill.",
     ]
     embeddings = model.language_model.get_input_embeddings().weight.detach().float()
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -235,9 +235,9 @@ def test_a_description_contains_the_known_slots_and_can_be_parsed(tmp_path):
     text = descriptions["text"][0]
     assert text.startswith(
         "This is a CD4-positive, alpha-beta T cell. The sample is blood from a female donor, without known disease. "
-        "Most active gene programmes: first set; then SET B. Definition of CD4-positive, alpha-beta T cell: A "
+        "Most active gene programmes: first set; then SET B. Definitions. Cell type: A "
     )
-    assert text.endswith(". Definition of first set: what the first set does.")
+    assert text.endswith(". Programme 1: what the first set does.")
     known = Terms(terms)
     for row in descriptions.itertuples():
         ids = {slot: getattr(row, f"{slot}_id") for slot in TERM_SLOTS}

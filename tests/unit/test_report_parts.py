@@ -148,7 +148,7 @@ def test_examples_are_compared_by_id(files):
 def test_marking_keeps_the_whole_text():
     terms = Terms(term_table())
     text = "This is a B cell. The sample is blood. Most active gene programmes: hypoxia; then glycolysis. "
-    text += "Definition of B cell: A B cell. Definition of glycolysis: glycolysis of blood."
+    text += "Definitions. Cell type: A B cell. Programme 2: glycolysis of blood."
     pieces = mark_text(text, {"cell_type", "tissue"}, {"GLYCOLYSIS"}, terms)
     assert "".join(piece for piece, _ in pieces) == text
     assert [piece for piece, differs in pieces if differs] == ["B cell", "blood", "glycolysis"]

@@ -49,7 +49,7 @@ def undisturbed():
     [
         ({}, [6, 6, 6], 9),
         ({"batch_tokens": 194, "balance": True}, [8, 9, 8], 21),
-        ({"opening_epochs": 2, "epochs": 1}, [3, 3, 6], 5),
+        ({"opening_epochs": 2, "epochs": 1}, [4, 4, 6], 7),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(files, tiny_model, monkeypatch, changes, steps_of_epochs, last):

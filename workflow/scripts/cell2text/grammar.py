@@ -3,10 +3,10 @@
 Names come first, in this order, because they distinguish cells; explanations follow, because names determine them::
 
     This is a {cell type}. The sample is {tissue} from a {sex} donor at the {stage}, with {disease}. Most active gene
-    programmes: {name}; then {name}. Definition of {cell type}: {definition} Definition of {programme}: {what it is}.
+    programmes: {name}; then {name}. Definitions. Cell type: {definition} Programme 1: {what it is}. Programme 2: ...
 
 An unknown slot is omitted together with the words that introduce it; a stage or disease without tissue and sex is
-that of "a donor". A name without a definition has no explanation. Slots hold ontology ids; the text uses their names.
+that of "a donor". A name without a definition is not explained. Slots hold ontology ids; the text uses their names.
 """
 
 import re
@@ -19,7 +19,7 @@ import pandas as pd
 NORMAL = "PATO:0000461"  # the term that CELLxGENE uses for the absence of disease
 PATHWAY = "pathway"
 THEN = "; then "
-DEFINITION = ". Definition of "  # begins the explanations: no name contains it
+DEFINITIONS = ". Definitions. "  # begins the explanations: no name contains it
 _HEALTHY = "without known disease"
 _NAMES = re.compile(
     r"(?:This is an? (?P<cell_type>.+?)\.(?= The sample is | Most active |$))?"
@@ -179,13 +179,11 @@ def explanations(slots: Slots, terms: Terms) -> str:
     str
         Begins with a space; empty if no name has a definition.
     """
-    named = [("cell_type", slots.cell_type)] if slots.cell_type else []
-    text = ""
-    for slot, term in [*named, *((PATHWAY, pathway) for pathway in slots.pathways)]:
-        meaning = terms.definition[slot][term]
-        if meaning:
-            text += f"{DEFINITION[1:]}{terms.name[slot][term]}: {meaning.removesuffix('.')}."
-    return text
+    meanings = {"Cell type": terms.definition["cell_type"][slots.cell_type]} if slots.cell_type else {}
+    for number, pathway in enumerate(slots.pathways, 1):
+        meanings[f"Programme {number}"] = terms.definition[PATHWAY][pathway]
+    sentences = [f"{what}: {meaning.removesuffix('.')}." for what, meaning in meanings.items() if meaning]
+    return DEFINITIONS[1:] + " ".join(sentences) if sentences else ""
 
 
 def _article(name: str) -> str:
@@ -227,13 +225,13 @@ def find_opening(text: str) -> str:
 
     Examples
     --------
-    >>> find_opening("This is a B cell. The sample is blood. Definition of B cell: A lymphocyte of B lineage.")
+    >>> find_opening("This is a B cell. The sample is blood. Definitions. Cell type: A lymphocyte of B lineage.")
     'This is a B cell. The sample is blood.'
     """
-    end = text.find(DEFINITION)
+    end = text.find(DEFINITIONS)
     if end < 0:
         end = text.rfind(". ")
-        if end < 0 or not DEFINITION.startswith(text[end:]):
+        if end < 0 or not DEFINITIONS.startswith(text[end:]):
             return text
     return text[: end + 1]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from cell2text.errors import InputError
-from cell2text.grammar import DEFINITION, PATHWAY, THEN
+from cell2text.grammar import DEFINITIONS, PATHWAY, THEN
 from cell2text.tables import read_rows, read_table
 
 COLLECTIONS = ("HALLMARK", "REACTOME", "KEGG_MEDICUS", "KEGG", "BIOCARTA", "PID", "WP", "GOBP", "GOCC", "GOMF")
@@ -80,7 +80,7 @@ def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:
         raise InputError(
             where, f"two gene sets are named {names[names.duplicated()].iloc[0]}", "Give each its own name"
         )
-    for words, what in ((THEN, "separates gene sets"), (DEFINITION, "begins an explanation")):
+    for words, what in ((THEN, "separates gene sets"), (DEFINITIONS, "begins the explanations")):
         broken = names[names.str.contains(words, regex=False)]
         if len(broken):
             raise InputError(f"{where}: name", f"{broken.iloc[0]!r} contains {words!r}, which {what}", "Reword it")

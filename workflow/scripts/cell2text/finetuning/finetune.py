@@ -1,7 +1,7 @@
 """Fine-tuning: the projector is aligned to the words for a cell, then trained on the texts with the language model.
 
-The first epochs read only the opening of each text, the sentence that names the cell type: learning to distinguish
-cells takes many epochs, and an epoch of openings costs a quarter of one of whole texts. The rest of a text takes few.
+The first epochs read only the opening of each text, which has all its names: learning to distinguish cells takes many
+epochs, and an opening has a third of the tokens of a whole text. The explanations follow from the names and take few.
 
 Every random choice is drawn from the seed and the number of the step, so a run that was killed resumes from its last
 checkpoint through the same batches to the same weights.

@@ -49,7 +49,7 @@ HEADLINE = (
 STAGES = {
     "pretrain": ("Pre-training of the encoder", "masked gene"),
     "align": ("Alignment", "cell"),
-    "openings": ("Fine-tuning on opening sentences", "token"),
+    "openings": ("Fine-tuning on names", "token"),
     "finetune": ("Fine-tuning on whole texts", "token"),
 }
 
