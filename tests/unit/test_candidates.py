@@ -90,28 +90,36 @@ def test_tokens_of_pieces_are_those_of_the_whole_description(tokenizer):
         assert found == tokenizer(names, add_special_tokens=False)["input_ids"]
 
 
-def test_a_tree_reads_each_shared_prefix_once():
-    tree = Tree.of([(1, 2, 9), (1, 2, 3, 9), (1, 4, 9), (1, 2, 3, 5, 9)])
-    assert tree.tokens.tolist() == [1, 2, 4, 3, 5]
-    assert tree.depths.tolist() == [1, 2, 2, 3, 4]
-    assert [row.nonzero().squeeze(1).tolist() for row in tree.ancestors] == [
-        [0],
-        [0, 1],
-        [0, 2],
-        [0, 1, 3],
-        [0, 1, 3, 4],
-    ]
-    edges = list(zip(tree.parents.tolist(), tree.next_tokens.tolist(), strict=True))
-    assert sorted(edges) == [(0, 1), (1, 2), (1, 4), (2, 3), (2, 9), (3, 9), (4, 5), (4, 9), (5, 9)]
-    paths = [[edges[i][1] for i in path if i < len(edges)] for path in tree.paths.tolist()]
-    assert paths == [[1, 2, 9], [1, 2, 3, 9], [1, 4, 9], [1, 2, 3, 5, 9]]
+def test_a_tree_has_each_shared_prefix_once():
+    tree = Tree.of([(1, 2, 9), (1, 2, 3, 9), (1, 4, 9), (1, 2, 3, 5, 6, 9)])
+    nodes = [1, 2, 4, 3, 5, 6]
+    assert tree.tokens[: len(nodes)].tolist() == nodes
+    assert tree.depths.tolist() == [1, 2, 2, 3, 4, 5]
+    above = [[nodes[i] for i in row.nonzero().squeeze(1)] for row in tree.ancestors]
+    assert above == [[1], [1, 2], [1, 4], [1, 2, 3], [1, 2, 3, 5], [1, 2, 3, 5, 6]]
+    edges = list(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True))
+    after_node = {(nodes[parent - 1] if parent else None, token) for parent, token in edges}
+    assert after_node == {
+        *((None, 1), (1, 2), (1, 4), (2, 3), (2, 9), (3, 9), (4, 9), (3, 5), (5, 6), (6, 9)),
+    }
+    assert [nodes[head] for head in tree.heads] == [1, 2, 4, 3, 5, 5]
+    assert tree.sizes.tolist() == [1, 1, 1, 1, 2, 0]
+    assert tree.stem.tolist() == [True, *[False] * 5]
+    assert tree.counts.tolist() == [4, 3, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "stem"), [([(1,), (2,)], []), ([(1, 2, 3)], [True, True]), ([(1, 2), (3, 2)], [False, False])]
+)
+def test_the_stem_is_what_all_sequences_begin_with(sequences, stem):
+    assert Tree.of(sequences).stem.tolist() == stem
 
 
 def test_the_probability_of_a_sequence_is_the_product_along_its_path():
     tree = Tree.of([(1, 2), (1, 3), (4,)])
     probability = {(0, 1): 0.6, (0, 4): 0.3, (1, 2): 0.5, (1, 3): 0.1}
-    edges = [probability[edge] for edge in zip(tree.parents.tolist(), tree.next_tokens.tolist(), strict=True)]
-    found = tree.sum_paths(torch.tensor([edges]).log()).exp()
+    edges = [probability[edge] for edge in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)]
+    found = tree.sum_paths(torch.tensor([edges]).log())[:, tree.ends].exp()
     assert torch.allclose(found, torch.tensor([[0.3, 0.06, 0.3]]))
 
 

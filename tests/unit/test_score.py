@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cell2text.embedding.vectors import InMemoryVectors
-from cell2text.generation import score
+from cell2text.generation import packed
 from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.generation.score import Packed, Plain, can_pack, choose_names, score_names
 from cell2text.grammar import Terms
@@ -57,10 +57,11 @@ def test_a_packed_tree_scores_as_each_name_in_a_sequence_of_its_own(tmp_path, ti
         random = torch.Generator().manual_seed(4)
         chosen = torch.stack([torch.randint(len(step.ids), (6,), generator=random) for step in steps], 1)
         with torch.no_grad():
-            packed, plain = (score_along(method(model, VECTORS, LENGTHS), steps, chosen) for method in (Packed, Plain))
-        for found, expected in zip(packed, plain, strict=True):
-            assert torch.allclose(found, expected, atol=1e-3)
-            assert float(expected.std(0).max()) > 0.01  # the cells differ
+            methods = Packed(model, VECTORS, LENGTHS, negligible=0), Plain(model, VECTORS, LENGTHS)
+            found, expected = (score_along(method, steps, chosen) for method in methods)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-3)
+            assert float(other.std(0).max()) > 0.01  # the cells differ
 
 
 @pytest.mark.parametrize(
@@ -112,17 +113,34 @@ def test_padding_and_the_other_cells_of_a_batch_change_nothing(tiny_model, steps
         assert alone.chosen[0].equal(together.chosen[cell])
 
 
-def test_batches_are_as_small_as_the_memory_for_logits_demands(model, steps, monkeypatch):
+def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
     vectors = InMemoryVectors(VECTORS, LENGTHS)
     (together,) = score_names(model, vectors, steps, 64)
-    vocabulary, largest = model.base_model.config.vocab_size, max(len(step.tree.tokens) for step in steps)
-    monkeypatch.setattr(score, "LOGITS", vocabulary * (1 + largest) * 2)
-    monkeypatch.setattr(score, "LOGITS_IN_FLOAT32", vocabulary * 3)
-    batches = list(score_names(model, vectors, steps, 64))
-    assert [len(batch.chosen) for batch in batches] == [2, 2, 2]
+    monkeypatch.setattr(packed, "LOGITS", 0)  # one run per cell and pass
+    monkeypatch.setattr(packed, "LOGITS_IN_FLOAT32", 0)
+    monkeypatch.setattr(packed, "CELLS_TOGETHER", 2)
+    batches = list(score_names(model, vectors, steps, 4))
+    assert [len(batch.chosen) for batch in batches] == [4, 2]
     for number, scores in enumerate(together.log_probabilities):
         apart = torch.cat([batch.log_probabilities[number] for batch in batches])
-        assert torch.allclose(apart, scores, atol=1e-4)
+        assert torch.allclose(apart.exp(), scores.exp(), atol=1e-4)
+
+
+def test_what_stays_unread_changes_no_probability_by_more_than_is_negligible(model, steps):
+    passed = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: passed.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    found, tokens = {}, {}
+    for negligible in (0, 1e-4, 0.01, 0.3):
+        passed.clear()
+        found[negligible] = choose_names(Packed(model, VECTORS[:1], LENGTHS[:1], negligible), steps)
+        tokens[negligible] = sum(passed)
+        for scores, exact in zip(found[negligible].log_probabilities, found[0].log_probabilities, strict=True):
+            assert float((scores.exp() - exact.exp()).abs().max()) < negligible + 1e-5
+            assert bool((scores.isinf() == exact.isinf()).all())  # only a programme that was named has probability 0
+    hook.remove()
+    assert tokens[0.3] < tokens[0] and sorted(tokens.values(), reverse=True) == list(tokens.values())
 
 
 def write_bigrams(folder, tiny_model, follows):
@@ -169,3 +187,6 @@ def test_probabilities_are_those_computed_by_hand(tmp_path, tiny_model):
     assert found.log_probabilities[2].exp()[0].tolist() == pytest.approx([1, 0], abs=1e-4)
     assert found.mass[0].tolist() == pytest.approx([sum(raw), 0.35, 0.15], abs=1e-4)
     assert found.chosen.tolist() == [[1, 1, 0]]
+    # the run "b ." that starts with 0.1 of 0.8 + 0.1 stays unread, the others do not
+    rough = choose_names(Packed(model, VECTORS[:1], LENGTHS[:1], negligible=0.3), steps[:1])
+    assert rough.mass[0].tolist() == pytest.approx([sum(raw) + 0.1 - 0.04], abs=1e-4)
