@@ -91,7 +91,8 @@ def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
         if re.search(r"^        gpu=", body, re.MULTILINE)
     }
     assert declaring == {
-        "embed_genes", "finetune", "fit_encoder", "generate_descriptions", "baseline_shuffled", "baseline_aligned",
+        "embed_genes", "finetune", "fit_encoder", "score_candidates", "baseline_shuffled", "baseline_aligned",
+        "baseline_greedy",
     }  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def halves():
         "embedding.embed_genes",
         "embedding.vectors",
     }
-    language |= {"evaluation.baselines.aligned", "evaluation.baselines.shuffled"}
+    language |= {f"evaluation.baselines.{name}" for name in ("aligned", "greedy", "shuffled")}
     language |= {"models.check_language_model", "models.fetch_language_model"}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
     both = {"models.fetch_encoder", "models.sources", "models.gene_dictionaries"}

@@ -73,7 +73,7 @@ def test_names_are_scored_one_by_one_where_packing_would_change_them(
 ):
     model = build(write_model(tmp_path, tiny_model, family, **changes))
     with caplog.at_level(logging.INFO, logger="cell2text.generation"):
-        (found,) = score_names(model, InMemoryVectors(VECTORS[:2], LENGTHS[:2]), steps, 4)
+        (found,) = score_names(model, InMemoryVectors(VECTORS[:2, None], LENGTHS[:2, None]), steps, 4)
     assert caplog.text.count("cannot be computed in one pass") == 1
     expected = choose_names(Plain(model, VECTORS[:2], LENGTHS[:2]), steps)
     assert all(one.equal(other) for one, other in zip(found.log_probabilities, expected.log_probabilities, strict=True))
@@ -85,7 +85,7 @@ def model(tiny_model):
 
 
 def test_probabilities_sum_to_one_and_the_second_programme_is_never_the_first(model, steps):
-    vectors = InMemoryVectors(VECTORS, LENGTHS)
+    vectors = InMemoryVectors(VECTORS[:, None], LENGTHS[:, None])
     for found in score_names(model, vectors, steps, 4):
         for scores in found.log_probabilities:
             assert scores.dtype == torch.float32
@@ -114,7 +114,7 @@ def test_padding_and_the_other_cells_of_a_batch_change_nothing(tiny_model, steps
 
 
 def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
-    vectors = InMemoryVectors(VECTORS, LENGTHS)
+    vectors = InMemoryVectors(VECTORS[:, None], LENGTHS[:, None])
     (together,) = score_names(model, vectors, steps, 64)
     monkeypatch.setattr(packed, "LOGITS", 0)  # one run per cell and pass
     monkeypatch.setattr(packed, "LOGITS_IN_FLOAT32", 0)
@@ -180,7 +180,7 @@ def test_probabilities_are_those_computed_by_hand(tmp_path, tiny_model):
     )
     programmes = ("x", "y"), ((x, stop), (y, stop))
     steps = [names, Candidates("pathway", *programmes), Candidates("pathway", *programmes)]
-    (found,) = score_names(model, InMemoryVectors(VECTORS[:1], LENGTHS[:1]), steps, 1)
+    (found,) = score_names(model, InMemoryVectors(VECTORS[:1, None], LENGTHS[:1, None]), steps, 1)
     raw = [0.8 * 0.5 * 0.4, 0.8 * 0.25, 0.8 * 0.5 * 0.6 * 0.5 * 0.4, 0.1 * 0.4]  # 0.16, 0.2, 0.048, 0.04
     assert found.log_probabilities[0].exp()[0].tolist() == pytest.approx([value / sum(raw) for value in raw], abs=1e-4)
     assert found.log_probabilities[1].exp()[0].tolist() == pytest.approx([0.15 / 0.35, 0.2 / 0.35], abs=1e-4)
