@@ -81,6 +81,7 @@ def test_names_are_scored_one_by_one_where_packing_would_change_them(
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
+    torch.manual_seed(1)
     return bundle.build(tiny_model, projector_settings(soft_tokens=3, hidden=16), 5, finetune_settings(), CPU).eval()
 
 
@@ -126,21 +127,44 @@ def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
         assert torch.allclose(apart.exp(), scores.exp(), atol=1e-4)
 
 
-def test_what_stays_unread_changes_no_probability_by_more_than_is_negligible(model, steps):
+A, B, STOP, COMMA, X, Y = range(300, 306)  # tokens
+
+
+@pytest.fixture
+def names():
+    tokens = ((A, B, STOP), (A, STOP), (A, B, COMMA, B, STOP), (B, STOP))
+    return Candidates("cell_type", ("ab", "a", "ab, b", "b"), tokens)
+
+
+@pytest.fixture
+def follows(tiny_model):
+    """The probability of each token after another."""
+    return {
+        int(Prompt.of(AutoTokenizer.from_pretrained(tiny_model)).after[-1]): {A: 0.8, B: 0.1, X: 0.1},
+        A: {B: 0.5, STOP: 0.25, X: 0.25},
+        B: {STOP: 0.4, COMMA: 0.6},
+        COMMA: {A: 0.5, B: 0.5},
+        STOP: {X: 0.3, Y: 0.2, A: 0.5},
+        X: {STOP: 0.5, COMMA: 0.5},
+        Y: {STOP: 1.0},
+    }
+
+
+def test_what_stays_unread_changes_no_probability_by_more_than_is_negligible(tmp_path, tiny_model, names, follows):
+    model = build(write_bigrams(tmp_path, tiny_model, follows))
     passed = []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: passed.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: passed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    found, tokens = {}, {}
-    for negligible in (0, 1e-4, 0.01, 0.3):
+    tokens, probabilities = [], []
+    for negligible in (0, 1e-4, 0.3, 0.5):
         passed.clear()
-        found[negligible] = choose_names(Packed(model, VECTORS[:1], LENGTHS[:1], negligible), steps)
-        tokens[negligible] = sum(passed)
-        for scores, exact in zip(found[negligible].log_probabilities, found[0].log_probabilities, strict=True):
-            assert float((scores.exp() - exact.exp()).abs().max()) < negligible + 1e-5
-            assert bool((scores.isinf() == exact.isinf()).all())  # only a programme that was named has probability 0
-    hook.remove()
-    assert tokens[0.3] < tokens[0] and sorted(tokens.values(), reverse=True) == list(tokens.values())
+        found = choose_names(Packed(model, VECTORS[:1], LENGTHS[:1], negligible), [names])
+        probabilities.append(found.log_probabilities[0].exp())
+        tokens.append(sum(passed))
+        assert float((probabilities[-1] - probabilities[0]).abs().max()) <= negligible + 1e-5
+        assert bool((probabilities[-1] > 0).all())
+    assert tokens[0] == tokens[1] > tokens[2] > tokens[3]
 
 
 def write_bigrams(folder, tiny_model, follows):
@@ -162,23 +186,9 @@ def write_bigrams(folder, tiny_model, follows):
     return folder
 
 
-def test_probabilities_are_those_computed_by_hand(tmp_path, tiny_model):
-    prompt_end = int(Prompt.of(AutoTokenizer.from_pretrained(tiny_model)).after[-1])
-    a, b, stop, comma, x, y = range(300, 306)
-    follows = {
-        prompt_end: {a: 0.8, b: 0.1, x: 0.1},
-        a: {b: 0.5, stop: 0.25, x: 0.25},
-        b: {stop: 0.4, comma: 0.6},
-        comma: {a: 0.5, b: 0.5},
-        stop: {x: 0.3, y: 0.2, a: 0.5},
-        x: {stop: 0.5, comma: 0.5},
-        y: {stop: 1.0},
-    }
+def test_probabilities_are_those_computed_by_hand(tmp_path, tiny_model, names, follows):
     model = build(write_bigrams(tmp_path, tiny_model, follows))
-    names = Candidates(
-        "cell_type", ("ab", "a", "ab, b", "b"), ((a, b, stop), (a, stop), (a, b, comma, b, stop), (b, stop))
-    )
-    programmes = ("x", "y"), ((x, stop), (y, stop))
+    programmes = ("x", "y"), ((X, STOP), (Y, STOP))
     steps = [names, Candidates("pathway", *programmes), Candidates("pathway", *programmes)]
     (found,) = score_names(model, InMemoryVectors(VECTORS[:1, None], LENGTHS[:1, None]), steps, 1)
     raw = [0.8 * 0.5 * 0.4, 0.8 * 0.25, 0.8 * 0.5 * 0.6 * 0.5 * 0.4, 0.1 * 0.4]  # 0.16, 0.2, 0.048, 0.04
