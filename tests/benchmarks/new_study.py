@@ -264,7 +264,7 @@ def _plot_lines(axis: Axes, values: pd.Series, variants: dict[str, str]) -> None
         if method in values.index:
             label = "Logistic regression refitted for each study" if method == "refitted" else title_of(method)
             heights = values[method].reindex(list(variants))
-            axis.plot(range(len(variants)), heights, label=label, markersize=4.5, zorder=3, **style)
+            axis.plot(range(len(variants)), heights, label=label, markersize=4.5, zorder=3, clip_on=False, **style)
     axis.set_xticks(range(len(variants)), list(variants.values()))
     axis.set_ylim(0, 1)
     axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
