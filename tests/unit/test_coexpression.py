@@ -1,51 +1,24 @@
-"""Axes computed in parts equal the exact principal axes; validation cells decide how many are kept."""
+"""Gene vectors sum to the coordinates of a cell; validation cells decide how many axes are kept."""
 
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.linalg import subspace_angles
-from sklearn.decomposition import PCA
 
-from cell2text.contracts import CELLS, TOKENS
+from cell2text.embedding.axes import Axes
 from cell2text.embedding.encoders import coexpression, load_encoder
-from cell2text.embedding.encoders.coexpression import Coexpression, choose_candidate, find_axes
-from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
+from cell2text.embedding.encoders.coexpression import Coexpression, choose_candidate
 from cell2text.errors import InputError
 from cell2text.files import read_json
 from default_settings import encoder_settings
-
-
-def rank(expression, start=0):
-    """Return rows of ``contracts.TOKENS``: the genes above 0 of each cell, highest first."""
-    tokens = [np.argsort(-row, kind="stable")[: np.count_nonzero(row)].astype(np.int32) for row in expression]
-    return pd.DataFrame(
-        {
-            "cell_id": [f"a|{start + i}" for i in range(len(expression))],
-            "tokens": tokens,
-            "expression": [row[order] for row, order in zip(expression, tokens, strict=True)],
-        }
-    )
+from ranked_files import ranked_cells, write_studies
 
 
 def write_cells(directory, expression, types=None, splits="train", ends=()):
-    """Write cells in parts that end at ``ends``, and return their training and validation splits."""
-    expression = np.asarray(expression, dtype=np.float32)
-    edges = [0, *ends, len(expression)]
-    parts = (rank(expression[first:last], first) for first, last in zip(edges[:-1], edges[1:], strict=True))
-    TOKENS.write_parts(parts, directory / "tokens.parquet")
-    table = pd.DataFrame({"cell_id": [f"a|{i}" for i in range(len(expression))], "split": splits})
-    table["cell_type_id"] = types
-    for column in CELLS.columns:
-        table[column] = table.get(column)
-    CELLS.write(table[list(CELLS.columns)], directory / "corpus.parquet")
-    return [
-        RankedSplit([directory / "tokens.parquet"], directory / "corpus.parquet", split, expression.shape[1])
-        for split in ("train", "validation")
-    ]
+    """Write the cells of one study, and return their training and validation splits."""
+    return write_studies(directory, {"a": expression}, splits, types, ends)
 
 
 def simulate(cells, genes, programmes, seed=0):
@@ -61,6 +34,10 @@ def fit(splits, dimensions, seed=0):
     return Coexpression.fit(*splits, encoder_settings(dimensions=dimensions), seed, None)
 
 
+def is_whitened(encoder):
+    return bool((encoder.scale != 1).any())
+
+
 def of_types(informative, loud, seed=0, cells=240):
     """Return cells of two types that differ in gene 0; ``loud`` genes vary independently of the type."""
     rng = np.random.default_rng(seed)
@@ -71,64 +48,10 @@ def of_types(informative, loud, seed=0, cells=240):
     return expression, np.array(["CL:0", "CL:1"])[types], splits
 
 
-@pytest.mark.parametrize(
-    ("cells", "genes", "dimensions"),
-    [(120, 300, 12), (300, 120, 12), (40, 20, 19), (9, 200, 8), (200, 700, 30)],
-)
-def test_axes_equal_those_of_the_exact_solution(tmp_path, cells, genes, dimensions):
-    expression = simulate(cells, genes, dimensions)
-    splits = write_cells(tmp_path, expression, ends=[cells // 3, cells // 2])
-    axes, mean, deviations = find_axes(splits[0], dimensions, 0)
-    exact = PCA(dimensions, svd_solver="full").fit(expression.astype(float))
-    np.testing.assert_allclose(mean, exact.mean_, atol=1e-6)
-    np.testing.assert_allclose(deviations * np.sqrt(cells - 1), exact.singular_values_, rtol=1e-4)
-    np.testing.assert_allclose(axes.T @ axes, np.eye(dimensions), atol=1e-10)
-    for leading in (1, dimensions // 2, dimensions):
-        angles = subspace_angles(axes[:, :leading], exact.components_[:leading].T)
-        assert np.cos(angles).min() > 0.999
-    coordinates = expression @ axes
-    np.testing.assert_allclose(coordinates.std(axis=0, ddof=1), deviations, rtol=1e-6)
-
-
-def test_axes_by_hand(tmp_path):
-    # gene 0 is 1 or 3, gene 1 is independently 1 or 2, and gene 2 does not vary
-    expression = [[1, 1, 4], [1, 2, 4], [3, 1, 4], [3, 2, 4]]
-    axes, mean, deviations = find_axes(write_cells(tmp_path, expression)[0], 5, 0)
-    np.testing.assert_allclose(axes, [[1, 0], [0, 1], [0, 0]], atol=1e-12)
-    np.testing.assert_allclose(mean, [2, 1.5, 4])
-    np.testing.assert_allclose(deviations, [np.sqrt(4 / 3), np.sqrt(1 / 3)])
-
-
-@settings(deadline=None, max_examples=10)
-@given(ends=st.lists(st.integers(1, 59), unique=True, max_size=8).map(sorted))
-def test_parts_do_not_change_the_axes(tmp_path_factory, ends):
-    expression = simulate(60, 90, 8)
-    whole = find_axes(write_cells(tmp_path_factory.mktemp("whole"), expression)[0], 8, 3)
-    cut = find_axes(write_cells(tmp_path_factory.mktemp("cut"), expression, ends=ends)[0], 8, 3)
-    for one, other in zip(whole, cut, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-
-
-def test_largest_entries_are_positive_for_any_seed(tmp_path):
-    train, _ = write_cells(tmp_path, simulate(80, 150, 6))
-    axes = [find_axes(train, 6, seed)[0] for seed in range(4)]
-    for found in axes:
-        assert (found[np.abs(found).argmax(axis=0), np.arange(6)] > 0).all()
-        np.testing.assert_allclose(found, axes[0], atol=1e-3)
-    assert (find_axes(train, 6, 1)[0] == axes[1]).all()
-
-
-def test_few_genes_need_few_passes(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    for genes, passes in ((14, 1), (15, 2), (28, 2), (300, coexpression.PASSES)):
-        find_axes(write_cells(tmp_path / str(genes), simulate(40, genes, 4))[0], 4, 0)
-        assert f" of {40 * passes} cells read" in caplog.messages[-1]
-
-
 def test_there_are_fewer_axes_than_cells_and_genes(tmp_path):
     for cells, genes in ((5, 30), (30, 5)):
         directory = tmp_path / str(cells)
-        assert fit(write_cells(directory, simulate(cells, genes, 4)), 64).axes.shape == (genes, 4)
+        assert fit(write_cells(directory, simulate(cells, genes, 4)), 64).axes.vectors.shape == (genes, 4)
 
 
 def test_axes_without_variance_are_dropped(tmp_path):
@@ -142,25 +65,17 @@ def test_identical_training_cells_are_an_error(tmp_path):
             fit(write_cells(tmp_path / str(count), np.repeat(simulate(1, 30, 3), count, axis=0)), 4)
 
 
-def test_axes_are_fitted_on_training_cells_only(tmp_path):
-    expression, types, splits = of_types(1, [1] * 12)
-    train = expression[splits == "train"]
-    found = find_axes(write_cells(tmp_path, expression, types, splits, ends=[7, 100])[0], 4, 0)
-    exact = PCA(4, svd_solver="full").fit(train.astype(np.float32).astype(float))
-    np.testing.assert_allclose(found[1], train.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found[2] ** 2, exact.explained_variance_, rtol=1e-6)
-
-
 def test_gene_vectors_minus_the_centre_sum_to_the_pooled_vector(tmp_path, monkeypatch):
     monkeypatch.setattr(coexpression, "choose_candidate", lambda candidates: candidates[1])
     expression, types, splits = of_types(1, [1, 0.5] * 10)
     train, validation = write_cells(tmp_path, expression, types, splits)
     encoder = fit((train, validation), 16)
-    assert encoder.whitened
+    assert is_whitened(encoder)
     (cells,) = train
     vectors = encoder.embed(cells, 21)
+    centre = encoder.axes.mean @ encoder.axes.vectors / encoder.scale
     np.testing.assert_allclose(
-        vectors["gene_vectors"].astype(float).sum(axis=1) - encoder.centre, vectors["pooled"], atol=0.05
+        vectors["gene_vectors"].astype(float).sum(axis=1) - centre, vectors["pooled"], atol=0.05
     )
     assert vectors["pooled"].dtype == np.float32
     # whitened: the axes of the training cells have unit variance and are uncorrelated
@@ -174,12 +89,14 @@ def test_a_saved_encoder_can_be_loaded(tmp_path):
     encoder.save(tmp_path)
     about = read_json(tmp_path / "encoder.json")
     assert about["kind"] == "coexpression"
-    assert about["dimensions"] == encoder.dimensions and about["whitened"] == encoder.whitened
+    assert about["dimensions"] == encoder.dimensions == len(encoder.scale)
     assert [(one["dimensions"], one["whitened"]) for one in about["candidates"]] == [
         (20, False), (20, True), (10, False), (10, True),
     ]  # fmt: skip
     again = load_encoder(tmp_path)
-    assert (again.axes == encoder.axes).all() and (again.centre == encoder.centre).all()
+    for name, values in asdict(encoder.axes).items():
+        assert values.dtype == np.float32 and (getattr(again.axes, name) == values).all()
+    assert (again.scale == encoder.scale).all() and again.dimensions == encoder.dimensions
     again.save(tmp_path / "..")
     assert read_json(tmp_path / ".." / "encoder.json") == about
 
@@ -191,7 +108,7 @@ def test_misleading_axes_are_truncated(tmp_path):
     splits = np.where(np.arange(600) < 60, "train", "validation")
     encoder = fit(write_cells(tmp_path, expression + 20, types, splits), 40)
     scores = {(one["dimensions"], one["whitened"]): one["log_likelihood"] for one in encoder.candidates}
-    assert encoder.dimensions == 10 and not encoder.whitened
+    assert encoder.dimensions == 10 and not is_whitened(encoder)
     assert scores[10, False] > scores[20, False] > scores[40, False] > scores[40, True]
 
 
@@ -199,8 +116,8 @@ def test_whitening_is_chosen_if_an_axis_of_low_variance_separates_the_types(tmp_
     # next to genes with a spread 50 times as large, the gene that separates the types almost vanishes
     for loud, whitened in ((40, True), (0.3, False)):
         expression, types, splits = of_types(1.2, [loud] * 7 + [0.01], cells=600)
-        encoder = fit(write_cells(tmp_path / str(loud), expression + 200, types, splits), 8)
-        assert encoder.dimensions == 8 and encoder.whitened == whitened
+        encoder = fit(write_cells(tmp_path / str(loud), expression / 10 + 20, types, splits), 8)
+        assert encoder.dimensions == 8 and is_whitened(encoder) == whitened
 
 
 def test_the_first_candidate_within_one_standard_error_is_chosen():
@@ -235,7 +152,7 @@ def test_without_labels_all_axes_are_kept(tmp_path, case, caplog):
     else:
         splits = np.full(len(splits), "train")
     encoder = fit(write_cells(tmp_path, expression, types, splits), 20)
-    assert encoder.dimensions == 20 and not encoder.whitened and encoder.candidates == []
+    assert encoder.dimensions == 20 and not is_whitened(encoder) and encoder.candidates == []
     assert "keeping all dimensions: fewer than two training cell types" in caplog.text
     assert "kept 20 of 20 dimensions, not whitened" in caplog.text
 
@@ -265,23 +182,20 @@ def test_candidates_are_compared_on_a_sample_of_the_cells(tmp_path, monkeypatch)
 
 def test_coordinates_and_types_belong_to_the_same_cells(tmp_path):
     expression, types, splits = of_types(1, [1] * 40)
-    (train, _), axes = write_cells(tmp_path, expression, types, splits, ends=[33, 100]), np.eye(41)
+    train, _ = write_cells(tmp_path, expression, types, splits, ends=[33, 100])
+    axes = Axes(np.eye(41), np.ones(41), np.full(41, 1 / 41))
     chosen = pd.Series({"a|100": "CL:7", "a|3": "CL:8", "a|34": "CL:9"})
-    coordinates, found = coexpression._project(train, chosen, axes, np.ones(41))
+    coordinates, found = coexpression._project(train, chosen, axes)
     assert found.tolist() == ["CL:8", "CL:9", "CL:7"]
-    np.testing.assert_allclose(coordinates, expression[[3, 34, 100]] - 1, rtol=1e-5)
+    np.testing.assert_allclose(coordinates, expression[[3, 34, 100]] - 1, rtol=1e-5, atol=1e-5)
 
 
 def test_embed_keeps_the_highest_ranked_genes():
-    axes = np.arange(8, dtype=np.float32).reshape(4, 2)
-    cells = RankedCells(
-        np.array(["a|0", "a|1"], dtype=object),
-        np.array([3, 0, 2, 1], dtype=np.int32),
-        np.array([2, 1, 1, 4], dtype=np.float32),
-        np.array([0, 3, 4]),
-    )
-    vectors = Coexpression(axes, np.array([1, 2], dtype=np.float32)).embed(cells, 2)
-    assert vectors["gene_vectors"].tolist() == [[[12, 14], [0, 1]], [[8, 12], [0, 0]]]
-    assert vectors["lengths"].tolist() == [2, 1]
-    # every expressed gene counts: 2 * (6, 7) + (0, 1) + (4, 5) - (1, 2)
-    assert vectors["pooled"].tolist() == [[15, 18], [7, 10]]
+    vectors = np.array([[0.6, 0], [0.8, 0], [0, 0.6], [0, 0.8]], dtype=np.float32)
+    axes = Axes(vectors, np.array([1, 0, 0, 1], dtype=np.float32), np.full(4, 0.25, dtype=np.float32))
+    cells = ranked_cells([[3, 0, 2], [1]], [[2, 1, 1], [4]], 4)
+    found = Coexpression(axes, np.array([0.2, 0.4], dtype=np.float32)).embed(cells, 2)
+    np.testing.assert_allclose(found["gene_vectors"], [[[0, 4], [3, 0]], [[16, 0], [0, 0]]], rtol=1e-3)
+    assert found["lengths"].tolist() == [2, 1]
+    # every expressed gene counts: (1 * 0.6, 2 * 0.8 + 1 * 0.6) and (4 * 0.8, 0), minus (0.6, 0.8), over (0.2, 0.4)
+    np.testing.assert_allclose(found["pooled"], [[0, 3.5], [13, -2]], atol=1e-5)

@@ -16,6 +16,7 @@ from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.embedding")
 
+GENES_AT_ONCE = 4096
 MIN_KNOWN_SHARE = 0.1  # of a dataset's genes that an encoder must know
 Values = tuple[np.ndarray, np.ndarray]  # positions of genes, and a positive float32 for each
 
@@ -51,7 +52,7 @@ def measure_genes(corpus_file: str | Path, cell_files: Iterable[str | Path], pat
     median = median_of_each(read, len(genes))
     seen = genes.assign(median=median)[median > 0].reset_index(names="gene_id")
     log.info("%d of %d genes are expressed in training cells", len(seen), len(genes))
-    GENES.write(seen.assign(token=np.arange(len(seen))), path)
+    write_genes(seen.assign(token=np.arange(len(seen))), path)
 
 
 def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path: str | Path) -> None:
@@ -86,21 +87,29 @@ def look_up_genes(dictionary: str | Path, cell_files: Iterable[str | Path], path
     measured = name_genes(cell_files)
     seen = known[known.index.isin(measured.index)].rename_axis("gene_id").reset_index()
     seen["datasets"] = measured["datasets"].loc[seen["gene_id"]].to_list()
-    GENES.write(seen.sort_values(["token", "gene_id"]), path)
+    write_genes(seen.sort_values(["token", "gene_id"]), path)
+
+
+def write_genes(genes: pd.DataFrame, path: str | Path) -> None:
+    """Write ``contracts.GENES`` in parts, because the names of a thousand datasets per gene are gigabytes of text."""
+    GENES.write_parts((genes[start : start + GENES_AT_ONCE] for start in range(0, len(genes), GENES_AT_ONCE)), path)
 
 
 def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
     """Return each gene measured in any file, by gene id: ``symbol`` in the first such file, and all their datasets."""
-    tables, by_ensembl_id = [pd.DataFrame({"symbol": [], "dataset": []}, dtype=str)], set()
+    genes, places, names, by_ensembl_id = pd.DataFrame({"symbol": pd.Series(dtype=str)}), [], [], set()
     for file in cell_files:
         table = read_genes(file)
         by_ensembl_id.add(table.index.str.startswith("ENSG").any())
-        tables.append(table.assign(dataset=Path(file).stem))
-    by_gene = pd.concat(tables).groupby(level=0, sort=True)
-    genes = by_gene.agg(symbol=("symbol", "first"), datasets=("dataset", list))
+        genes = pd.concat([genes, table[~table.index.isin(genes.index)]])
+        places.append(genes.index.get_indexer(table.index).astype(np.int32))
+        names.append(np.full(len(table), Path(file).stem, dtype=object))  # one string for all
+    place = np.concatenate(places)
+    by_gene = np.concatenate(names)[np.argsort(place, kind="stable")]
+    genes["datasets"] = np.split(by_gene, np.cumsum(np.bincount(place))[:-1])
     if len(by_ensembl_id) > 1:
         log.warning("Some datasets use Ensembl ids and others gene symbols: their genes are not matched")
-    return genes
+    return genes.sort_index()
 
 
 def median_of_each(read: Callable[[], Iterable[Values]], genes: int) -> np.ndarray:

@@ -16,11 +16,10 @@ from scipy import sparse
 
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import GENES, TOKENS
-from cell2text.embedding.ranked_cells import read_medians
+from cell2text.embedding.ranked_cells import SCALE, read_medians
 
 log = logging.getLogger("cell2text.embedding")
 
-SCALE = 1e4
 CELLS_PER_CHUNK = 256  # the work unit of a thread: milliseconds
 
 
@@ -49,7 +48,7 @@ def rank_genes(
     threads
         Number of threads; they do not change the result.
     """
-    genes = GENES.read(genes_file).set_index("gene_id")
+    genes = GENES.read(genes_file, ["gene_id", "token"]).set_index("gene_id")
     token = genes["token"].reindex(read_genes(cells_file).index).fillna(-1).to_numpy(dtype=np.int32)
     median = read_medians(genes_file)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import scipy.sparse
 
 from cell2text.contracts import CELLS, GENES, TOKENS
 from cell2text.contracts.table import among, hash_ids
 from cell2text.errors import InputError
 from cell2text.files import writing
+
+SCALE = 1e4  # expression is log1p of counts per so many counts of the cell
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class RankedCells:
         return scipy.sparse.csr_matrix((values, self.tokens, self.offsets), shape=shape)
 
 
-def read_measured(genes_file: str | Path, files: Iterable[str | Path]) -> list[np.ndarray]:
-    """Return which genes the dataset of each file of ranked genes measures, by token, bool (genes,).
+def read_measured(genes_file: str | Path, files: Iterable[str | Path]) -> np.ndarray:
+    """Return which genes the dataset of each file of ranked genes measures, by token, bool (files, genes).
 
     Parameters
     ----------
@@ -84,10 +87,14 @@ def read_measured(genes_file: str | Path, files: Iterable[str | Path]) -> list[n
     files
         Files of ``contracts.TOKENS``, named after their datasets.
     """
-    genes = GENES.read(genes_file, ["token", "datasets"])
-    tokens = genes.explode("datasets").groupby("datasets")["token"].agg(list)
-    every = np.arange(genes["token"].max() + 1)
-    return [np.isin(every, tokens.get(Path(path).stem, [])) for path in files]
+    names = pa.array([Path(path).stem for path in files], pa.string())
+    measured = np.zeros((len(names), GENES.read(genes_file, ["token"])["token"].max() + 1), dtype=bool)
+    for part in GENES.read_arrow_parts(genes_file, ["token", "datasets"]):
+        number = pc.index_in(pc.list_flatten(part["datasets"]), value_set=names).to_numpy()  # NaN for other datasets
+        token = np.repeat(part["token"].to_numpy(), pc.list_value_length(part["datasets"]).to_numpy())
+        known = np.isfinite(number)
+        measured[number[known].astype(np.int64), token[known]] = True
+    return measured
 
 
 def read_medians(genes_file: str | Path) -> np.ndarray:
@@ -98,7 +105,7 @@ def read_medians(genes_file: str | Path) -> np.ndarray:
     return median
 
 
-def store_ranked(files: Iterable[str | Path], measured: list[np.ndarray], folder: str | Path) -> None:
+def store_ranked(files: Iterable[str | Path], measured: np.ndarray, folder: str | Path) -> None:
     """Copy ranked genes from compressed files to flat ones, from which single cells can be read; 8 bytes per gene.
 
     Parameters
@@ -115,13 +122,13 @@ def store_ranked(files: Iterable[str | Path], measured: list[np.ndarray], folder
     InputError
         If the disk is full.
     """
-    folder, panels = Path(folder), np.stack(measured)
+    folder = Path(folder)
     ids, lengths = [np.empty(0, dtype=np.uint64)], [np.zeros(1, dtype=np.int64)]
     n_counts, panel = [np.empty(0)], [np.empty(0, dtype=np.int64)]
     with writing(folder), (folder / "tokens").open("wb") as tokens, (folder / "expression").open("wb") as expression:
         for number, path in enumerate(files):
             for table in TOKENS.read_arrow_parts(path):
-                part = RankedCells.of(table, panels[number])
+                part = RankedCells.of(table, measured[number])
                 tokens.write(part.tokens.astype(np.int32).data)
                 expression.write(part.expression.astype(np.float32).data)
                 ids.append(hash_ids(part.cell_ids))
@@ -130,7 +137,7 @@ def store_ranked(files: Iterable[str | Path], measured: list[np.ndarray], folder
                 panel.append(np.full(len(part), number))
         for name, values in {"ids": ids, "n_counts": n_counts, "panel": panel}.items():
             np.save(folder / f"{name}.npy", np.concatenate(values))
-        np.save(folder / "panels.npy", panels)
+        np.save(folder / "panels.npy", measured)
         np.save(folder / "offsets.npy", np.cumsum(np.concatenate(lengths)))
 
 
@@ -177,7 +184,8 @@ class RankedStore:
         offsets = np.concatenate([[0], np.cumsum(ends - starts)])
         place = np.repeat(starts - offsets[:-1], np.diff(offsets)) + np.arange(offsets[-1])
         ranked = self.tokens[place], self.expression[place], offsets
-        return RankedCells(np.full(len(rows), ""), *ranked, self.n_counts[rows], self.panels, self.panel[rows])
+        numbers, panel = np.unique(self.panel[rows], return_inverse=True)  # those of all datasets take megabytes
+        return RankedCells(np.full(len(rows), ""), *ranked, self.n_counts[rows], self.panels[numbers], panel)
 
 
 @dataclass(frozen=True)
@@ -199,12 +207,12 @@ class RankedSplit:
     files: list[str | Path]
     corpus: str | Path
     split: str
-    measured: list[np.ndarray]
+    measured: np.ndarray
 
     @property
     def genes(self) -> int:
         """Size of the vocabulary: tokens are below this number."""
-        return len(self.measured[0])
+        return self.measured.shape[1]
 
     def __iter__(self) -> Iterator[RankedCells]:
         for number in range(len(self.files)):

@@ -17,6 +17,7 @@ from cell2text.contracts import EMBEDDINGS
 from cell2text.embedding.encoders import Encoder, load_encoder
 from cell2text.embedding.ranked_cells import RankedCells, RankedStore, read_measured, read_medians, store_ranked
 from cell2text.embedding.views import draw_view
+from cell2text.files import reading
 
 
 class Vectors(Protocol):
@@ -149,13 +150,14 @@ class ComputedVectors:
 
     def seen(self, rows: np.ndarray, views: np.ndarray) -> tuple[Tensor, Tensor]:
         """See :meth:`Vectors.seen`; a view depends on the cells with which it is drawn."""
-        vectors, lengths = self[rows]
-        for view in np.unique(views[views >= 0]):
-            chosen = np.flatnonzero(views == view)
-            cells = self.cells.take(self.rows[rows[chosen]])
-            drawn = draw_view(cells, self.median, [int(view), *self.rows[rows[chosen]].tolist()])
-            vectors[chosen], lengths[chosen] = self._embed(drawn)
-        return vectors, lengths
+        if (views < 0).all():
+            return self[rows]
+        own, drawn = np.flatnonzero(views < 0), np.flatnonzero(views >= 0)
+        cells = self.cells.take(self.rows[rows[drawn]])
+        seed = [*views[drawn].tolist(), *self.rows[rows[drawn]].tolist()]
+        both = self[rows[own]], self._embed(draw_view(cells, self.median, seed))
+        back = np.argsort(np.concatenate([own, drawn]))
+        return tuple(torch.cat(parts)[back] for parts in zip(*both, strict=True))
 
     def _embed(self, cells: RankedCells) -> tuple[Tensor, Tensor]:
         tensors = self.encoder.embed(cells, self.top_k)
@@ -203,7 +205,7 @@ class Embeddings:
 
     def count_views(self) -> int:
         """Return the number of views of each cell."""
-        with safe_open(self.files[0], framework="pt") as file:
+        with reading(self.files[0]), safe_open(self.files[0], framework="pt") as file:
             names = list(file.keys())
             return file.get_slice("view_lengths").get_shape()[1] if "view_lengths" in names else 0
 

@@ -77,8 +77,6 @@ class Coexpression:
             If all training cells have the same expression.
         """
         axes, deviations = find_axes(train, settings.dimensions, seed)
-        if not len(deviations):
-            raise InputError(train.corpus, "all training cells have the same expression", "Add cells")
         candidates = compare_candidates(train, validation, axes, deviations, seed)
         chosen = choose_candidate(candidates) if candidates else {"dimensions": len(deviations), "whitened": False}
         dimensions, whitened = chosen["dimensions"], chosen["whitened"]
