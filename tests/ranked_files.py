@@ -1,9 +1,11 @@
-"""Ranked genes, their table and a corpus, from matrices of expression in which NaN marks genes that are not measured."""
+"""Ranked genes, their table and a corpus, from matrices of expression; NaN marks genes that are not measured."""
 
 import numpy as np
 import pandas as pd
 
 from cell2text.contracts import CELLS, GENES, TOKENS
+from cell2text.embedding.axes import Axes
+from cell2text.embedding.encoders.coexpression import Coexpression
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, read_measured
 
 
@@ -33,6 +35,14 @@ def ranked_cells(lists, expression, genes, n_counts=None, panels=None, panel=Non
         np.ones((1, genes), dtype=bool) if panels is None else np.asarray(panels),
         np.zeros(cells, dtype=np.int64) if panel is None else np.asarray(panel),
     )
+
+
+def random_encoder(genes, dimensions, seed=0):
+    """Return a coexpression encoder with random axes."""
+    random = np.random.default_rng(seed)
+    vectors, _ = np.linalg.qr(random.normal(size=(genes, dimensions)))
+    axes = vectors, random.random(genes), np.full(genes, 1 / genes)
+    return Coexpression(Axes(*(part.astype(np.float32) for part in axes)), np.ones(dimensions, dtype=np.float32))
 
 
 def write_genes(path, measured, median=1.0):

@@ -5,19 +5,23 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from cell2text.cells.h5ad import write_cells
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, PREDICTIONS, TERMS
+from cell2text.embedding.measure_genes import measure_genes
+from cell2text.embedding.rank_genes import rank_genes
 from cell2text.errors import InputError
 from cell2text.evaluation.baselines import pca_logistic
 from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.evaluation.baselines.majority import predict_majority
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
-from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic, read_logs
+from cell2text.evaluation.baselines.pca_logistic import predict_pca_logistic
 from cell2text.evaluation.baselines.slots import read_pooled
 from cell2text.grammar import Slots, Terms, parse, render
 from cell2text.ontology import slot_terms
+from ranked_files import write_corpus as write_ranked_corpus
 
 LABELS = Path(__file__).parents[2] / "config/labels/pbmc68k.tsv"
 SLOTS = ("cell_type", "tissue", "disease", "sex", "stage")
@@ -90,6 +94,11 @@ def blood(tmp_path_factory):
     )
     for name, rows, genes in (("a", slice(0, 400), slice(0, 700)), ("b", slice(400, 700), slice(50, 765))):
         write_counts(folder / f"{name}.h5ad", counts[rows, genes], table["cell_id"][rows], cells.raw.var_names[genes])
+    cells_of_files = [folder / "a.h5ad", folder / "b.h5ad"]
+    corpus = write_ranked_corpus(folder / "cells.parquet", table["cell_id"], table["split"])
+    measure_genes(corpus, cells_of_files, folder / "genes.parquet")
+    for path in cells_of_files:
+        rank_genes(corpus, path, folder / "genes.parquet", folder / f"tokens/{path.stem}.parquet")
     pooled = sc.pp.pca(log_counts, n_comps=32, random_state=0)
     write_embeddings(folder / "b.safetensors", table["cell_id"][400:], pooled[400:])
     write_embeddings(folder / "a.safetensors", table["cell_id"][:400], pooled[:400])
@@ -103,7 +112,8 @@ def predict(name, folder):
     if name == "majority":
         predict_majority(*corpus, out)
     elif name == "pca_logistic":
-        predict_pca_logistic(*corpus, [folder / "a.h5ad", folder / "b.h5ad"], out, seed=0)
+        tokens = [folder / "tokens/b.parquet", folder / "tokens/a.parquet"]
+        predict_pca_logistic(*corpus, folder / "cells.parquet", folder / "genes.parquet", tokens, out, seed=0)
     elif name == "knn":
         predict_knn(*corpus, embeddings, out)
     else:
@@ -182,7 +192,7 @@ def test_baselines_do_not_use_labels_of_held_out_cells(blood, predictions, tmp_p
     masked = DESCRIPTIONS.read(folder / "descriptions.parquet")
     masked.loc[masked["split"] != "train", "cell_type_id"] = NK_CELL
     DESCRIPTIONS.write(masked, tmp_path / "descriptions.parquet")
-    for file in ("terms.parquet", "a.h5ad", "b.h5ad", "a.safetensors", "b.safetensors"):
+    for file in ("terms.parquet", "cells.parquet", "genes.parquet", "tokens", "a.safetensors", "b.safetensors"):
         (tmp_path / file).symlink_to(folder / file)
     for name, predicted in predictions.items():
         pd.testing.assert_frame_equal(predict(name, tmp_path), predicted)
@@ -199,39 +209,30 @@ def test_the_knn_vote_equals_that_of_scikit_learn(blood, predictions):
     assert predicted["cell_type_confidence"].to_numpy() == pytest.approx(expected)
 
 
-def test_log_counts_of_studies_with_different_genes(tmp_path):
-    write_counts(tmp_path / "one.h5ad", [[1, 2], [3, 4]], ["x", "y"], ["GENE2", "GENE1"])
-    write_counts(tmp_path / "two.h5ad", [[5, 6]], ["z"], ["GENE3", "GENE2"])
-    files = [tmp_path / "two.h5ad", tmp_path / "one.h5ad"]
-    genes = pd.Index(["GENE1", "GENE2", "GENE3"])
-    found = {ids[0]: logs.toarray()[0] for ids, logs in read_logs(files, pd.Series(["z", "y"]), genes)}
-    assert set(found) == {"y", "z"}
-    np.testing.assert_allclose(found["y"], np.log1p([4e4 / 7, 3e4 / 7, 0]), rtol=1e-6)
-    np.testing.assert_allclose(found["z"], np.log1p([0, 6e4 / 11, 5e4 / 11]), rtol=1e-6)
-
-
 def test_a_cell_without_counts_is_reported(blood, tmp_path):
     folder, _, _ = blood
     corpus = [folder / "descriptions.parquet", folder / "terms.parquet"]
     with pytest.raises(InputError, match="cells with a description are missing"):
-        predict_pca_logistic(*corpus, [folder / "a.h5ad"], tmp_path / "out.parquet", seed=0)
+        files = folder / "cells.parquet", folder / "genes.parquet", [folder / "tokens/a.parquet"]
+        predict_pca_logistic(*corpus, *files, tmp_path / "out.parquet", seed=0)
 
 
 def test_the_regression_is_fitted_on_a_sample_of_many_training_cells(blood, predictions, tmp_path, monkeypatch):
     folder, table, _ = blood
-    read = []
+    fitted = []
 
-    def record(files, cell_ids, genes):
-        read.append(len(cell_ids))
-        return read_logs(files, cell_ids, genes)
+    class Recorded(LogisticRegression):
+        def fit(self, rows, codes):
+            fitted.append(len(rows))
+            return super().fit(rows, codes)
 
-    monkeypatch.setattr(pca_logistic, "read_logs", record)
+    monkeypatch.setattr(pca_logistic, "LogisticRegression", Recorded)
     monkeypatch.setattr(pca_logistic, "MOST_CELLS", 300)
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "pca_logistic.parquet").unlink()
     few = predict("pca_logistic", tmp_path)
-    assert read == [300, (table["split"] != "train").sum()]
+    assert max(fitted) == 300 < (table["split"] == "train").sum()
     assert list(few.index) == list(predictions["pca_logistic"].index)
     assert (few["cell_type_id"] == predictions["pca_logistic"]["cell_type_id"]).mean() > 0.8
 

@@ -74,9 +74,7 @@ def test_gene_vectors_minus_the_centre_sum_to_the_pooled_vector(tmp_path, monkey
     (cells,) = train
     vectors = encoder.embed(cells, 21)
     centre = encoder.axes.mean @ encoder.axes.vectors / encoder.scale
-    np.testing.assert_allclose(
-        vectors["gene_vectors"].astype(float).sum(axis=1) - centre, vectors["pooled"], atol=0.05
-    )
+    np.testing.assert_allclose(vectors["gene_vectors"].astype(float).sum(axis=1) - centre, vectors["pooled"], atol=0.05)
     assert vectors["pooled"].dtype == np.float32
     # whitened: the axes of the training cells have unit variance and are uncorrelated
     np.testing.assert_allclose(vectors["pooled"].mean(axis=0), 0, atol=1e-3)

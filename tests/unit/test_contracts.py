@@ -76,6 +76,7 @@ def ranked(cells):
             "cell_id": [f"d|{cell}" for cell in cells],
             "tokens": [np.array(tokens, dtype=np.int32) for tokens in lists],
             "expression": [np.array(tokens, dtype=np.float32) for tokens in lists],
+            "n_counts": 1.0,
         }
     )
 
@@ -83,7 +84,7 @@ def ranked(cells):
 def test_a_table_is_read_in_the_parts_that_were_written(tmp_path):
     path = tmp_path / "tokens.parquet"
     arrow = pa.Table.from_pandas(ranked([5, 1]), preserve_index=False)  # pandas and Arrow
-    TOKENS.write_parts(iter([ranked([2, 0, 3]), arrow.select(["tokens", "expression", "cell_id"])]), path)
+    TOKENS.write_parts(iter([ranked([2, 0, 3]), arrow.select(["tokens", "n_counts", "expression", "cell_id"])]), path)
     for part, cells in zip(TOKENS.read_parts(path), ([2, 0, 3], [5, 1]), strict=True):
         assert list(part) == list(TOKENS.columns)
         assert part["cell_id"].tolist() == [f"d|{cell}" for cell in cells]

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cell2text.embedding import fit_encoder as fitting
+from cell2text.embedding.axes import Axes
 from cell2text.embedding.encoders import load_encoder
-from cell2text.embedding.encoders.coexpression import Coexpression
 from cell2text.embedding.encoders.geneformer import Geneformer
 from cell2text.embedding.encoders.pretrain import Pretrained
 from cell2text.embedding.encoders.ranked_bert import Special
@@ -22,6 +21,7 @@ from cell2text.model import bundle
 from cell2text.models.fetch_encoder import fetch_encoder
 from cell2text.models.fetch_language_model import fetch_language_model
 from default_settings import encoder_settings, finetune_settings, projector_settings
+from ranked_files import random_encoder, write_genes
 from small_disk import small_files
 from tiny_geneformer import V2, tiny_bert, write_checkpoint
 
@@ -60,7 +60,7 @@ def encoders(tmp_path_factory):
     source, _ = write_checkpoint(root / "repository/tiny", V2)
     fetch_encoder(str(source), root / "models/geneformer")
     made = {
-        "coexpression": Coexpression(np.ones((7, 3), np.float32), np.zeros(3, np.float32)),
+        "coexpression": random_encoder(7, 3),
         "geneformer": Geneformer.fit(
             None, None, encoder_settings(kind="geneformer"), 0, root, root / "models/geneformer"
         ),
@@ -210,20 +210,25 @@ def test_an_encoder_that_is_not_finite_is_refused(encoders, tmp_path, kind, valu
             load_encoder(folder)
 
 
+AXES = {"vectors": torch.ones(7, 3), "mean": torch.ones(7), "profile": torch.ones(7), "scale": torch.ones(3)}
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
         {},
-        {"axes": torch.ones(7, 3)},
-        {"axes": torch.ones(7, 3), "centre": torch.ones(2)},
-        {"axes": torch.ones(21), "centre": torch.ones(3)},
+        {"vectors": torch.ones(7, 3)},
+        AXES | {"scale": torch.ones(2)},
+        AXES | {"profile": torch.ones(6)},
+        AXES | {"vectors": torch.ones(21)},
+        AXES | {"centre": torch.ones(3)},
     ],
 )
-def test_axes_that_do_not_fit_their_centre_are_refused(encoders, tmp_path, tensors):
+def test_axes_that_do_not_fit_together_are_refused(encoders, tmp_path, tensors):
     folder = shutil.copytree(encoders / "results/coexpression", tmp_path / "encoder")
     save_file(tensors, folder / "coexpression.safetensors")
     seal(folder, "encoder.json")
-    with pytest.raises(InputError, match=r"coexpression.safetensors: not axes and their centre: found "):
+    with pytest.raises(InputError, match=r"coexpression.safetensors: not axes with mean, profile and scale: found "):
         load_encoder(folder)
 
 
@@ -289,17 +294,15 @@ def test_a_full_disk_is_reported_by_all_writers(encoders, fetched, tmp_path, mon
         (tmp_path / mode).mkdir()
         with pytest.raises(InputError, match=expected.format(tmp_path / mode)), small_files(2000):
             bundle.save(model, tmp_path / mode, {})
-    pd.DataFrame({"token": [6]}).to_csv(tmp_path / "genes.tsv", sep="\t")
-    table = SimpleNamespace(read=lambda path: pd.read_csv(path, sep="\t"))
-    monkeypatch.setattr(fitting, "GENES", table, raising=False)
+    genes = write_genes(tmp_path / "genes.parquet", {"a": [True] * 7})
     for kind in ("coexpression", "pretrain"):
         encoder = load_encoder(encoders / "results" / kind)
         if kind == "coexpression":
-            encoder.axes = np.ones((1000, 3), np.float32)
+            encoder.axes = Axes(np.ones((1000, 3), np.float32), *np.ones((2, 1000), np.float32))
         monkeypatch.setattr(fitting, "encoder_class", lambda _, made=encoder: type("", (), {"fit": lambda *_: made}))
         checkpoints = tmp_path / f"{kind}.checkpoints"
         checkpoints.mkdir()
         with pytest.raises(InputError, match=expected.format(tmp_path / kind)), small_files(2000):
-            fitting.fit_encoder("", tmp_path / "genes.tsv", [], tmp_path / kind, encoder_settings(), 0)
+            fitting.fit_encoder("", genes, [], tmp_path / kind, encoder_settings(), 0)
         assert checkpoints.is_dir()  # the next attempt need not train again
     assert not list(tmp_path.glob("**/.*"))

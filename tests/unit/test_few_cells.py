@@ -20,28 +20,30 @@ from cell2text.contracts import (
 from cell2text.corpus.score_pathways import score_pathways
 from cell2text.corpus.split_donors import split_donors
 from cell2text.corpus.write_descriptions import write_descriptions
+from cell2text.embedding.axes import find_profile
 from cell2text.embedding.embed_genes import embed_genes
-from cell2text.embedding.encoders.coexpression import Coexpression
+from cell2text.embedding.measure_genes import measure_genes
+from cell2text.embedding.rank_genes import rank_genes
+from cell2text.embedding.ranked_cells import RankedSplit, read_measured
 from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
 from cell2text.evaluation.baselines import shuffled
 from cell2text.evaluation.baselines.aligned import predict_aligned
 from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
-from cell2text.evaluation.baselines.pca_logistic import read_logs
 from cell2text.evaluation.evaluate import _read_methods
 from cell2text.files import read_json, read_jsonl, write_json, write_jsonl
 from cell2text.generation.generate_descriptions import generate_descriptions
 from default_settings import generate_settings
 from finetune_run import PROJECTOR, finetune, write_files
+from ranked_files import random_encoder, write_genes
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 
 def write_encoder(folder):
-    random = np.random.default_rng(0)
     folder.mkdir()
-    Coexpression(random.normal(size=(9, 6)).astype(np.float32), np.zeros(6, np.float32)).save(folder)
+    random_encoder(9, 6).save(folder)
     return folder
 
 
@@ -49,21 +51,25 @@ def write_tokens(path, cells):
     table = pd.DataFrame({"cell_id": [f"study|{i}" for i in range(cells)]})
     table["tokens"] = [np.arange(3, dtype=np.int32)] * cells
     table["expression"] = [np.ones(3, dtype=np.float32)] * cells
+    table["n_counts"] = 1000.0
     TOKENS.write(table, path)  # without cells, a file without parts, as rank_genes writes it
     return path
 
 
 @pytest.mark.parametrize("cells", [0, 1, 3, 4, 9])
-@pytest.mark.parametrize("top_k", [0, 4])
-def test_a_dataset_has_fewer_cells_than_shards_or_none(tmp_path, cells, top_k):
+@pytest.mark.parametrize(("top_k", "views"), [(0, 0), (4, 0), (4, 2)])
+def test_a_dataset_has_fewer_cells_than_shards_or_none(tmp_path, cells, top_k, views):
     encoder, tokens = write_encoder(tmp_path / "encoder"), write_tokens(tmp_path / "tokens.parquet", cells)
+    genes = write_genes(tmp_path / "genes.parquet", {"tokens": [True] * 9})
     files = [tmp_path / f"{shard}.safetensors" for shard in range(4)]
     for shard, path in enumerate(files):
-        embed_genes(encoder, tokens, path, shard, 4, top_k)
-    read = [EMBEDDINGS.read(path) for path in files]
+        embed_genes(encoder, tokens, genes, path, shard, 4, top_k, views, seed=0)
+    names = [*EMBEDDINGS.tensors, *(f"view_{name}" for name in EMBEDDINGS.tensors if views)]
+    read = [EMBEDDINGS.read(path, names) for path in files]
     assert [cell for _, ids in read for cell in ids] == [f"study|{i}" for i in range(cells)]
     assert all(tensors["gene_vectors"].shape[1:] == (top_k, 6) for tensors, _ in read)
     assert all(tensors["pooled"].shape[1:] == (6,) for tensors, _ in read)
+    assert all(tensors["view_gene_vectors"].shape[1:] == (2, top_k, 6) for tensors, _ in read if views)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,7 @@ def test_a_cell_alone_in_its_split_is_not_described_from_its_own_embedding(run, 
     folder, inputs = run
     embeddings = Embeddings([str(folder / f"{name}.safetensors") for name in ("none", "train", "rest")])
     vectors, asked, row = Embeddings.vectors, [], dict.fromkeys(PREDICTIONS.columns)
-    monkeypatch.setattr(Embeddings, "vectors", lambda self, ids, reads: asked.append(ids) or vectors(self, ids, reads))
+    monkeypatch.setattr(Embeddings, "vectors", lambda self, ids, *rest: asked.append(ids) or vectors(self, ids, *rest))
     monkeypatch.setattr(shuffled, "describe_cells", lambda model, vectors, *rest: [row] * len(vectors))
     shuffled.predict_shuffled(
         *inputs, embeddings, str(folder / "shuffled.parquet"), SPLITS[1:], generate_settings(), seed=0
@@ -169,8 +175,13 @@ def test_a_dataset_without_cells_in_the_corpus(tmp_path):
     ids = [f"a|{i}" for i in range(4)]
     corpus = pd.DataFrame({"cell_id": ids, "split": "train"}).reindex(columns=list(CELLS.columns))
     CELLS.write(corpus.astype(object).where(corpus.notna(), None).assign(n_counts=5.0), tmp_path / "cells.parquet")
-    parts = list(read_logs([one, other], pd.Series(ids), pd.Index(list("ABCDE"))))
-    assert [list(part) for part, _ in parts] == [ids]
+    measure_genes(tmp_path / "cells.parquet", [one, other], tmp_path / "genes.parquet")
+    tokens = [tmp_path / f"{name}_tokens/{name}.parquet" for name in "ab"]
+    for cells, path in zip((one, other), tokens, strict=True):
+        rank_genes(tmp_path / "cells.parquet", cells, tmp_path / "genes.parquet", path)
+    split = RankedSplit(tokens, tmp_path / "cells.parquet", "train", read_measured(tmp_path / "genes.parquet", tokens))
+    assert [list(part.cell_ids) for part in split] == [ids] and split.measured.all()
+    np.testing.assert_allclose(find_profile(split), 1 / 5)
     (tmp_path / "sets.gmt").write_text("ONE\t\tA\tB\nTWO\t\tC\tD\n")
     scores = [tmp_path / f"{name}.parquet" for name in "ab"]
     for cells, path in zip((one, other), scores, strict=True):

@@ -131,9 +131,9 @@ def test_the_table_has_one_row_per_id_and_symbol_of_a_gene(tmp_path):
     write_series(tmp_path, names=names, mapping={"ENSG1": "ENSG1", "ENSG0": "ENSG2", "ENSG8": "ENSG9"})
     table = find_dictionaries(tmp_path, 4).table()
     assert table.to_numpy().tolist() == [
-        [2, "AAA", "AAA", 2.5],
-        [2, "ABC", "AAA", 2.5],
-        [3, "ENSG0", "ENSG2", 0.5],
-        [2, "ENSG1", "AAA", 2.5],
-        [3, "ENSG2", "ENSG2", 0.5],
+        [2, "AAA", "AAA", 2.5, []],
+        [2, "ABC", "AAA", 2.5, []],
+        [3, "ENSG0", "ENSG2", 0.5, []],
+        [2, "ENSG1", "AAA", 2.5, []],
+        [3, "ENSG2", "ENSG2", 0.5, []],
     ]

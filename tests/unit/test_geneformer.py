@@ -15,11 +15,11 @@ from cell2text.embedding.embed_genes import embed_genes, read_rows
 from cell2text.embedding.encoders import load_encoder
 from cell2text.embedding.encoders.geneformer import Geneformer
 from cell2text.embedding.encoders.ranked_bert import RankedBert, Special
-from cell2text.embedding.ranked_cells import RankedCells
 from cell2text.errors import InputError
 from cell2text.files import read_json
 from cell2text.models.fetch_encoder import fetch_encoder
 from default_settings import encoder_settings
+from ranked_files import ranked_cells, write_genes
 from tiny_geneformer import GENES, V1, V2, tiny_bert, write_checkpoint
 
 TOP = 6
@@ -30,10 +30,7 @@ def some_cells(lengths, special, seed=1):
     random = np.random.default_rng(seed)
     first = sum(token is not None for token in special.values())
     tokens = [random.permutation(GENES)[:length] + first for length in lengths]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    flat = np.concatenate(tokens).astype(np.int32)
-    ids = np.array([f"c{i}" for i in range(len(lengths))], dtype=object)
-    return RankedCells(ids, flat, np.ones(len(flat), dtype=np.float32), offsets)
+    return ranked_cells(tokens, [np.ones(length) for length in lengths], GENES + first)
 
 
 @torch.no_grad()
@@ -147,7 +144,8 @@ def test_an_official_folder_is_fetched_without_its_pickles(tmp_path, as_bin):
     assert all(torch.equal(weights[f"bert.{name}"], value) for name, value in model.bert.state_dict().items())
     assert read_json(fetched / "encoder.json")["special"] == V2
     table = contracts.GENES.read(fetched / "genes.parquet")
-    assert table.iloc[0].tolist() == [7, "CD3E", "CD3E", 4.0] and len(table) == GENES + 1
+    assert table.iloc[0, :4].tolist() == [7, "CD3E", "CD3E", 4.0] and len(table) == GENES + 1
+    assert all(len(datasets) == 0 for datasets in table["datasets"])
 
 
 def test_the_encoder_of_a_run_links_the_checkpoint_and_embeds_shards(tmp_path):
@@ -162,16 +160,19 @@ def test_the_encoder_of_a_run_links_the_checkpoint_and_embeds_shards(tmp_path):
     cells = some_cells([5, 18, 9, 2, 17], V2)
     parts = np.split(cells.tokens, cells.offsets[1:-1])
     table = pd.DataFrame({"cell_id": cells.cell_ids, "tokens": parts, "expression": [part * 1.0 for part in parts]})
+    table["n_counts"] = cells.n_counts
     TOKENS.write_parts([table[:2], table[2:]], tmp_path / "tokens.parquet")
-    found = []
+    genes = write_genes(tmp_path / "genes.parquet", {"tokens": [True] * (GENES + 4)})
+    files, found = (tmp_path / "tokens.parquet", genes), []
     for shard in range(2):
-        embed_genes(tmp_path / "results/encoder", tmp_path / "tokens.parquet", tmp_path / f"{shard}", shard, 2, TOP)
+        embed_genes(tmp_path / "results/encoder", *files, tmp_path / f"{shard}", shard, 2, TOP, views=0, seed=0)
         found.append(EMBEDDINGS.read(tmp_path / f"{shard}", [*EMBEDDINGS.tensors, "cls"]))
     assert [ids for _, ids in found] == [["c0", "c1"], ["c2", "c3", "c4"]]
     whole = encoder.embed(cells, TOP)
     for name, tensor in whole.items():
         np.testing.assert_allclose(np.concatenate([tensors[name] for tensors, _ in found]), tensor, atol=0.05)
-    again = [part.cell_ids.tolist() for part in read_rows(tmp_path / "tokens.parquet", 1, 4)]
+    measured = np.ones(GENES + 4, dtype=bool)
+    again = [part.cell_ids.tolist() for part in read_rows(tmp_path / "tokens.parquet", measured, 1, 4)]
     assert again == [["c1"], ["c2", "c3"]]
 
 

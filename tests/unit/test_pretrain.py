@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from cell2text import contracts
 from cell2text.contracts import CELLS, HISTORY, TOKENS
 from cell2text.embedding.encoders import load_encoder, masked_genes, pretrain
 from cell2text.embedding.encoders.masked_genes import Batch, Cells, MaskedGenes, batches
 from cell2text.embedding.encoders.pretrain import Pretrained, shape
 from cell2text.embedding.encoders.ranked_bert import Special
 from cell2text.embedding.fit_encoder import fit_encoder
-from cell2text.embedding.ranked_cells import RankedCells, RankedSplit
+from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.errors import InputError
 from default_settings import encoder_settings
+from ranked_files import ranked_cells, write_genes
 
 GENES = 40
 SPECIAL = Special(pad=GENES, mask=GENES + 1, cls=GENES + 2, eos=GENES + 3)
@@ -31,13 +31,16 @@ def write_corpus(folder, cells=64):
     ids = [f"c{i}" for i in range(cells)]
     lists = [(random.permutation(20) + 20 * (i % 2))[: random.integers(8, 15)].astype(np.int32) for i in range(cells)]
     expression = [np.ones(len(genes), dtype=np.float32) for genes in lists]
-    TOKENS.write(pd.DataFrame({"cell_id": ids, "tokens": lists, "expression": expression}), folder / "tokens.parquet")
+    table = {"cell_id": ids, "tokens": lists, "expression": expression, "n_counts": 1000.0}
+    TOKENS.write(pd.DataFrame(table), folder / "tokens.parquet")
     corpus = pd.DataFrame({"cell_id": ids, "split": ["validation" if i % 4 < 2 else "train" for i in range(cells)]})
     CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), folder / "cells.parquet")
-    names = [f"gene{i}" for i in range(GENES)]
-    genes = pd.DataFrame({"token": range(GENES), "gene_id": names, "symbol": names, "median": 1.0})
-    contracts.GENES.write(genes, folder / "genes.parquet")
-    return [RankedSplit([folder / "tokens.parquet"], folder / "cells.parquet", name, GENES) for name in SPLITS]
+    write_genes(folder / "genes.parquet", {"tokens": [True] * GENES})
+    return [read_split(folder, name) for name in SPLITS]
+
+
+def read_split(folder, name, genes=GENES):
+    return RankedSplit([folder / "tokens.parquet"], folder / "cells.parquet", name, np.ones((1, genes), dtype=bool))
 
 
 SPLITS = ("train", "validation")
@@ -79,10 +82,11 @@ def losses_of(model, batch):
 def test_long_cells_are_truncated_and_empty_cells_are_excluded(tmp_path):
     lists = [[5, 3, 1, 0], [], [2, 4], [7, 6, 5]]
     table = {"cell_id": list("abcd"), "tokens": lists, "expression": [np.ones(len(genes)) for genes in lists]}
+    table["n_counts"] = 1000.0
     TOKENS.write(pd.DataFrame(table), tmp_path / "tokens.parquet")
     corpus = pd.DataFrame({"cell_id": list("abcd"), "split": ["train", "train", "test", "train"]})
     CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), tmp_path / "cells.parquet")
-    cells = Cells.read(RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", "train", 8), room=3)
+    cells = Cells.read(read_split(tmp_path, "train", 8), room=3)
     assert cells.tokens.tolist() == [5, 3, 1, 7, 6, 5]
     assert cells.tokens.dtype == np.int32
     assert cells.offsets.tolist() == [0, 3, 6]
@@ -280,7 +284,7 @@ def test_a_checkpoint_of_other_settings_is_ignored(tmp_path):
 
 def test_a_saved_encoder_embeds_as_before(tmp_path):
     encoder = fit(tmp_path, epochs=1)
-    cells = next(iter(RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", "validation", GENES)))
+    cells = next(iter(read_split(tmp_path, "validation")))
     before = encoder.embed(cells, 6)
     encoder.save(tmp_path)
     after = Pretrained.load(tmp_path, torch.float32).embed(cells, 6)
@@ -299,16 +303,17 @@ def test_cells_longer_than_the_models_input_are_truncated(tmp_path):
                 "cell_id": list("ab"),
                 "tokens": [np.arange(genes, dtype=np.int32)] * 2,
                 "expression": [np.ones(genes, dtype=np.float32)] * 2,
+                "n_counts": 1000.0,
             }
         ),
         tmp_path / "tokens.parquet",
     )
     corpus = pd.DataFrame({"cell_id": list("ab"), "split": SPLITS})
     CELLS.write(corpus.reindex(columns=list(CELLS.columns)).astype(object), tmp_path / "cells.parquet")
-    splits = [RankedSplit([tmp_path / "tokens.parquet"], tmp_path / "cells.parquet", name, genes) for name in SPLITS]
+    splits = [read_split(tmp_path, name, genes) for name in SPLITS]
     encoder = Pretrained.fit(*splits, encoder_settings(**SETTINGS | {"epochs": 1}), 0, tmp_path / "checkpoints")
     assert encoder.bert.config.vocab_size == 304
-    cells = RankedCells(np.array(["a"]), np.arange(genes, dtype=np.int32), np.ones(genes), np.array([0, genes]))
+    cells = ranked_cells([np.arange(genes)], [np.ones(genes)], genes)
     assert encoder.embed(cells, 260)["lengths"].tolist() == [254]
 
 

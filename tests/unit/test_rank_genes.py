@@ -11,9 +11,11 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from cell2text.contracts import CELLS, GENES, TOKENS
+from cell2text.embedding import measure_genes as measuring
 from cell2text.embedding import rank_genes as ranking
 from cell2text.embedding.measure_genes import look_up_genes, measure_genes, median_of_each
 from cell2text.embedding.rank_genes import join_genes, rank_counts, rank_genes
+from cell2text.embedding.ranked_cells import read_measured, read_medians
 from cell2text.errors import InputError
 
 
@@ -61,6 +63,7 @@ def test_medians_are_over_training_cells_that_express_the_gene(tmp_path):
     assert genes["symbol"].tolist() == ["S-A", "S-B", "S-C", "S-D"]
     # A: 2000. B: 2500, 6000, 5000. C: 7500 and 2000. D: 5000.
     assert genes["median"].tolist() == [2000, 5000, 4750, 5000]
+    assert [list(datasets) for datasets in genes["datasets"]] == [["a"], ["a", "b"], ["a"], ["b"]]
 
 
 def test_a_gene_without_counts_in_training_has_no_token(tmp_path):
@@ -73,6 +76,7 @@ def test_a_gene_without_counts_in_training_has_no_token(tmp_path):
     assert [list(tokens) for tokens in ranked["tokens"]] == [[0, 1], [0]]
     # The total of a cell includes genes without a token.
     assert ranked["expression"][1] == pytest.approx([np.log1p(2000)])
+    assert ranked["n_counts"].tolist() == [2, 5]
 
 
 def test_ranks_by_hand():
@@ -202,8 +206,9 @@ def test_a_dataset_without_cells_in_the_corpus_gives_an_empty_table(tmp_path):
     other = write_cells(tmp_path / "b.h5ad", "b", [[1, 2]], ["A", "B"])
     corpus = write_corpus(tmp_path / "corpus.parquet", {"a|0": "train"})
     measure_genes(corpus, [cells, other], tmp_path / "genes.parquet")
-    rank_genes(corpus, other, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
-    assert len(TOKENS.read(tmp_path / "tokens.parquet")) == 0
+    rank_genes(corpus, other, tmp_path / "genes.parquet", tmp_path / "b.parquet")
+    assert len(TOKENS.read(tmp_path / "b.parquet")) == 0
+    assert read_measured(tmp_path / "genes.parquet", [tmp_path / "b.parquet"]).tolist() == [[True, True]]
 
 
 def test_genes_named_na_or_nan_keep_their_names(tmp_path):
@@ -214,8 +219,25 @@ def test_genes_named_na_or_nan_keep_their_names(tmp_path):
     assert [list(tokens) for tokens in TOKENS.read(tmp_path / "tokens.parquet")["tokens"]] == [[0, 1]]
 
 
+def test_measured_genes_and_medians_by_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "GENES_AT_ONCE", 2)
+    files = [
+        write_cells(tmp_path / f"{name}.h5ad", name, [[1] * len(genes)], list(genes))
+        for name, genes in (("b", "ACDE"), ("a", "CB"), ("c.1", "EX"))
+    ]
+    rows = [(7, "E", "E", 2.0), (2, "A", "A", 3.0), (7, "D", "E", 2.0), (4, "B", "B", 1.0), (3, "C", "C", 5.0)]
+    look_up_genes(write_dictionary(tmp_path / "d.tsv", *rows), files, tmp_path / "genes.parquet")
+    ranked = [tmp_path / f"{name}.parquet" for name in ("a", "c.1", "unknown", "b")]
+    measured = read_measured(tmp_path / "genes.parquet", ranked)
+    assert measured.shape == (4, 8) and measured.dtype == bool
+    assert [np.flatnonzero(own).tolist() for own in measured] == [[3, 4], [7], [], [2, 3, 7]]  # D and E are one gene
+    median = [np.nan, np.nan, 3, 5, 1, np.nan, np.nan, 2]
+    np.testing.assert_array_equal(read_medians(tmp_path / "genes.parquet"), median)
+
+
 def write_dictionary(path, *rows):
-    GENES.write(pd.DataFrame(rows, columns=list(GENES.columns)), path)
+    names = [name for name in GENES.columns if name != "datasets"]
+    GENES.write(pd.DataFrame(rows, columns=names).assign(datasets=[[]] * len(rows)), path)
     return path
 
 
@@ -223,7 +245,9 @@ def test_genes_with_the_same_token_are_summed_and_the_total_is_unchanged(tmp_pat
     cells = write_cells(tmp_path / "a.h5ad", "a", [[1, 4, 3, 2, 0], [0, 5, 0, 5, 9]], ["old", "B", "new", "C", "none"])
     rows = [(7, "new", "N", 2.0), (7, "old", "N", 2.0), (4, "B", "B", 1.0), (5, "C", "C", 1.0), (6, "D", "D", 9.0)]
     look_up_genes(write_dictionary(tmp_path / "d.tsv", *rows), [cells], tmp_path / "genes.parquet")
-    assert read_genes_table(tmp_path / "genes.parquet")["gene_id"].tolist() == ["B", "C", "new", "old"]
+    genes = read_genes_table(tmp_path / "genes.parquet")
+    assert genes["gene_id"].tolist() == ["B", "C", "new", "old"]
+    assert [list(datasets) for datasets in genes["datasets"]] == [["a"]] * 4
     write_corpus(tmp_path / "corpus.parquet", {"a|0": "train", "a|1": "test"})
     rank_genes(tmp_path / "corpus.parquet", cells, tmp_path / "genes.parquet", tmp_path / "tokens.parquet")
     ranked = TOKENS.read(tmp_path / "tokens.parquet").set_index("cell_id")

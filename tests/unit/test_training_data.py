@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cell2text.contracts import CELLS, DESCRIPTIONS, PREDICTIONS, TERMS, TOKENS
 from cell2text.embedding.embed_genes import embed_genes
-from cell2text.embedding.encoders.coexpression import Coexpression
 from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
 from cell2text.evaluation.baselines.aligned import predict_aligned
@@ -32,6 +31,7 @@ from cell2text.finetuning.loop import Finetuning
 from cell2text.finetuning.optimiser import MasterAdamW
 from cell2text.processes import Team
 from finetune_run import PROJECTOR, TYPES, finetune, losses, schedule, weights, write_files
+from ranked_files import random_encoder, write_genes
 from tests_terms import small_table
 
 
@@ -174,6 +174,7 @@ def write_tokens(path, random):
     tokens = [random.permutation(9)[: 3 + i % 5].astype(np.int32) for i in range(30)]
     table = pd.DataFrame({"cell_id": [f"study|{i}" for i in range(30)], "tokens": tokens})
     table["expression"] = [random.random(len(cell)).astype(np.float32) for cell in tokens]
+    table["n_counts"] = 1000.0
     TOKENS.write_parts([table[:11], table[11:]], path)
 
 
@@ -181,14 +182,15 @@ def test_gene_vectors_computed_on_the_fly_equal_stored_ones(files, tiny_model):
     random = np.random.default_rng(1)
     write_tokens(files / "tokens.parquet", random)
     (files / "encoder").mkdir()
-    Coexpression(random.normal(size=(9, 6)).astype(np.float32), np.zeros(6, np.float32)).save(files / "encoder")
+    random_encoder(9, 6).save(files / "encoder")
+    genes = write_genes(files / "genes.parquet", {"tokens": [True] * 9})
     for name, top_k in (("stored", 4), ("fresh", 0)):
         for shard in range(2):
             path = files / f"{name}{shard}.safetensors"
-            embed_genes(files / "encoder", files / "tokens.parquet", path, shard, 2, top_k)
+            embed_genes(files / "encoder", files / "tokens.parquet", genes, path, shard, 2, top_k, views=0, seed=0)
     stored = Embeddings([str(files / f"stored{shard}.safetensors") for shard in range(2)])
     fresh = [str(files / f"fresh{shard}.safetensors") for shard in range(2)]
-    fresh = Embeddings(fresh, str(files / "encoder"), [str(files / "tokens.parquet")], top_k=4)
+    fresh = Embeddings(fresh, str(files / "encoder"), [str(files / "tokens.parquet")], str(genes), top_k=4)
     ids, rows = [f"study|{i}" for i in (29, 3, 14, 0, 15)], np.array([4, 0, 2, 2])
     mlp = PROJECTOR | {"kind": "mlp"}
     with fresh.with_store() as stocked, stored.with_store() as same:

@@ -164,8 +164,8 @@ def _multiply_covariance(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return covariance @ block, (genes, columns), the mean of each gene, (genes,), and the number of cells.
 
-    Within a study, unmeasured genes are zero, and so is their mean: they add nothing. Of the arrays, only ``sums`` grows
-    with the number of studies: 0.5 GB for 1,000 studies of 60,000 genes.
+    Within a study, unmeasured genes are zero, and so is their mean: they add nothing. Of the arrays, only ``sums``
+    grows with the number of studies: 0.5 GB for 1,000 studies of 60,000 genes.
     """
     product, sums, sizes = np.zeros(block.shape), np.zeros((len(cells.files), cells.genes)), np.zeros(len(cells.files))
     for number in range(len(cells.files)):
