@@ -122,6 +122,7 @@ def write_inputs(held_out: str, sources: dict[str, str], folder: Path, given: ar
     if (folder / "drawn.json").exists() and read_json(folder / "drawn.json") == drawn:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "drawn.json").unlink(missing_ok=True)
     rng = np.random.default_rng(given.seed)
     sheet, cells = [], []
     for name in sources:
