@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from cell2text.confidence.back_off import TermsAbove, choose_threshold
 from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration, calibrate_programmes, calibrate_slot
-from cell2text.confidence.decisions import Confidence, rank_programmes, read_ancestors
+from cell2text.confidence.decisions import Confidence, rank_programmes, read_ancestors, score_places
 from cell2text.confidence.novelty import Reference, choose_limit, draw_reference
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS
 from cell2text.files import read_json, whole_file
@@ -79,13 +79,17 @@ def calibrate(
 def _calibrate_programmes(
     scores: dict[str, np.ndarray], candidates: Sequence[str], truth: pd.Series
 ) -> tuple[SlotCalibration, ProgrammeCalibration]:
-    first = [next(iter(named), None) for named in truth]
-    ranking = calibrate_slot(scores[PATHWAY][:, 0], candidates, first, scores[f"projector_{PATHWAY}"])
-    numbers, probabilities = rank_programmes(scores, ranking)
-    named = np.array(candidates, dtype=object)[numbers]
-    right = np.array([[one in true for one in row] for row, true in zip(named, truth, strict=True)], dtype=bool)
+    """Weigh the scores of programmes so that the true ones are most likely, each after those before it."""
+    numbers = pd.Index(candidates)
+    true = np.array([[*numbers.get_indexer(list(named)), *[-1] * len(candidates)] for named in truth], dtype=np.int64)
+    parts = list(score_places(scores, true[:, : scores[PATHWAY].shape[1]]))
+    language, projector = (np.concatenate(part) for part in zip(*parts, strict=True))
+    named = np.append(np.array(candidates, dtype=object), None)[true[:, : len(parts)].T.ravel()]
+    ranking = calibrate_slot(language, candidates, named, projector)
+    found, probabilities = rank_programmes(scores, ranking)
+    right = (found[:, :, None] == true[:, None, :]).any(axis=2)
     log.info("programmes: weights of language model and projector %.2f and %.2f", *ranking.weights)
-    return ranking, calibrate_programmes(probabilities, right.reshape(probabilities.shape))
+    return ranking, calibrate_programmes(probabilities, right)
 
 
 def save_reference(reference: Reference, path: str) -> None:

@@ -1,6 +1,6 @@
 """What is said of a cell: the most specific guess of each slot, and the term that is probable enough to be reported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -104,8 +104,7 @@ def rank_programmes(scores: Mapping[str, np.ndarray], ranking: SlotCalibration) 
     Parameters
     ----------
     scores
-        Tensors of ``contracts.SCORES``. The language model scores the second programme after the one that it chose
-        itself as the first.
+        Tensors of ``contracts.SCORES``.
     ranking
         Weights of language model and projector.
 
@@ -116,24 +115,43 @@ def rank_programmes(scores: Mapping[str, np.ndarray], ranking: SlotCalibration) 
     probabilities
         That the programme is at this place or an earlier one, given those chosen before; float64, the same shape.
     """
-    steps, projector = scores[PATHWAY].astype(float), scores[f"projector_{PATHWAY}"].astype(float)
-    cells, count, _ = steps.shape
-    rows, agreed = np.arange(cells), np.ones(cells, dtype=bool)
-    numbers, found = np.empty((cells, count), dtype=np.int64), np.empty((cells, count))
-    language, absent = steps[:, 0], np.ones(projector.shape)  # probability of not being at an earlier place
-    for place in range(count):
-        if place:
-            # where another programme was chosen before, the scores of the last step without it are used
-            language = np.where(agreed[:, None], steps[:, place], language)
-            for taken in (language, projector):
-                taken[rows, numbers[:, place - 1]] = -np.inf
-        now = ranking.probabilities(_normalise(language), _normalise(projector))
+    cells, count, candidates = scores[PATHWAY].shape
+    rows, numbers = np.arange(cells), np.full((cells, count), -1)
+    found, absent = np.empty((cells, count)), np.ones((cells, candidates))  # absent: probability of no earlier place
+    for place, (language, projector) in enumerate(score_places(scores, numbers)):
+        now = ranking.probabilities(language, projector)
         now[rows[:, None], numbers[:, :place]] = 0
         numbers[:, place] = now.argmax(axis=1)
         absent *= 1 - now
         found[:, place] = 1 - absent[rows, numbers[:, place]]
-        agreed &= numbers[:, place] == steps[:, place].argmax(axis=1)
     return numbers, found
+
+
+def score_places(scores: Mapping[str, np.ndarray], named: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the log-probabilities of language model and projector for each place, (cells, candidates).
+
+    The language model scored the second programme after the one that it chose itself as the first. Where another one
+    is named, its scores of the first programme are used, without this one.
+
+    Parameters
+    ----------
+    scores
+        Tensors of ``contracts.SCORES``.
+    named
+        Indices of the programmes named at each place, int64 (cells, places), -1 for none. Only the places before the
+        one to score are read, so the caller may fill in each place after its scores.
+    """
+    steps, projector = scores[PATHWAY].astype(float), scores[f"projector_{PATHWAY}"].astype(float)
+    language, agreed = steps[:, 0], np.ones(len(steps), dtype=bool)
+    for place in range(steps.shape[1]):
+        if place:
+            before = named[:, place - 1]
+            agreed &= before == steps[:, place - 1].argmax(axis=1)
+            language = np.where(agreed[:, None], steps[:, place], language)
+            known = np.flatnonzero(before >= 0)
+            for taken in (language, projector):
+                taken[known, before[known]] = -np.inf
+        yield _normalise(language), _normalise(projector)
 
 
 def _normalise(log_probabilities: np.ndarray) -> np.ndarray:
