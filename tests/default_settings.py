@@ -24,9 +24,5 @@ def finetune_settings(**changes):
     return _section(settings.FinetuneSettings, "finetune", changes)
 
 
-def generate_settings(**changes):
-    return _section(settings.GenerateSettings, "generate", changes)
-
-
 def qc_settings(**changes):
     return _section(settings.QcSettings, "qc", changes)

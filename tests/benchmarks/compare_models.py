@@ -19,6 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
+from cell2text.confidence.calibrate import calibrate
 from cell2text.config import check_config
 from cell2text.contracts import CELLS, DESCRIPTIONS, HISTORY, PREDICTIONS, TERM_SLOTS
 from cell2text.embedding.vectors import Embeddings
@@ -28,7 +29,8 @@ from cell2text.evaluation.metrics import known, score_method
 from cell2text.files import read_json, read_jsonl
 from cell2text.finetuning.finetune import finetune
 from cell2text.generation.generate_descriptions import generate_descriptions
-from cell2text.settings import FinetuneSettings, GenerateSettings, ProjectorSettings
+from cell2text.generation.score_candidates import score_candidates
+from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 ROOT = Path(__file__).parents[2]
 METRICS = (("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("tissue", "accuracy"), ("pathways", "jaccard"))
@@ -101,7 +103,16 @@ def main() -> None:
             finetune(language_model, descriptions, terms, embeddings, str(model), *sections, seed, "")
             files = (str(model), language_model, corpus, terms, embeddings)
             predict_aligned(*files, str(folder / "aligned.parquet"), ["test"])
-            generate_descriptions(*files, str(folder / "test.jsonl"), "test", GenerateSettings(**settings["generate"]))
+            confidence = str(folder / "calibration.json"), str(folder / "reference.safetensors")
+            scores = {split: str(folder / f"{split}.safetensors") for split in ("validation", "test")}
+            for split, path in scores.items():
+                score_candidates(*files, path, split, settings["generate"]["batch_cells"])
+            calibrate(
+                files[0], [scores["validation"]], descriptions, terms, embeddings.files, *confidence,
+                settings["generate"]["confidence"], seed,
+            )  # fmt: skip
+            texts = str(folder / "test.jsonl")
+            generate_descriptions(files[0], scores["test"], *confidence, terms, embeddings.files, texts, "test")
             about = read_json(model / "cell2text.json")
             history = HISTORY.read(model / "history.parquet")
             history = history[history["stage"] != "align"]

@@ -72,7 +72,9 @@ def main() -> None:
     texts = DESCRIPTIONS.read(given.results / "corpus/descriptions.parquet")
     embeddings = Embeddings(sorted(map(str, given.results.glob("embeddings/*/*.safetensors"))))
     nothing = build(given.language_model, embeddings.dimensions(), "nothing")
-    cells = read_cells(texts, "train", embeddings, find_classes(texts), nothing)
+    cells = read_cells(
+        texts, "train", embeddings, find_classes(texts), torch.empty(len(texts), 0, dtype=torch.long), nothing
+    )
     steps = [rows for (rows,) in plan_epoch(cells.text_lengths, BatchSize(given.batch_cells), 1, 0, 0)]
     own = fast.TextLoss, attention.TOKENS, attention.CELLS_IN_CACHE, layers.can_compile
 

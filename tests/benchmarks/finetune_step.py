@@ -124,7 +124,9 @@ def main() -> None:
     embeddings = Embeddings(sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors"))))
     model = build(arguments.language_model, projector, embeddings.dimensions(), settings, CPU)
     fast.speed_up(model)
-    cells = read_cells(texts, "train", embeddings, {"cell_type": classes}, model)
+    cells = read_cells(
+        texts, "train", embeddings, {"cell_type": classes}, torch.empty(len(texts), 0, dtype=torch.long), model
+    )
     weight = model.language_model.get_input_embeddings().weight
     targets = LabelTargets.of([classes], model.tokenizer, weight)
     work = Finetuning(model, targets, cells, cells, settings, 0, Path(tempfile.mkdtemp()), "", Team())

@@ -41,6 +41,8 @@ RULES = [
     "fit_encoder",
     "embed_genes",
     "finetune",
+    "score_candidates",
+    "calibrate",
     "generate_descriptions",
     "baseline_majority",
     "baseline_pca_logistic",
@@ -52,7 +54,7 @@ RULES = [
     "compare",
     "render_report",
 ]
-ON_THE_FLY = ["embed_genes", "finetune", "generate_descriptions", "baseline_shuffled", "baseline_aligned"]
+ON_THE_FLY = ["embed_genes", "finetune", "score_candidates", "baseline_shuffled", "baseline_aligned"]
 DONORS, GENE_SETS, GENES_PER_SET = 200, 20, 40
 CONFIG = {
     "run": "scale",
@@ -63,7 +65,6 @@ CONFIG = {
     # reads gene vectors, unlike the default, which reads pooled ones
     "projector": {"kind": "mlp", "soft_tokens": 2, "hidden": 32},
     "finetune": {"align_steps": 20, "opening_epochs": 0, "epochs": 1, "batch_cells": 64},
-    "generate": {"max_new_tokens": 8},
 }
 
 

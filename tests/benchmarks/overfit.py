@@ -22,15 +22,15 @@ from cell2text.contracts import DESCRIPTIONS, TERM_SLOTS, TERMS
 from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.align import align
-from cell2text.finetuning.data import find_classes, read_cells
+from cell2text.finetuning.data import find_classes, find_programmes, read_cells
 from cell2text.finetuning.loop import Finetuning
 from cell2text.generation.describe import describe_cells
-from cell2text.grammar import Terms
+from cell2text.grammar import PATHWAY, Terms
 from cell2text.model import fast
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.bundle import build
 from cell2text.processes import Team
-from default_settings import finetune_settings, generate_settings, projector_settings
+from default_settings import finetune_settings, projector_settings
 
 
 def main() -> None:
@@ -44,27 +44,28 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(0)
-    texts = DESCRIPTIONS.read(given.results / "corpus/descriptions.parquet")
+    descriptions = given.results / "corpus/descriptions.parquet"
+    texts = DESCRIPTIONS.read(descriptions)
     texts = texts[texts["split"] == "train"].sample(given.cells, random_state=0)
-    classes = find_classes(texts)
+    classes, (programmes, numbers) = find_classes(texts), find_programmes(descriptions)
     embeddings = Embeddings(sorted(map(str, given.results.glob("embeddings/*/*.safetensors"))))
     projector = projector_settings(kind=given.projector, hidden=1024 if given.projector == "pooled" else 256)
     settings = finetune_settings(opening_epochs=0, epochs=given.epochs, patience=10**9, checkpoint_steps=10**9)
     device = pick_device()
     model = build(given.language_model, projector, embeddings.dimensions(), settings, device)
     fast.speed_up(model)
-    cells = read_cells(texts, "train", embeddings, classes, model)
+    cells = read_cells(texts, "train", embeddings, classes, numbers[texts.index.to_numpy()], model)
     model.about["longest_text"] = int(cells.text_lengths.max())
     vectors, lengths = cells.vectors[np.arange(len(cells.texts))]
     if model.projector.reads == "gene_vectors":
         vectors = vectors[torch.arange(vectors.shape[1]) < lengths[:, None]]
     model.projector.fit_inputs(vectors.to(device))
     table = TERMS.read(given.results / "corpus/terms.parquet")
-    targets = LabelTargets.of_labels(classes, table, model)
-    align(model, targets, cells, 200, 0, device)
+    targets = LabelTargets.of_labels(classes | ({PATHWAY: programmes} if programmes else {}), table, model)
+    align(model, targets, cells, 200, 0.0, 0, device)
     with tempfile.TemporaryDirectory() as folder:
         state = Finetuning(model, targets, cells, cells, settings, 0, Path(folder), "", Team()).run()
-    described = list(describe_cells(model.ready_to_write(), cells.vectors, Terms(table), generate_settings()))
+    described = list(describe_cells(model.ready_to_write(), cells.vectors, Terms(table), 64, None))
     print(f"{given.cells} cells, {given.epochs} epochs, {given.projector}: loss {state.best_loss:.4f} nats per token")
     for slot in TERM_SLOTS:
         truth = texts[f"{slot}_id"].to_list()

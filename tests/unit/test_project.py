@@ -116,7 +116,7 @@ def test_every_key_is_explained():
     assert named <= set(keys(schema)) | set(sheet["properties"])
 
 
-@pytest.mark.parametrize("section", ["qc", "sample", "census", "encoder", "projector", "finetune", "generate"])
+@pytest.mark.parametrize("section", ["qc", "sample", "census", "encoder", "projector", "finetune"])
 def test_settings_have_the_keys_of_the_schema(section):
     name = {"qc": "QcSettings"}.get(section, f"{section.capitalize()}Settings")
     fields = {field.name for field in dataclasses.fields(getattr(settings, name))}

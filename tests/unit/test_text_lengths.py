@@ -17,7 +17,6 @@ from cell2text.generation.decode import Written, write_texts
 from cell2text.model import language_model as lm
 from cell2text.model.bundle import load
 from cell2text.model.prompt import Prompt
-from default_settings import generate_settings
 from finetune_run import finetune, write_files
 from tests_terms import small_terms
 
@@ -33,11 +32,10 @@ def test_the_limit_of_a_text_follows_from_the_training_texts(files, tiny_model, 
     vectors = InMemoryVectors(torch.zeros(1, 1, 6), torch.tensor([[2]]))
     monkeypatch.setattr(describe, "write_texts", lambda *given: limits.append(given[-1]) or [Written([], [], True)])
     for limit in (None, longest, longest + 9):
-        list(describe.describe_cells(model, vectors, small_terms(), generate_settings(max_new_tokens=limit)))
+        list(describe.describe_cells(model, vectors, small_terms(), 8, limit))
     assert limits == [math.ceil(1.25 * longest), longest, longest + 9]
     with pytest.raises(InputError, match=f"Set at least {longest}"):
-        settings = generate_settings(max_new_tokens=longest - 1)
-        list(describe.describe_cells(model, vectors, small_terms(), settings))
+        list(describe.describe_cells(model, vectors, small_terms(), 8, longest - 1))
 
 
 def test_a_limit_that_would_truncate_texts_is_refused_before_training(files, tiny_model, monkeypatch):

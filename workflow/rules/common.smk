@@ -156,6 +156,11 @@ def mem_embeddings(wildcards, input, attempt):
     return int(4000 + vectors / 1e6) * attempt
 
 
+def mem_scores(wildcards, input, attempt):
+    """Return the memory in MB of jobs with the scores of one shard, and the descriptions of its cells."""
+    return int(4000 + os.path.getsize(input.scores) / 5e4) * attempt
+
+
 def mem_language_model(processes=1, per_cell=2, cells_at_once=0, optimiser=False):
     """Return the memory in MB of jobs with a language model.
 

@@ -168,7 +168,8 @@ rule baseline_greedy:
         runtime=hours(4),
         gpu=1,
     params:
-        generate=lookup("generate", within=config),
+        batch_cells=lookup("generate/batch_cells", within=config),
+        max_new_tokens=lookup("generate/max_new_tokens", within=config),
         on_the_fly=on_the_fly,
         library=library_version("baseline_greedy.py"),
     message:

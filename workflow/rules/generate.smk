@@ -57,11 +57,11 @@ rule calibrate:
     benchmark:
         "<benchmarks>/calibrate.jsonl"
     conda:
-        "../../envs/llm.yaml"
+        "../../envs/report.yaml"
     threads: 2
     resources:
-        # the pooled vectors of all training cells, twice
-        mem_mb=mem(4000, 2 * DIMENSIONS / 64),
+        # the pooled vectors of one file at a time
+        mem_mb=mem(4000, DIMENSIONS / 64),
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),
@@ -91,14 +91,10 @@ rule generate_descriptions:
     benchmark:
         "<benchmarks>/generate_descriptions/{split}/{shard}.jsonl"
     conda:
-        "../../envs/llm.yaml"
+        "../../envs/report.yaml"
     threads: 2
     resources:
-        # the description of each cell of the shard, as text
-        mem_mb=lambda wildcards, input, attempt: int(
-            4000 + sum(os.path.getsize(file) for file in input.scores.split()) / 5e4
-        )
-        * attempt,
+        mem_mb=mem_scores,
         runtime=hours(1),
     params:
         library=library_version("generate_descriptions.py"),

@@ -4,7 +4,6 @@ from cell2text.contracts import SPLITS
 from cell2text.embedding.vectors import Embeddings
 from cell2text.evaluation.baselines.greedy import predict_greedy
 from cell2text.job import run_job
-from cell2text.settings import GenerateSettings
 
 
 def main(snakemake):
@@ -19,7 +18,8 @@ def main(snakemake):
             embeddings,
             snakemake.output.predictions,
             splits=SPLITS[1:],
-            settings=GenerateSettings(**snakemake.params.generate),
+            batch_cells=snakemake.params.batch_cells,
+            max_new_tokens=snakemake.params.max_new_tokens,
         )
 
 

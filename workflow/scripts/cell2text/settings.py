@@ -95,12 +95,3 @@ class FinetuneSettings:
     balance: bool
     gpus: int
     checkpoint_steps: int
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """The section ``generate``."""
-
-    batch_cells: int
-    confidence: float
-    max_new_tokens: int | None

@@ -8,10 +8,17 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from cell2text.confidence.back_off import TermsAbove, choose_threshold
-from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration, calibrate_programmes, calibrate_slot
-from cell2text.confidence.decisions import Confidence, rank_programmes, read_ancestors, score_places
-from cell2text.confidence.novelty import Reference, choose_limit, draw_reference
+from cell2text.confidence.calibration import (
+    MOST_CELLS,
+    ProgrammeCalibration,
+    SlotCalibration,
+    calibrate_programmes,
+    calibrate_slot,
+)
+from cell2text.confidence.decisions import FIX, Confidence, rank_programmes, read_ancestors, score_places
+from cell2text.confidence.novelty import Reference, choose_limit, draw_cells
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS
+from cell2text.errors import InputError
 from cell2text.files import read_json, whole_file
 from cell2text.grammar import PATHWAY
 
@@ -31,6 +38,8 @@ def calibrate(
 ) -> None:
     """Fit how scores become confidences, and write it.
 
+    Of more than 20,000 validation cells, as many are used, evenly spaced.
+
     Parameters
     ----------
     model
@@ -47,12 +56,15 @@ def calibrate(
         The share of the reported terms that should be right.
     seed
         Seed of the draw of training cells.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two training cells.
     """
-    labels = read_json(f"{model}/cell2text.json")["labels"]
-    ids = [f"{slot}_id" for slot in TERM_SLOTS]
-    cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split", "pathway_ids", *ids])
-    validation = cells[cells["split"] == "validation"]
-    wanted = [*(slot for slot in labels), *(f"projector_{slot}" for slot in labels)]
+    labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
+    training, validation = _read_cells(descriptions, seed)
+    wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found = SCORES.read_cells(scores, validation["cell_id"], wanted)
     ancestors = read_ancestors(terms)
     slots, thresholds = {}, {}
@@ -69,11 +81,29 @@ def calibrate(
     ranking, programmes = SlotCalibration(), ProgrammeCalibration()
     if PATHWAY in labels:
         ranking, programmes = _calibrate_programmes(found, labels[PATHWAY], validation["pathway_ids"])
-    training = cells.loc[cells["split"] == "train", "cell_id"]
-    compared = draw_reference(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"], seed)
+    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"])
     own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
     save_reference(compared, reference)
     Confidence(slots, thresholds, ranking, programmes, choose_limit(compared.novelty(own))).save(calibration)
+
+
+def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame]:
+    """Return the ids of the training cells to compare with, and the descriptions of the validation cells, no texts."""
+    splits = DESCRIPTIONS.read(descriptions, ["split"], categories=["split"])["split"]
+    training, validation = (np.flatnonzero(splits == split) for split in ("train", "validation"))
+    if len(training) < 2:
+        raise InputError(
+            descriptions, f"{len(training)} training cells, with which no cell can be compared", "Add training cells"
+        )
+    training = training[draw_cells(len(training), seed)]
+    validation = validation[:: -(-len(validation) // MOST_CELLS) or 1]
+    columns, parts, start = ["cell_id", "split", "pathway_ids", *(f"{slot}_id" for slot in TERM_SLOTS)], [], 0
+    wanted = np.isin(np.arange(len(splits)), np.concatenate([training, validation]))
+    for part in DESCRIPTIONS.read_parts(descriptions, columns):
+        parts.append(part[wanted[start : start + len(part)]])
+        start += len(part)
+    cells = pd.concat(parts)
+    return cells.loc[cells["split"] == "train", "cell_id"], cells[cells["split"] == "validation"]
 
 
 def _calibrate_programmes(

@@ -7,14 +7,16 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from scipy.special import log_softmax
 
 from cell2text.confidence.back_off import TermsAbove, Threshold
 from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration
 from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS
-from cell2text.files import read_json, write_json
+from cell2text.files import read_json, reading, write_json
 from cell2text.grammar import PATHWAY
 
 FIX = "Delete it and run the workflow again"
+CELLS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,15 @@ class Confidence:
         InputError
             If the file is damaged.
         """
-        saved = read_json(Path(path), FIX)
-        return cls(
-            {slot: SlotCalibration.from_dict(one) for slot, one in saved["slots"].items()},
-            {slot: Threshold(**one) for slot, one in saved["thresholds"].items()},
-            SlotCalibration.from_dict(saved["ranking"]),
-            ProgrammeCalibration.from_dict(saved["programmes"]),
-            saved["limit"],
-        )
+        saved = read_json(path, FIX)
+        with reading(path, FIX):
+            return cls(
+                {slot: SlotCalibration.from_dict(one) for slot, one in saved["slots"].items()},
+                {slot: Threshold(**one) for slot, one in saved["thresholds"].items()},
+                SlotCalibration.from_dict(saved["ranking"]),
+                ProgrammeCalibration.from_dict(saved["programmes"]),
+                saved["limit"],
+            )
 
     def describe(
         self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
@@ -77,14 +80,26 @@ class Confidence:
         ancestors
             For each slot, the ancestors of each term.
         """
+        terms = {slot: TermsAbove(labels[slot], ancestors[slot]) for slot in TERM_SLOTS if slot in labels}
         cells = len(next(iter(scores.values())))
-        columns: dict[str, Any] = {"pathway_ids": [[] for _ in range(cells)]}
-        for slot in TERM_SLOTS:
-            if slot not in labels:
-                continue
+        parts = []
+        for start in range(0, max(cells, 1), CELLS_AT_ONCE):  # their probabilities in float64 take most of the memory
+            some = {name: tensor[start : start + CELLS_AT_ONCE] for name, tensor in scores.items()}
+            parts.append(self._describe(some, labels, terms))
+        return pd.concat(parts, ignore_index=True)
+
+    def _describe(
+        self,
+        scores: Mapping[str, np.ndarray],
+        labels: Mapping[str, Sequence[str]],
+        terms: Mapping[str, TermsAbove],
+    ) -> pd.DataFrame:
+        columns: dict[str, Any] = {"pathway_ids": [[] for _ in next(iter(scores.values()))]}
+        for slot, above in terms.items():
             ids, found = np.array(labels[slot], dtype=object), self.probabilities(slot, scores)
-            columns[f"{slot}_id"], columns[f"{slot}_confidence"] = ids[found.argmax(axis=1)], found.max(axis=1)
-            reported = TermsAbove(labels[slot], ancestors[slot]).report(found, self.thresholds[slot].value)
+            columns[f"{slot}_id"] = ids[found.argmax(axis=1)]
+            columns[f"{slot}_confidence"] = found.max(axis=1).astype(np.float32)
+            reported = above.report(found, self.thresholds[slot].value)
             columns[f"{slot}_reported_id"], columns[f"{slot}_reported_confidence"] = reported
         if PATHWAY in labels:
             ranked, found = rank_programmes(scores, self.ranking)
@@ -101,6 +116,10 @@ class Confidence:
 def rank_programmes(scores: Mapping[str, np.ndarray], ranking: SlotCalibration) -> tuple[np.ndarray, np.ndarray]:
     """Return the most probable gene programmes of each cell, most active first, and a probability of each.
 
+    With several programmes in a text, the probability is that of being among the two most active ones, if the second
+    were drawn from what the first leaves (Plackett-Luce model). It takes the same scores for all places, so that one
+    calibration fits the first programme and the others.
+
     Parameters
     ----------
     scores
@@ -113,18 +132,17 @@ def rank_programmes(scores: Mapping[str, np.ndarray], ranking: SlotCalibration) 
     numbers
         Indices of the candidates, int64 (cells, programmes in a text).
     probabilities
-        That the programme is at this place or an earlier one, given those chosen before; float64, the same shape.
+        float64, the same shape; to be calibrated.
     """
-    cells, count, candidates = scores[PATHWAY].shape
+    cells, count, _ = scores[PATHWAY].shape
     rows, numbers = np.arange(cells), np.full((cells, count), -1)
-    found, absent = np.empty((cells, count)), np.ones((cells, candidates))  # absent: probability of no earlier place
     for place, (language, projector) in enumerate(score_places(scores, numbers)):
         now = ranking.probabilities(language, projector)
+        if not place:
+            found = now if count == 1 else _among_two(now)
         now[rows[:, None], numbers[:, :place]] = 0
         numbers[:, place] = now.argmax(axis=1)
-        absent *= 1 - now
-        found[:, place] = 1 - absent[rows, numbers[:, place]]
-    return numbers, found
+    return numbers, np.take_along_axis(found, numbers, axis=1)
 
 
 def score_places(scores: Mapping[str, np.ndarray], named: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -151,14 +169,19 @@ def score_places(scores: Mapping[str, np.ndarray], named: np.ndarray) -> Iterato
             known = np.flatnonzero(before >= 0)
             for taken in (language, projector):
                 taken[known, before[known]] = -np.inf
-        yield _normalise(language), _normalise(projector)
+        yield log_softmax(language, axis=1), log_softmax(projector, axis=1)
 
 
-def _normalise(log_probabilities: np.ndarray) -> np.ndarray:
-    greatest = log_probabilities.max(axis=1, keepdims=True)
-    greatest = np.where(np.isfinite(greatest), greatest, 0)  # the only candidate was taken
-    with np.errstate(divide="ignore"):
-        return log_probabilities - greatest - np.log(np.exp(log_probabilities - greatest).sum(axis=1, keepdims=True))
+def _among_two(first: np.ndarray) -> np.ndarray:
+    """Return the probability of each candidate to be first or second, from that of being first, (cells, candidates)."""
+    rows, best = np.arange(len(first)), first.argmax(axis=1)
+    others = first.copy()
+    others[rows, best] = 0
+    # p / (1 - p), for the most probable candidate without rounding 1 - p to 0
+    odds, odds_of_best = others / (1 - others), first[rows, best] / np.maximum(others.sum(axis=1), 1e-300)
+    before = odds.sum(axis=1, keepdims=True) - odds + odds_of_best[:, None]  # over all other candidates
+    before[rows, best] = odds.sum(axis=1)
+    return np.minimum(first * (1 + before), 1)
 
 
 def read_ancestors(terms: str) -> dict[str, dict[str, Sequence[str]]]:

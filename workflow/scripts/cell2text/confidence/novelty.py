@@ -18,6 +18,7 @@ is not flagged is not thereby known.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
@@ -42,6 +43,22 @@ class Reference:
     vectors: np.ndarray
     spread: np.ndarray
 
+    @classmethod
+    def of(cls, vectors: np.ndarray) -> Self:
+        """Return the reference of training cells with these embeddings, (cells, dimensions).
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than two cells, or a value is not finite.
+        """
+        if len(vectors) < 2 or not np.isfinite(vectors).all():
+            raise ValueError("the novelty of a cell needs at least two training cells, with finite embeddings")
+        vectors = np.asarray(vectors, dtype=np.float32)
+        nearest = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(vectors) - 1)).fit(vectors)
+        # without arguments, a cell is not among its own neighbours
+        return cls(vectors, nearest.kneighbors()[0].mean(axis=1).astype(np.float32))
+
     def novelty(self, vectors: np.ndarray) -> np.ndarray:
         """Return the novelty of cells that are not in the reference, float32 (cells,); larger is farther away."""
         if not len(vectors):
@@ -53,30 +70,11 @@ class Reference:
         return (distances.mean(axis=1) / np.maximum(self.spread[rows].mean(axis=1), least)).astype(np.float32)
 
 
-def draw_reference(training: np.ndarray, seed: int) -> Reference:
-    """Return at most 10,000 training cells to compare with, drawn at random.
-
-    Parameters
-    ----------
-    training
-        Embeddings of the training cells, (cells, dimensions).
-    seed
-        Seed of the draw.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two cells, or a value is not finite.
-    """
-    if len(training) < 2 or not np.isfinite(training).all():
-        raise ValueError("the novelty of a cell needs at least two training cells, with finite embeddings")
-    rows = np.arange(len(training))
-    if len(rows) > MOST_CELLS:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_CELLS, replace=False))
-    vectors = np.asarray(training[rows], dtype=np.float32)
-    nearest = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(vectors) - 1)).fit(vectors)
-    # without arguments, a cell is not among its own neighbours
-    return Reference(vectors, nearest.kneighbors()[0].mean(axis=1).astype(np.float32))
+def draw_cells(cells: int, seed: int) -> np.ndarray:
+    """Return the rows of at most 10,000 training cells to compare with, drawn at random, in ascending order."""
+    if cells <= MOST_CELLS:
+        return np.arange(cells)
+    return np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
 
 
 def choose_limit(novelty: np.ndarray) -> float | None:

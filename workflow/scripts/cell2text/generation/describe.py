@@ -13,13 +13,14 @@ from cell2text.generation.decode import Written, check_limit, write_texts
 from cell2text.grammar import PATHWAY, Terms, parse
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
-from cell2text.settings import GenerateSettings
 
 # A description may be longer than all training texts, because it combines names that they do not.
 MARGIN = 1.25
 
 
-def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: GenerateSettings) -> Iterator[dict]:
+def describe_cells(
+    model: Cell2Text, vectors: Vectors, terms: Terms, batch_cells: int, max_new_tokens: int | None
+) -> Iterator[dict]:
     """Yield the text of each cell, its parse status, and an id and a confidence for each slot.
 
     Parameters
@@ -30,15 +31,17 @@ def describe_cells(model: Cell2Text, vectors: Vectors, terms: Terms, settings: G
         Input of its projector.
     terms
         Terms that a text may name.
-    settings
-        The config's ``generate`` section.
+    batch_cells
+        Number of cells per batch.
+    max_new_tokens
+        The config's ``generate.max_new_tokens``; None for no limit of its own.
     """
     longest = model.about["longest_text"]
-    check_limit(settings.max_new_tokens, longest)
-    limit = settings.max_new_tokens or math.ceil(MARGIN * longest)
+    check_limit(max_new_tokens, longest)
+    limit = max_new_tokens or math.ceil(MARGIN * longest)
     progress = Progress(len(vectors), "cells")
-    for start in range(0, len(vectors), settings.batch_cells):
-        rows = np.arange(start, min(start + settings.batch_cells, len(vectors)))
+    for start in range(0, len(vectors), batch_cells):
+        rows = np.arange(start, min(start + batch_cells, len(vectors)))
         batch = [part.to(model.device) for part in vectors[rows]]
         for written in write_texts(model, *batch, limit):
             yield read_text(written, terms, model.tokenizer)

@@ -8,7 +8,6 @@ from cell2text.confidence.novelty import Reference
 from cell2text.contracts import EMBEDDINGS, SCORES, TERMS
 from cell2text.files import read_json, write_jsonl
 from cell2text.grammar import Terms, render_rows
-from cell2text.model.alignment import order_slots
 from cell2text.weights import read_weights
 
 log = logging.getLogger("cell2text.generation")
@@ -46,7 +45,7 @@ def generate_descriptions(
     split
         Name of the split.
     """
-    labels = order_slots(read_json(f"{model}/cell2text.json")["labels"])
+    labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found, cells = SCORES.read(scores, wanted)
     confidence = Confidence.load(calibration)

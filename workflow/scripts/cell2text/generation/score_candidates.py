@@ -69,8 +69,8 @@ class Scorer:
         original = load_projector(model, language_model) if loaded.about["finetune"]["mode"] == "full" else loaded
         self.targets = LabelTargets.of_model(self.labels, table, original)
         self.model = loaded.ready_to_write()
-        steps = self.labels, loaded.about["programmes_per_cell"], Terms(table), loaded.tokenizer
-        self.candidates = find_candidates(*steps)
+        programmes = loaded.about["programmes_per_cell"] if PATHWAY in self.labels else 0
+        self.candidates = find_candidates(self.labels, programmes, Terms(table), loaded.tokenizer)
 
     def score(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
         """Return the tensors of ``contracts.SCORES`` for cells, reading at most ``batch_cells`` at a time."""

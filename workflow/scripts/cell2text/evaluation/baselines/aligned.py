@@ -31,7 +31,7 @@ def predict_aligned(
 
     The words are embedded by the original language model, as in the alignment; ``mode: full`` changes the embeddings
     afterwards. The confidence is the softmax over the labels of a slot. Of the gene programmes, the nearest are
-    predicted, as many as a training text has. The parameters are those of :func:`generate_descriptions`, except
+    predicted, as many as a training text has. The parameters are those of :func:`score_candidates`, except
     ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
     loaded, table = load_projector(model, language_model), TERMS.read(terms)

@@ -7,7 +7,6 @@ from cell2text.embedding.vectors import Embeddings
 from cell2text.generation.describe import cells_in, describe_cells
 from cell2text.grammar import Terms
 from cell2text.model.bundle import load
-from cell2text.settings import GenerateSettings
 
 
 def predict_greedy(
@@ -18,18 +17,19 @@ def predict_greedy(
     embeddings: Embeddings,
     predictions: str,
     splits: list[str],
-    settings: GenerateSettings,
+    batch_cells: int,
+    max_new_tokens: int | None,
 ) -> None:
     """Let the model append the most likely token until its text ends, and parse the text.
 
-    The parameters are those of :func:`score_candidates`, except ``predictions``: the file of ``contracts.PREDICTIONS``
-    to write.
+    The parameters are those of :func:`score_candidates` and the config's ``generate.max_new_tokens``, except
+    ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
     loaded, known = load(model, language_model).ready_to_write(), Terms(TERMS.read(terms))
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_list()
         vectors = embeddings.vectors(cells, loaded.projector.reads)
-        described = pd.DataFrame(describe_cells(loaded, vectors, known, settings))
+        described = pd.DataFrame(describe_cells(loaded, vectors, known, batch_cells, max_new_tokens))
         tables.append(described.assign(cell_id=cells, split=split))
     PREDICTIONS.write(pd.concat(tables, ignore_index=True).reindex(columns=list(PREDICTIONS.columns)), predictions)
