@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cell2text.confidence.back_off import Threshold
+from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration
+from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import CELLS, DESCRIPTIONS, EMBEDDINGS, HISTORY, METRICS, TERM_SLOTS, TERMS
 from cell2text.files import read_json, write_json, write_jsonl
 from cell2text.grammar import Slots, Terms, render
@@ -16,6 +19,16 @@ from cell2text.report.results import CALIBRATION, CONFUSION, PER_CLASS, RunFiles
 
 RULES = Path(__file__).parents[1] / "workflow/rules"
 METHODS = ["cell2text", "majority", "pca_logistic", "knn", "nearest_text", "shuffled"]
+# Slot, metric, value, low, high and n of the fine-tuned model's confidences and reported terms.
+SURE = [
+    ("cell_type", "reported_precision", 0.91, 0.82, 0.97, 22),
+    ("cell_type", "coverage", 0.917, 0.79, 1.0, 24),
+    ("cell_type", "reported_depth", 5.25, 5.0, 5.5, 22),
+    ("cell_type", "calibration_error", 0.043, 0.02, 0.09, 23),
+    ("cell_type", "reported_calibration_error", 0.067, 0.03, 0.12, 22),
+    ("pathways", "subset_accuracy", 0.37, 0.3, 0.45, 24),
+    ("pathways", "calibration_error", 0.128, 0.08, 0.19, 24),
+]
 TYPES = {"CL:0000236": "B cell", "CL:0000624": "CD4-positive, alpha-beta T cell", "CL:0000623": "NK cell"}
 PATHWAYS = {"GLYCOLYSIS": "glycolysis", "HYPOXIA": "hypoxia"}
 HOSTILE = "</script><img src=x onerror=\"alert('1')\">\u2028&amp;<!--{{ 7 * 7 }}"
@@ -25,11 +38,17 @@ def term_table():
     rows = [("cell_type", key, name, f"A {name}.") for key, name in TYPES.items()]
     rows += [("pathway", key, name, "") for key, name in PATHWAYS.items()]
     rows += [("tissue", "UBERON:0000178", "blood", "")]
-    return pd.DataFrame(rows, columns=["slot", "id", "name", "definition"]).assign(depth=None, ancestors=None)
+    rows.append(("cell_type", "CL:0000084", "T cell", "A T cell."))
+    table = pd.DataFrame(rows, columns=["slot", "id", "name", "definition"]).assign(depth=None, ancestors=None)
+    table.loc[table["slot"] == "cell_type", "depth"] = [5, 9, 6, 4]
+    return table
 
 
 def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run_text=""):
-    """Write the results of a run with three cell types; every fourth test cell is wrong, cell 7 has no prediction."""
+    """Write the results of a run with three cell types; every fourth test cell is wrong, cell 7 has no prediction.
+
+    The reported terms are the guesses, but T cell for cell 3 and none for cells 7 and 11. Cells 0 and 5 are novel.
+    """
     table = term_table()
     terms = Terms(table)
     TERMS.write(table, folder / "terms.parquet")
@@ -68,8 +87,13 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
             | {f"{slot}_id": None for slot in TERM_SLOTS}
             | {f"{slot}_confidence": None for slot in TERM_SLOTS}
             | {"cell_type_id": term, "tissue_id": term and "UBERON:0000178"}
+            | {f"{slot}_reported_{part}": None for slot in TERM_SLOTS for part in ("id", "confidence")}
             | {"cell_type_confidence": term and 0.875, "status": "parsed" if term else "failed"}
+            | {"pathway_confidences": [0.625] * len(pathways), "novelty": 1.0, "novel": i in (0, 5)}
         )
+        if term and i != 11:
+            reported = ("CL:0000084", 0.9375) if i == 3 else (term, 0.875)
+            rows[-1] |= dict(zip(("cell_type_reported_id", "cell_type_reported_confidence"), reported, strict=True))
     write_jsonl(rows[: cells // 2], folder / "0.jsonl")
     write_jsonl(rows[cells // 2 :], folder / "1.jsonl")
 
@@ -87,6 +111,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         scores = (0.75 - 0.1 * i, 0.7 - 0.1 * i, 0.8 - 0.1 * i, cells, "cell")
         difference = (0.1 * i, 0.1 * i - 0.15, 0.1 * i + 0.15) if i else (math.nan,) * 3
         rows += [("test", method, *metric, *scores, *difference) for metric in metrics]
+    rows += [("test", "cell2text", *scores, "cell", *(math.nan,) * 3) for scores in SURE]
     rows.append(("validation", "cell2text", "cell_type", "accuracy", 0.111, 0.1, 0.12, 9, "cell", *(math.nan,) * 3))
     write_tsv(rows, METRICS, folder / "metrics.tsv")
     scores = [("test", "cell2text", "cell_type", key, name, 8, math.nan, 0.5, 0.6) for key, name in TYPES.items()]
@@ -99,13 +124,14 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     ]
     write_tsv(confused, CONFUSION, folder / "confusion.tsv")
     bins = [("test", "cell2text", "cell_type", 0.8, 0.9, 0.875, 0.75, cells - 1)]
+    bins += [("test", "cell2text", "pathways", low, low + 0.1, low + 0.05, 0.5, cells - 2) for low in (0.3, 0.6)]
     write_tsv(bins, CALIBRATION, folder / "calibration.tsv")
 
     svg = '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><circle id="p1" r="4"/></svg>'
     for name in ("comparison.svg", "study.svg"):
         (folder / name).write_text(svg)
     guarantee = {"claim": "No donor is in two splits", "holds": False, "detail": "1 of 1"}
-    sizes = {"train": 6, "validation": 0, "test": cells}
+    sizes = {"train": 6, "validation": 40, "test": cells}
     write_json(
         {
             "split": "cells",
@@ -139,6 +165,9 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
         folder / "provenance.json",
     )
     record_tables(folder)
+    slots = {slot: SlotCalibration(40) for slot in ("cell_type", "tissue")}
+    thresholds = {"cell_type": Threshold(0.612, 0.8, 40, True), "tissue": Threshold(0.8, 0.8, 3, False)}
+    Confidence(slots, thresholds, SlotCalibration(), ProgrammeCalibration(79), 1.5).save(folder / "confidence.json")
     model = {
         "language_model": {"source": "hf://org/Tiny@main", "licence": "<own>"},
         "projector": {"kind": "perceiver"},
@@ -154,7 +183,7 @@ def write_run(folder, cells=24, cell_name="study|cell", donor="study|donor", run
     HISTORY.write(history(), folder / "history.parquet")
     return RunFiles(
         **{name: folder / f"{name}.tsv" for name in ("metrics", "per_class", "confusion", "calibration")},
-        **{name: folder / f"{name}.json" for name in ("provenance", "audit")},
+        **{name: folder / f"{name}.json" for name in ("provenance", "audit", "confidence")},
         **{name: folder / f"{name}.parquet" for name in ("descriptions", "terms")},
         comparison=folder / "comparison.svg",
         generations=[folder / "0.jsonl", folder / "1.jsonl"],

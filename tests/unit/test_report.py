@@ -42,8 +42,10 @@ def test_the_page_shows_the_run(files, tmp_path):
     for method in METHODS:
         assert title_of(method) in text
     # scores of the test split, not of the validation split
-    for score in ("Cell type accuracy", "Gene programmes", "Texts parsed"):
+    for score in ("Cell type accuracy", "Gene programmes"):
         assert f"{score} 75.0% 95% interval 70.0–80.0; best baseline, {title_of('majority')}: 65.0" in text
+    reported = "Reported cell types right 91.0% 95% interval 82.0–97.0 the true type or an ancestor; "
+    assert f"{reported}91.7% of the cells have one; 80% requested" in text
     assert "resampling cells, not donors: the test cells have 1 donor, and fewer than 8 are too few" in text
     assert "11.1" not in text
     assert "✗ does not hold" in text and "One donor only." in text
@@ -120,17 +122,17 @@ def test_the_model_card_lists_data_scores_and_limits(files, tmp_path):
     assert "hf://org/Tiny@main, licence: &lt;own&gt;" in card
     assert "epoch 2, with a validation loss of 0.2500 nats per token" in card
     assert "| study | 40 | 30 |" in card and "Seed: 7" in card and "a" * 64 in card
-    metrics = [("cell_type", "accuracy"), ("cell_type", "macro_f1"), ("pathways", "jaccard"), ("text", "parsed")]
-    scores = [read_results(files).metric("cell2text", *metric) for metric in metrics]
-    values = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
-    assert f"| Cell2Text | {' | '.join(values)} |" in card
-    assert (
-        "| method | cell type accuracy | cell type macro-F1 | gene programmes, Jaccard index | texts parsed |" in card
+    titles = (
+        "| method | cell type accuracy | cell type macro-F1 | gene programmes, Jaccard index | gene programmes, all "
     )
+    titles += "correct | calibration error, cell type | calibration error, gene programmes |"
+    values = ["0.750 [0.700, 0.800]"] * 3
+    values += ["0.370 [0.300, 0.450]", "0.043 [0.020, 0.090]", "0.128 [0.080, 0.190]"]
+    assert titles in card and f"| Cell2Text | {' | '.join(values)} |" in card
     assert "its labels are &lt;approximate&gt;" in card and "not a diagnosis" in card
 
 
-@pytest.mark.parametrize("field", ["metrics", "comparison", "audit", "corpus"])
+@pytest.mark.parametrize("field", ["metrics", "comparison", "confidence", "audit", "corpus"])
 def test_a_missing_file_is_named(files, tmp_path, field):
     getattr(files, field).unlink()
     with pytest.raises(InputError, match=str(getattr(files, field))):

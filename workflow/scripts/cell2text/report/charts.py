@@ -81,10 +81,11 @@ def reliability(results: Results, slot: str) -> dict[str, Any] | None:
     ]
     return {
         "slot": slot,
+        "unit": "programmes" if slot == "pathways" else "cells",
         "bins": bins,
         "x": x.ticks(),
         "y": y.ticks(),
-        "cells": int(table["n"].sum()),
+        "n": int(table["n"].sum()),
         "error": results.metric(METHOD, slot, "calibration_error"),
     }
 

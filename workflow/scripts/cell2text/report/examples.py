@@ -1,18 +1,20 @@
 """Example descriptions next to their references, with the differing terms marked."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cell2text.contracts import TERM_SLOTS
 from cell2text.grammar import PATHWAY, Terms, parse
-from cell2text.report.results import SLOTS, Results
+from cell2text.report.results import SLOTS, Results, slot_name
 
 EXAMPLES = 20
 
 
 def choose_examples(results: Results, seed: int, examples: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Return random cells, each with its generated text, its reference and the slots in which they differ."""
+    """Return random cells, each with text, reference, confidences and the slots in which text and reference differ."""
     total = len(results.cells)
     rows = np.random.default_rng(seed).choice(total, size=min(examples, total), replace=False)
     return [_compare(results, cell) for cell in results.cells.iloc[rows].to_dict("records")]
@@ -25,13 +27,26 @@ def _compare(results: Results, cell: dict[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell["cell_id"],
         "status": cell["status"],
-        "confidence": cell["cell_type_confidence"],
+        "novel": cell["novel"] is True,
+        "confidences": list(_list_confidences(results, cell)),
         "correct": "cell_type" not in wrong,
         "labelled": cell["true_cell_type_id"] is not None,
         "differing": [row for row in slots if row["differs"]],
         "predicted": mark_text(cell["text"], wrong, predicted - true, results.terms),
         "true": mark_text(cell["true_text"], wrong, true - predicted, results.terms),
     }
+
+
+def _list_confidences(results: Results, cell: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the confidence of each guess, and the reported term with its own if it is another one."""
+    for slot in TERM_SLOTS:
+        guess, confidence, reported = (cell[f"{slot}_{part}"] for part in ("id", "confidence", "reported_id"))
+        if guess is not None and pd.notna(confidence):
+            row = {"name": slot_name(slot), "confidence": confidence, "backed_off": reported != guess}
+            yield row | {"reported": results.name(slot, reported), "probability": cell[f"{slot}_reported_confidence"]}
+    if isinstance(cell["pathway_confidences"], list):
+        for term, confidence in zip(cell["pathway_ids"], cell["pathway_confidences"], strict=True):
+            yield {"name": results.name("pathways", term), "confidence": confidence, "backed_off": False}
 
 
 def _compare_slot(results: Results, cell: dict[str, Any], slot: str) -> dict[str, Any]:

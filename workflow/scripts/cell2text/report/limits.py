@@ -4,14 +4,19 @@ from collections.abc import Iterator
 
 from cell2text.evaluation.bootstrap import FEWEST_UNITS
 from cell2text.evaluation.methods import title_of
+from cell2text.report.confidence import limits_of_confidence
 from cell2text.report.results import METHOD, Results, slot_name
 from cell2text.report.tables import DIFFERENCE, best_baseline, points, verdict
 
 FEW_CELLS = 10
+MISSING_GENES = (
+    "Genes that a study does not measure count as missing, not as zero, so the model can read cells of any gene panel. "
+    "These scores are those of the panels and depths of the test cells; others may be read less well."
+)
 
 
 def list_limits(results: Results, notes: dict[str, str]) -> list[str]:
-    """Return one sentence per limit: those of the split's audit, of the datasets' notes, and of the scores."""
+    """Return one sentence per limit: of the split's audit, the datasets' notes, the scores and the confidences."""
     of_datasets = [f"{dataset}: {note}" for dataset, note in sorted(notes.items())]
     return [
         *results.audit.get("limits", []),
@@ -19,6 +24,8 @@ def list_limits(results: Results, notes: dict[str, str]) -> list[str]:
         *_limits_of_intervals(results),
         *_limits_of_comparison(results),
         *_limits_of_texts(results),
+        *limits_of_confidence(results),
+        MISSING_GENES,
     ]
 
 

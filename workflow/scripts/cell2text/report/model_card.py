@@ -7,15 +7,18 @@ from pathlib import Path
 from cell2text.contracts import SPLITS
 from cell2text.evaluation.methods import METHODS, title_of
 from cell2text.files import whole_file
+from cell2text.report.confidence import LIKE_VALIDATION, count_novel, rate_slots
 from cell2text.report.limits import describe_intervals, list_limits
-from cell2text.report.results import METHOD, Results
-from cell2text.report.tables import DIFFERENCE, compare_with_best
+from cell2text.report.results import METHOD, Results, slot_name
+from cell2text.report.tables import DIFFERENCE, compare_with_best, list_unparsed
 
 SCORES = {
     "cell type accuracy": ("cell_type", "accuracy"),
     "cell type macro-F1": ("cell_type", "macro_f1"),
     "gene programmes, Jaccard index": ("pathways", "jaccard"),
-    "texts parsed": ("text", "parsed"),
+    "gene programmes, all correct": ("pathways", "subset_accuracy"),
+    "calibration error, cell type": ("cell_type", "calibration_error"),
+    "calibration error, gene programmes": ("pathways", "calibration_error"),
 }
 TRAINED = {
     "lora": "a LoRA adapter of rank {lora_rank}",
@@ -38,7 +41,8 @@ def write_model_card(results: Results, run: str, notes: dict[str, str], path: st
     path
         The Markdown file to write.
     """
-    sections = (_model(results, run), _data(results), _scores(results), _limits(results, notes), _provenance(results))
+    sections = [_model(results, run), _data(results), _scores(results), _confidence(results)]
+    sections += [_limits(results, notes), _provenance(results)]
     text = "\n\n".join("\n".join(section) for section in sections)
     with whole_file(path) as unfinished:
         unfinished.write_text(f"{text}\n", encoding="utf-8")
@@ -94,15 +98,14 @@ def _scores(results: Results) -> Iterator[str]:
     for method, about in METHODS.items():
         scores = [results.metric(method, *metric) for metric in SCORES.values()]
         if any(scores):
-            values = [
-                f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" if score else "–" for score in scores
-            ]
-            yield f"| {about.title} | {' | '.join(values)} |"
+            yield f"| {about.title} | {' | '.join(map(_with_interval, scores))} |"
     yield ""
     yield (
-        "Texts parsed: the share of texts that follow the grammar of the descriptions in full. Most baselines fill in "
-        "a template, so their share is 1."
+        "All correct: both sets of programmes are the same. Calibration error: the mean difference between confidence "
+        "and share of right predictions; lower is better. A method without confidences has none."
     )
+    for title, share in list_unparsed(results):
+        yield f"{title}: {100 * share:.1f}% of the texts follow the grammar in full."
     compared = compare_with_best(results)
     if not compared:
         return
@@ -114,6 +117,54 @@ def _scores(results: Results) -> Iterator[str]:
     for row in compared:
         difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(row["baseline"][end] for end in DIFFERENCE))
         yield f"| {row['title']} | {row['baseline']['name']} | {difference} | {row['words']} |"
+
+
+def _confidence(results: Results) -> Iterator[str]:
+    rows = rate_slots(results)
+    yield "## Confidence"
+    yield ""
+    yield (
+        "Each guess has a confidence, calibrated on the validation cells. Next to it, the model reports the most "
+        "specific term of the ontology whose probability, the sum over the candidate names at or below it, reaches the "
+        'slot\'s threshold: the guess itself, an ancestor of it, or nothing ("not determined"). A reported term is '
+        "right if it is the true term or an ancestor of it."
+    )
+    if results.requested is not None:
+        yield ""
+        yield (
+            f"Thresholds were chosen on the validation cells (conformal risk control), so that on average at most "
+            f"{100 - 100 * results.requested:g}% of the reported terms are wrong. This assumes that new cells are like "
+            f"the validation cells: {LIKE_VALIDATION}."
+        )
+    yield ""
+    yield (
+        "| slot | requested | threshold | rests on | right (precision) | cells with one (coverage) | mean depth | "
+        "of the truth | calibration error of guesses | of reported terms |"
+    )
+    yield "|---|" + "---|" * 9
+    for row in rows:
+        threshold, depth = row["threshold"], row["depth"]
+        requested, least = ("–", "–") if threshold is None else (f"{threshold.confidence:g}", f"{threshold.value:.3f}")
+        least = "none is reported" if threshold and threshold.value > 1 else least
+        depths = (f"{depth['value']:.1f}", f"{row['true_depth']:.1f}") if depth else ("–", "–")
+        numbers = [_with_interval(row[name]) for name in ("precision", "coverage", "error", "reported_error")]
+        cells = [slot_name(row["slot"]), requested, least, row["basis"], *numbers[:2], *depths, *numbers[2:]]
+        yield f"| {' | '.join(cells)} |"
+    novel = count_novel(results)
+    if novel:
+        yield ""
+        about = f"{novel['novel']:,} of {novel['cells']:,}"
+        yield f"Flagged as novel, that is, far from the training cells: {about} test cells."
+        if novel["unseen_cells"]:
+            about = f"{novel['unseen_novel']:,} of {novel['unseen_cells']:,}"
+            yield f"Among cells whose type has no training cells: {about}."
+
+
+def _with_interval(score: dict[str, float] | None) -> str:
+    if score is None:
+        return "–"
+    interval = f" [{score['low']:.3f}, {score['high']:.3f}]" if score["low"] == score["low"] else ""
+    return f"{score['value']:.3f}{interval}"
 
 
 def _limits(results: Results, notes: dict[str, str]) -> Iterator[str]:

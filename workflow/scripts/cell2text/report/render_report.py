@@ -12,11 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cell2text.contracts import SPLITS, TERM_SLOTS
-from cell2text.evaluation.methods import title_of
+from cell2text.evaluation.methods import GREEDY, title_of
 from cell2text.files import whole_file
 from cell2text.progress import clock
 from cell2text.report.cell_map import MOST_CELLS, map_data
 from cell2text.report.charts import reliability, training_curve
+from cell2text.report.confidence import LIKE_VALIDATION, count_novel, rate_slots
 from cell2text.report.examples import choose_examples
 from cell2text.report.limits import describe_intervals, list_limits
 from cell2text.report.model_card import write_model_card
@@ -29,6 +30,7 @@ from cell2text.report.tables import (
     compare_with_best,
     confusion_matrix,
     limit_ranges,
+    list_unparsed,
     points,
     score_slots,
 )
@@ -40,11 +42,17 @@ FOLDER = Path(__file__).parent
 SEPARATOR = " · "
 HASH = re.compile("[0-9a-f]{64}")
 STATUSES = {"parsed": "text parsed", "partial": "text partly parsed", "failed": "text not parsed"}
-# The scores of the first screen: title, slot, metric, and a note where the score needs one.
+# The scores of the first screen: title, slot, metric, and a note where the score needs one. {coverage} is the share
+# of cells with a reported cell type, {requested} the requested confidence, both in percent.
 HEADLINE = (
     ("Cell type accuracy", "cell_type", "accuracy", ""),
     ("Gene programmes", "pathways", "jaccard", "Jaccard index of predicted and true programmes"),
-    ("Texts parsed", "text", "parsed", "follow the grammar in full; most baselines fill in a template"),
+    (
+        "Reported cell types right",
+        "cell_type",
+        "reported_precision",
+        "the true type or an ancestor; {coverage}% of the cells have one; {requested:g}% requested",
+    ),
 )
 STAGES = {
     "pretrain": ("Pre-training of the encoder", "masked gene"),
@@ -136,23 +144,28 @@ def _sections(
         "language_model": model_name(results.model.get("language_model") or {}),
         "cells": len(results.cells),
         "cell_types": results.cells["true_cell_type_id"].nunique(),
-        "headline": [
-            {"title": title, "note": note, "own": own, "baseline": best_baseline(results, slot, metric)}
-            for title, slot, metric, note in HEADLINE
-            if (own := results.metric(METHOD, slot, metric))
-        ],
+        "headline": list(_headline(results)),
         "compared": compare_with_best(results),
         "map": map_data(results, seed),
         "most_cells": MOST_CELLS,
-        "columns": list(COLUMNS),
+        "columns": {title: list(group) for title, (_, group) in COLUMNS.items()},
         "methods": compare_methods(results),
+        "greedy": GREEDY,
+        "unparsed": list_unparsed(results),
         "intervals": describe_intervals(results),
         "comparison": files.comparison,
         "slots": slots,
         "confusion": confusion_matrix(results),
         "classes": class_scores(results),
+        "confidences": rate_slots(results),
+        "only": {row["slot"]: row["only"] for row in slots},
+        "requested": results.requested,
+        "like_validation": LIKE_VALIDATION,
+        "novel": count_novel(results),
         "reliability": [
-            chart for slot in dict.fromkeys(["cell_type", *informative]) if (chart := reliability(results, slot))
+            chart
+            for slot in dict.fromkeys(["cell_type", "pathways", *informative])
+            if (chart := reliability(results, slot))
         ],
         "examples": choose_examples(results, seed),
         "curves": [
@@ -166,6 +179,20 @@ def _sections(
         "trail": sort_facts(results.provenance),
         "limits": list_limits(results, notes),
     }
+
+
+def _headline(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield title, note, numbers and best baseline of each score of the first screen."""
+    covered = results.metric(METHOD, "cell_type", "coverage")
+    numbers = {
+        "coverage": percent(covered["value"]) if covered else "–",
+        "requested": 100 * (results.requested or 0),
+    }
+    for title, slot, metric, note in HEADLINE:
+        own = results.metric(METHOD, slot, metric)
+        if own:
+            baseline = best_baseline(results, slot, metric)
+            yield {"title": title, "note": note.format(**numbers), "own": own, "baseline": baseline}
 
 
 def percent(value: float, digits: int = 1) -> str:

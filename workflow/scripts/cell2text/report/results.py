@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import (
     CELLS,
     DESCRIPTIONS,
@@ -52,6 +53,8 @@ class RunFiles:
         JSON.
     comparison
         Plot that compares the methods, SVG.
+    confidence
+        How scores became confidences, written by ``calibrate``, JSON.
     generations
         Generated descriptions of the test cells, one JSONL file per shard.
     corpus, descriptions, terms
@@ -72,6 +75,7 @@ class RunFiles:
     calibration: str
     provenance: str
     comparison: str
+    confidence: str
     generations: Iterable[str]
     corpus: str
     descriptions: str
@@ -100,6 +104,10 @@ class Results:
         Pooled embedding of each of these cells, float32 (cells, dimensions).
     terms
         Names of the terms.
+    depths
+        Depth of the terms in their ontology, indexed by slot and id; NA where a slot has none.
+    confidence
+        How scores became confidences, and the thresholds of reported terms.
     datasets
         Datasets of the corpus.
     history
@@ -118,6 +126,8 @@ class Results:
     cells: pd.DataFrame
     pooled: np.ndarray
     terms: Terms
+    depths: pd.Series
+    confidence: Confidence
     datasets: list[str]
     history: pd.DataFrame
     model: dict[str, Any]
@@ -138,6 +148,11 @@ class Results:
             return "not determined"
         slot = {"pathways": PATHWAY, SEEN: "cell_type", HELD_OUT: "cell_type"}.get(slot, slot)
         return self.terms.name.get(slot, {}).get(term, term)
+
+    @property
+    def requested(self) -> float | None:
+        """The share of the reported terms that should be right; None if no slot has a threshold."""
+        return next((one.confidence for one in self.confidence.thresholds.values()), None)
 
     def resampled(self) -> tuple[str | None, int]:
         """Return what was resampled for metrics of all test cells (donor, cell or None), and their number of donors."""
@@ -166,13 +181,13 @@ def read_results(files: RunFiles) -> Results:
     """
     model = Path(files.model)
     single = [files.metrics, files.per_class, files.confusion, files.calibration, files.provenance]
-    single += [files.comparison, files.corpus, files.descriptions, files.terms, files.audit]
+    single += [files.comparison, files.confidence, files.corpus, files.descriptions, files.terms, files.audit]
     parts = [*files.generations, *files.qc, *files.qc_plots, *files.embeddings]
     for path in (*single, *parts, model / "history.parquet", model / "cell2text.json"):
         if not Path(path).is_file():
             raise InputError(path, "no such file", RUN_AGAIN)
     check_hashes([files.metrics, files.per_class, files.confusion, files.calibration], files.provenance)
-    terms = Terms(TERMS.read(files.terms))
+    terms = TERMS.read(files.terms)
     corpus = CELLS.read(files.corpus, ["cell_id", "dataset_id", "donor"])
     cells = _read_cells(files, corpus)
     return Results(
@@ -182,7 +197,9 @@ def read_results(files: RunFiles) -> Results:
         calibration=_read_test_rows(files.calibration, CALIBRATION),
         cells=cells,
         pooled=_read_pooled(files.embeddings, cells["cell_id"]),
-        terms=terms,
+        terms=Terms(terms),
+        depths=terms.set_index(["slot", "id"])["depth"],
+        confidence=Confidence.load(files.confidence),
         datasets=sorted(corpus["dataset_id"].unique()),
         history=_read_history(Path(files.encoder), model),
         model=read_json(model / "cell2text.json"),
@@ -217,7 +234,7 @@ def _read_cells(files: RunFiles, corpus: pd.DataFrame) -> pd.DataFrame:
         raise InputError(files.descriptions, f"no reference for {len(missing)} described cells", RUN_AGAIN)
     cells = cells.drop(columns="_merge").sort_values("cell_id", ignore_index=True)
     for slot in TERM_SLOTS:
-        for column in (f"{slot}_id", f"true_{slot}_id"):
+        for column in (f"{slot}_id", f"{slot}_reported_id", f"true_{slot}_id"):
             cells[column] = cells[column].astype(object).where(cells[column].notna(), None)
     return cells
 

@@ -8,18 +8,26 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from cell2text.contracts import HELD_OUT, SEEN, TERM_SLOTS
-from cell2text.evaluation.methods import METHODS, title_of
+from cell2text.evaluation.methods import GREEDY, METHODS, title_of
 from cell2text.report.results import METHOD, SLOTS, Results, slot_name
 
+# The table of methods: for each group of columns, the slot and the title and metric of each column.
 COLUMNS = {
-    "Cell type accuracy": ("cell_type", "accuracy"),
-    "Macro-F1": ("cell_type", "macro_f1"),
-    "Ontology similarity": ("cell_type", "similarity"),
-    "Similarity among errors": ("cell_type", "similarity_among_errors"),
-    "Gene programmes, Jaccard": ("pathways", "jaccard"),
-    "BLEU": ("text", "bleu"),
-    "ROUGE-L": ("text", "rouge_l"),
-    "Exact match": ("text", "exact_match"),
+    "Cell type": (
+        "cell_type",
+        {
+            "Accuracy": "accuracy",
+            "Macro-F1": "macro_f1",
+            "Ontology similarity": "similarity",
+            "Similarity among errors": "similarity_among_errors",
+            "Calibration error": "calibration_error",
+        },
+    ),
+    "Gene programmes": (
+        "pathways",
+        {"Jaccard": "jaccard", "All correct": "subset_accuracy", "Calibration error": "calibration_error"},
+    ),
+    "Text": ("text", {"BLEU": "bleu", "ROUGE-L": "rouge_l", "Exact match": "exact_match"}),
 }
 # The scores of the first screen that are compared with the best baseline: title, slot, metric.
 COMPARED = (
@@ -34,12 +42,15 @@ MOST_CLASSES = 30
 
 
 def compare_methods(results: Results) -> list[dict[str, Any]]:
-    """Return one row per method: title, summary and scores, each of a baseline with its :func:`verdict`."""
+    """Return one row per method: title, summary and scores, each of a baseline with its :func:`verdict`.
+
+    Unconstrained text is no baseline, because the same model writes it.
+    """
     rows = []
     for method in _list_methods(results):
-        scores = [results.metric(method, slot, metric) for slot, metric in COLUMNS.values()]
+        scores = [results.metric(method, slot, metric) for slot, group in COLUMNS.values() for metric in group.values()]
         summary = METHODS[method].summary if method in METHODS else ""
-        scores = [score and score | {"verdict": verdict(score)} for score in scores]
+        scores = [score and score | {"verdict": None if method == GREEDY else verdict(score)} for score in scores]
         rows.append({"method": method, "name": title_of(method), "summary": summary, "scores": scores})
     return rows
 
@@ -75,7 +86,7 @@ def _list_methods(results: Results) -> list[str]:
 
 def best_baseline(results: Results, slot: str, metric: str) -> dict[str, Any] | None:
     """Return name and numbers of the baseline that scores highest; None if no baseline has a score."""
-    baselines = (method for method in _list_methods(results) if method != METHOD)
+    baselines = (method for method in _list_methods(results) if method not in (METHOD, GREEDY))
     scores = [
         {"name": title_of(method), **score} for method in baselines if (score := results.metric(method, slot, metric))
     ]
@@ -99,6 +110,12 @@ def compare_with_best(results: Results) -> list[dict[str, Any]]:
         ):
             rows.append({"title": title, "own": own, "baseline": baseline, "verdict": found, "words": words[found]})
     return rows
+
+
+def list_unparsed(results: Results) -> list[tuple[str, float]]:
+    """Return title and share of parsed texts of the methods with texts that do not follow the grammar."""
+    shares = ((title_of(method), results.metric(method, "text", "parsed")) for method in _list_methods(results))
+    return [(title, share["value"]) for title, share in shares if share and share["value"] < 1]
 
 
 def score_slots(results: Results) -> list[dict[str, Any]]:
