@@ -126,7 +126,7 @@ def _confidence(results: Results) -> Iterator[str]:
     yield (
         "Each guess has a confidence, calibrated on the validation cells. Next to it, the model reports the most "
         "specific term of the ontology whose probability, the sum over the candidate names at or below it, reaches the "
-        'slot\'s threshold: the guess itself, an ancestor of it, or nothing ("not determined"). A reported term is '
+        'slot\'s threshold: the guess itself, a more general term, or nothing ("not determined"). A reported term is '
         "right if it is the true term or an ancestor of it."
     )
     if results.requested is not None:
