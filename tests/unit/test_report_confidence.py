@@ -62,6 +62,7 @@ def test_the_table_of_confidence(files, tmp_path):
     # Reported and labelled: all but cells 7 (a T cell of depth 9) and 11 (an NK cell of depth 6) of eight of each type.
     assert first["true_depth"] == pytest.approx((8 * (5 + 9 + 6) - 9 - 6) / 22)
     assert first["basis"] == "40 validation cells, guaranteed"
+    assert [row["only"] for row in (first, tissue, programmes)] == [None, "blood", "glycolysis"]
     assert (tissue["basis"], tissue["precision"]) == ("3 validation cells: too few for a guarantee", None)
     assert (programmes["slot"], programmes["threshold"]) == ("pathways", None)
     text = page_text(files, tmp_path)
@@ -77,6 +78,9 @@ def test_the_table_of_confidence(files, tmp_path):
     row = "| cell type | 0.8 | 0.612 | 40 validation cells, guaranteed | 0.910 [0.820, 0.970] | 0.917 [0.790, 1.000] |"
     assert f"{row} 5.2 | 6.6 | 0.043 [0.020, 0.090] | 0.067 [0.030, 0.120] |" in card
     assert "at most 20% of the reported terms are wrong" in card
+    assert (
+        "| tissue (only blood: not informative) | 0.8 | 0.800 | 3 validation cells: too few for a guarantee |" in card
+    )
 
 
 def test_novel_cells_are_counted(files, tmp_path):

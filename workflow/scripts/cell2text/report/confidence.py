@@ -6,6 +6,7 @@ from typing import Any
 from cell2text.confidence.novelty import PASSING
 from cell2text.contracts import TERM_SLOTS
 from cell2text.report.results import METHOD, SLOTS, Results, slot_name
+from cell2text.report.tables import score_slots
 
 SCORES = {
     "precision": "reported_precision",
@@ -26,14 +27,18 @@ def rate_slots(results: Results) -> list[dict[str, Any]]:
     -------
     list
         ``slot``; ``threshold``, a ``Threshold`` or None; ``basis``, in words; the numbers of the metrics in ``SCORES``,
-        each None if it was not computed; and ``true_depth``, see :func:`true_depth`.
+        each None if it was not computed; ``true_depth``, see :func:`true_depth`; and ``only``, the name of the only
+        true term, if there is just one, because scores are not informative then.
     """
+    only = {row["slot"]: row["only"] for row in score_slots(results)}
     rows = []
     for slot in SLOTS:
         scores = {name: results.metric(METHOD, slot, metric) for name, metric in SCORES.items()}
         threshold = results.confidence.thresholds.get(slot)
         if threshold is not None or any(scores.values()):
-            rows.append({"slot": slot, "threshold": threshold, "basis": _basis(results, slot), **scores})
+            rows.append(
+                {"slot": slot, "only": only.get(slot), "threshold": threshold, "basis": _basis(results, slot), **scores}
+            )
             rows[-1]["true_depth"] = true_depth(results, slot) if scores["depth"] else None
     return rows
 

@@ -126,7 +126,7 @@ def _confidence(results: Results) -> Iterator[str]:
     yield (
         "Each guess has a confidence, calibrated on the validation cells. Next to it, the model reports the most "
         "specific term of the ontology whose probability, the sum over the candidate names at or below it, reaches the "
-        'slot\'s threshold: the guess itself, an ancestor of it, or nothing ("not determined"). A reported term is '
+        'slot\'s threshold: the guess itself, a more general term, or nothing ("not determined"). A reported term is '
         "right if it is the true term or an ancestor of it."
     )
     if results.requested is not None:
@@ -148,7 +148,8 @@ def _confidence(results: Results) -> Iterator[str]:
         least = "none is reported" if threshold and threshold.value > 1 else least
         depths = (f"{depth['value']:.1f}", f"{row['true_depth']:.1f}") if depth else ("–", "–")
         numbers = [_with_interval(row[name]) for name in ("precision", "coverage", "error", "reported_error")]
-        cells = [slot_name(row["slot"]), requested, least, row["basis"], *numbers[:2], *depths, *numbers[2:]]
+        slot = slot_name(row["slot"]) + (f" (only {escape(row['only'])}: not informative)" if row["only"] else "")
+        cells = [slot.replace("|", "&#124;"), requested, least, row["basis"], *numbers[:2], *depths, *numbers[2:]]
         yield f"| {' | '.join(cells)} |"
     novel = count_novel(results)
     if novel:

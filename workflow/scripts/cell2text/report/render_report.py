@@ -158,7 +158,6 @@ def _sections(
         "confusion": confusion_matrix(results),
         "classes": class_scores(results),
         "confidences": rate_slots(results),
-        "only": {row["slot"]: row["only"] for row in slots},
         "requested": results.requested,
         "like_validation": LIKE_VALIDATION,
         "novel": count_novel(results),
