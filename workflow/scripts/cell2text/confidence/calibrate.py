@@ -111,10 +111,12 @@ def _calibrate_programmes(
 ) -> tuple[SlotCalibration, ProgrammeCalibration]:
     """Weigh the scores of programmes so that the true ones are most likely, each after those before it."""
     numbers = pd.Index(candidates)
-    true = np.array([[*numbers.get_indexer(list(named)), *[-1] * len(candidates)] for named in truth], dtype=np.int64)
-    parts = list(score_places(scores, true[:, : scores[PATHWAY].shape[1]]))
+    places = scores[PATHWAY].shape[1]
+    rows = [[*numbers.get_indexer(list(named)), *[-1] * places][:places] for named in truth]
+    true = np.array(rows, dtype=np.int64).reshape(len(truth), places)
+    parts = list(score_places(scores, true))
     language, projector = (np.concatenate(part) for part in zip(*parts, strict=True))
-    named = np.append(np.array(candidates, dtype=object), None)[true[:, : len(parts)].T.ravel()]
+    named = np.append(np.array(candidates, dtype=object), None)[true.T.ravel()]
     ranking = calibrate_slot(language, candidates, named, projector)
     found, probabilities = rank_programmes(scores, ranking)
     right = (found[:, :, None] == true[:, None, :]).any(axis=2)
