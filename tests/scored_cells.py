@@ -92,12 +92,12 @@ def write_run(folder, scores, true, named, training=50, labels=LABELS):
     return folder
 
 
-def run_calibrate(folder, confidence=0.8):
+def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0")):
     """Calibrate, and return the paths of calibration and reference."""
     outputs = str(folder / "calibration.json"), str(folder / "reference.safetensors")
     calibrate(
         str(folder / "model"),
-        [str(folder / f"scores{number}.safetensors") for number in (1, 0)],
+        [str(folder / f"{name}.safetensors") for name in scores],
         str(folder / "descriptions.parquet"),
         str(folder / "terms.parquet"),
         [str(folder / "embeddings.safetensors")],

@@ -207,7 +207,7 @@ def test_reported_terms_are_right_as_often_as_requested(tmp_path):
     assert set(reported[kept]) == {"BM", "BN", "T4", "T8", "B", "T"}
 
 
-def test_calibration_does_not_depend_on_the_files_and_reads_few_of_many_cells(tmp_path, monkeypatch):
+def test_calibration_reads_few_of_many_cells(tmp_path, monkeypatch):
     scores, true, named = draw(60, 3)
     monkeypatch.setattr(calibrating, "MOST_CELLS", 25)
     monkeypatch.setattr(novelty, "MOST_CELLS", 20)

@@ -27,16 +27,17 @@ from cell2text.embedding.rank_genes import rank_genes
 from cell2text.embedding.ranked_cells import RankedSplit, read_measured
 from cell2text.embedding.vectors import Embeddings
 from cell2text.errors import InputError
-from cell2text.evaluation.baselines import shuffled
 from cell2text.evaluation.baselines.aligned import predict_aligned
 from cell2text.evaluation.baselines.knn import predict_knn
 from cell2text.evaluation.baselines.nearest_text import predict_nearest_text
+from cell2text.evaluation.baselines.shuffled import predict_shuffled
 from cell2text.evaluation.evaluate import _read_methods
 from cell2text.files import read_json, read_jsonl, write_json, write_jsonl
 from cell2text.generation.generate_descriptions import generate_descriptions
-from default_settings import generate_settings
+from cell2text.generation.score_candidates import Scorer, score_candidates
 from finetune_run import PROJECTOR, finetune, write_files
 from ranked_files import random_encoder, write_genes
+from scored_cells import run_calibrate
 
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
@@ -87,6 +88,10 @@ def run(tmp_path_factory, tiny_model):
         part = {key: tensor[rows] for key, tensor in tensors.items()}
         EMBEDDINGS.write(part, ids[rows], folder / f"{name}.safetensors")
     inputs = [str(path) for path in (model, tiny_model, folder / "cells.parquet", folder / "terms.parquet")]
+    for name in ("train", "rest"):
+        embeddings = Embeddings([str(folder / f"{name}.safetensors")])
+        score_candidates(*inputs, embeddings, str(folder / f"scores-{name}.safetensors"), "validation", 8)
+    run_calibrate(folder, scores=["scores-train", "scores-rest"])
     return folder, inputs
 
 
@@ -95,8 +100,10 @@ def test_a_shard_without_cells_of_a_split_gives_an_empty_file(run, shard):
     folder, inputs = run
     out = folder / "generations/test"
     for name in (shard, "rest"):
-        embeddings = Embeddings([str(folder / f"{name}.safetensors")])
-        generate_descriptions(*inputs, embeddings, str(out / f"{name}.jsonl"), "test", generate_settings())
+        files, scores = [str(folder / f"{name}.safetensors")], str(folder / f"test-{name}.safetensors")
+        score_candidates(*inputs, Embeddings(files), scores, "test", 8)
+        fitted = str(folder / "calibration.json"), str(folder / "reference.safetensors")
+        generate_descriptions(inputs[0], scores, *fitted, inputs[3], files, str(out / f"{name}.jsonl"), "test")
     assert (out / f"{shard}.jsonl").read_text() == ""
     assert [row["cell_id"] for row in read_jsonl(out / "rest.jsonl")] == ["study|28", "study|29"]
     [(_, generated, _)] = _read_methods([out / f"{shard}.jsonl", out / "rest.jsonl"], [])
@@ -121,16 +128,23 @@ def test_the_aligned_projector_predicts_nothing_for_an_empty_split(run):
 def test_a_cell_alone_in_its_split_is_not_described_from_its_own_embedding(run, monkeypatch):
     folder, inputs = run
     embeddings = Embeddings([str(folder / f"{name}.safetensors") for name in ("none", "train", "rest")])
-    vectors, asked, row = Embeddings.vectors, [], dict.fromkeys(PREDICTIONS.columns)
+    vectors, asked, scored = Embeddings.vectors, [], []
+    score = Scorer.score
+    monkeypatch.setattr(Scorer, "score", lambda self, *given: scored.append(score(self, *given)) or scored[-1])
     monkeypatch.setattr(Embeddings, "vectors", lambda self, ids, *rest: asked.append(ids) or vectors(self, ids, *rest))
-    monkeypatch.setattr(shuffled, "describe_cells", lambda model, vectors, *rest: [row] * len(vectors))
-    shuffled.predict_shuffled(
-        *inputs, embeddings, str(folder / "shuffled.parquet"), SPLITS[1:], generate_settings(), seed=0
-    )
-    assert list(PREDICTIONS.read(folder / "shuffled.parquet")["cell_id"]) == ["study|27", "study|28", "study|29"]
+    calibration, out = str(folder / "calibration.json"), str(folder / "shuffled.parquet")
+    predict_shuffled(*inputs, calibration, embeddings, out, SPLITS[1:], batch_cells=8, seed=0)
+    predicted = PREDICTIONS.read(out)
+    assert list(predicted["cell_id"]) == ["study|27", "study|28", "study|29"]
+    assert (predicted["status"] == "parsed").all() and predicted["cell_type_confidence"].between(0, 1).all()
     (other,), swapped = asked
     assert int(other.split("|")[1]) < 27  # a training cell
     assert swapped == ["study|29", "study|28"]
+    labels = read_json(folder / "model/cell2text.json")["labels"]["cell_type"]
+    best = [labels[number] for scores in scored for number in scores["cell_type"].argmax(axis=1)]
+    assert list(predicted["cell_type_id"]) == best
+    predict_shuffled(*inputs, calibration, embeddings, out, ["none"], batch_cells=8, seed=0)
+    assert len(PREDICTIONS.read(out)) == 0
 
 
 def test_gene_vectors_are_read_from_among_empty_shards(run):

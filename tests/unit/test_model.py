@@ -16,7 +16,7 @@ from cell2text.generation.decode import Written, write_texts
 from cell2text.generation.describe import decode, read_text
 from cell2text.grammar import Terms
 from cell2text.model import bundle, fast, language_model
-from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels
+from cell2text.model.alignment import LabelTargets
 from cell2text.model.fast.layers import FusedGate, FusedLora, FusedNorm
 from cell2text.model.projectors import PROJECTORS
 from cell2text.model.prompt import INSTRUCTION
@@ -219,66 +219,6 @@ def test_load_refuses_missing_weights(build, tiny_model, tmp_path):
     save_file(weights, file)
     with pytest.raises(InputError, match="weights missing"):
         bundle.load(tmp_path, tiny_model, CPU)
-
-
-def test_alignment_scores_are_cosines_over_the_temperature():
-    targets = LabelTargets([torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, -1.0]])])
-    soft = torch.tensor([[[3.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    present = torch.tensor([[True, False], [True, True]])
-    half = 2**-0.5
-    first, second = targets.scores(soft, present)
-    assert torch.allclose(first, torch.tensor([[1.0, 0.0], [half, half]]) / 0.05)
-    assert torch.allclose(second, torch.tensor([[0.0], [-half]]) / 0.05)
-    assert float(targets.loss(soft, present, torch.tensor([[-1, -1], [-1, -1]]))) == 0
-    # the second cell is equally near to both labels of the first slot; the loss of a slot with one label is zero
-    assert float(targets.loss(soft, present, torch.tensor([[-1, 0], [1, -1]]))) == pytest.approx(np.log(2))
-    labels = {"cell_type": ["b", None, "a"], "sex": ["x", "x", "y"]}
-    numbers = number_labels(labels, {"cell_type": ["a", "b"], "sex": ["x"]})
-    assert numbers.tolist() == [[1, 0], [-1, 0], [0, -1]]
-
-
-def test_each_slot_has_its_own_soft_tokens_if_there_are_enough():
-    directions = [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]])]
-    soft = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 2.0], [9.0, 9.0]]])
-    present = torch.tensor([[True, True, True, False]])
-    soft = soft * present[..., None]
-    first, second = LabelTargets(directions, apart=True).scores(soft, present)  # from tokens 0 and 2, and 1 and 3
-    assert torch.allclose(first, torch.tensor([[1.0, 1.0]]) * 2**-0.5 / 0.05)
-    assert torch.allclose(second, torch.tensor([[1.0]]) / 0.05)
-    shared = LabelTargets(directions).scores(soft, present)
-    single = LabelTargets(directions, apart=True).scores(soft[:, 1:2], present[:, 1:2])
-    for mean, one in zip(shared, single, strict=True):
-        assert mean.shape == one.shape
-    assert torch.allclose(shared[0], torch.tensor([[2.0, 4.0]]) / 20**0.5 / 0.05)
-    assert torch.allclose(one, torch.tensor([[1.0]]) / 0.05)  # fewer tokens than slots: both slots use the only one
-
-
-def test_the_description_loss_is_contrastive_both_ways_and_accepts_duplicates():
-    targets = DescriptionTargets(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    soft = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]], [[0.6, 0.8], [0.6, 0.8]]])
-    present = torch.tensor([[True, False], [True, True], [True, True]])
-    # cosines / 0.05 of cells (rows) and their texts (columns); the first and the last text are the same
-    scores = np.array([[20, 0, 20], [0, 20, 0], [12, 16, 12]])
-    matches = np.array([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
-    to_text = [np.log(np.exp(row).sum()) - match @ row for row, match in zip(scores, matches, strict=True)]
-    to_cell = [np.log(np.exp(row).sum()) - match @ row for row, match in zip(scores.T, matches, strict=True)]
-    assert to_text == pytest.approx([np.log(2), 0, np.log(2 + np.exp(4))], abs=1e-8)
-    assert to_cell == pytest.approx([4 + np.log1p(np.exp(-8)), np.log1p(np.exp(-4)), 4 + np.log1p(np.exp(-8))])
-    loss = targets.loss(soft, present, torch.tensor([0, 1, 0]))
-    assert float(loss) == pytest.approx((np.mean(to_text) + np.mean(to_cell)) / 2, rel=1e-5)
-
-
-def test_description_directions_are_centred():
-    embeddings = torch.tensor([[3.0, 0.0], [0.0, 5.0], [4.0, -5.0]])
-    targets = DescriptionTargets.of([torch.tensor([0]), torch.tensor([1]), torch.tensor([1, 2])], embeddings)
-    # unit vectors (1, 0), (0, 1), (1, 0), minus their mean (2/3, 1/3)
-    half = 2**-0.5
-    assert torch.allclose(targets.directions, half * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]))
-    only = DescriptionTargets.of([torch.tensor([0])], embeddings)
-    soft = torch.ones(4, 1, 2, requires_grad=True)
-    loss = only.loss(soft, torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, dtype=torch.long))
-    loss.backward()
-    assert loss.item() == pytest.approx(np.log(4)) and not soft.grad.any()
 
 
 def test_label_targets_of_sentences_are_the_centred_directions_of_sentences(build):

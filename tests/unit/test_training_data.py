@@ -32,7 +32,9 @@ from cell2text.finetuning.optimiser import MasterAdamW
 from cell2text.processes import Team
 from finetune_run import PROJECTOR, TYPES, finetune, losses, schedule, weights, write_files
 from ranked_files import random_encoder, write_genes
-from tests_terms import small_table
+from tests_terms import small_table, two_names_per_slot
+
+NO_PROGRAMMES = torch.empty(30, 0, dtype=torch.long)
 
 
 @pytest.fixture
@@ -48,12 +50,24 @@ def test_a_text_that_names_nothing_is_its_own_opening():
 
 def test_the_model_knows_the_programmes_of_training_texts_and_how_many_a_text_names(files, tiny_model):
     path = files / "descriptions.parquet"
-    assert find_programmes(path) == ([], 0)
+    ids, numbers = find_programmes(path)
+    assert ids == [] and numbers.shape == (30, 0) and numbers.dtype == torch.int64
     table = DESCRIPTIONS.read(path)
     of_training = [["HYPOXIA"], [], ["INTERFERON", "HYPOXIA"], *[[]] * 18]
-    table["pathway_ids"] = [*of_training, *[["GLYCOLYSIS", "INTERFERON", "HYPOXIA"]] * 9]
-    DESCRIPTIONS.write(table, path)
-    assert find_programmes(path) == (["HYPOXIA", "INTERFERON"], 2)
+    # one that no training text names, and more than a training text names
+    of_validation = [["GLYCOLYSIS", "INTERFERON", "HYPOXIA"], *[["INTERFERON"]] * 8]
+    table["pathway_ids"] = [*of_training, *of_validation]
+    DESCRIPTIONS.write_parts([table[:2], table[2:25], table[25:]], path)
+    ids, numbers = find_programmes(path)
+    assert ids == ["HYPOXIA", "INTERFERON"]
+    assert numbers[:4].tolist() == [[0, -1], [-1, -1], [1, 0], [-1, -1]]
+    assert numbers[21:23].tolist() == [[-1, 1], [1, -1]] and numbers[29].tolist() == [1, -1]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
+    embeddings, classes = Embeddings([str(files / "embeddings.safetensors")]), {"cell_type": TYPES}
+    cells = read_cells(table, "validation", embeddings, classes, numbers, model)
+    assert cells.labels.tolist()[:2] == [[0], [1]] and cells.aligned_to.tolist()[:2] == [[0, -1, 1], [1, 1, -1]]
+    TERMS.write(two_names_per_slot().assign(ancestors=None), files / "terms.parquet")
     about = read_json(finetune(files, tiny_model, "model", align_steps=1, epochs=1) / "cell2text.json")
     assert about["labels"]["pathway"] == ["HYPOXIA", "INTERFERON"] and about["programmes_per_cell"] == 2
     assert about["labels"]["cell_type"] == TYPES
@@ -74,7 +88,7 @@ def test_opening_and_first_sentence_end_with_the_token_of_their_full_stop(files,
     tokenizer = tokenizer_of_long_tokens(table["text"]) if long else AutoTokenizer.from_pretrained(tiny_model)
     model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
     embeddings = Embeddings([str(files / "embeddings.safetensors")])
-    cells = read_cells(table, "train", embeddings, {"cell_type": TYPES}, model)
+    cells = read_cells(table, "train", embeddings, {"cell_type": TYPES}, NO_PROGRAMMES, model)
     assert cells.first_sentences[0] == 0 and tokenizer.decode(cells.texts[0][: cells.openings[0]]) == table["text"][0]
     for cell, name in zip(range(1, len(cells.texts)), [1, 2, 0] * 7, strict=False):
         sentence = f"This is a {small_table()['name'][name]}."
@@ -91,7 +105,7 @@ def test_cells_with_the_same_text_share_its_tokens(files, tiny_model, monkeypatc
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = SimpleNamespace(tokenizer=tokenizer, projector=SimpleNamespace(reads="pooled"))
     embeddings = Embeddings([str(files / "embeddings.safetensors")])
-    cells = read_cells(table, "train", embeddings, {"cell_type": TYPES}, model)
+    cells = read_cells(table, "train", embeddings, {"cell_type": TYPES}, NO_PROGRAMMES, model)
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in table["text"][:21]]
     assert [text.tolist() for text in cells.texts] == expected
     assert cells.text_lengths.tolist() == [len(text) for text in expected]

@@ -65,6 +65,7 @@ def test_the_tiny_run_writes_all_results(finished):
     rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
     cells = pd.read_parquet(results / "corpus/cells.parquet")
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
+    assert {row["status"] for row in rows} == {"parsed"} and all(row["novel"] in (True, False) for row in rows)
     assert (results / "report.html").stat().st_size > 50_000
     assert not (results / "model.checkpoints").exists()
     assert not [path for path in finished.rglob("*") if path.suffix in {".pkl", ".bin", ".pt"}]
@@ -96,8 +97,7 @@ def test_deleted_generations_are_regenerated_without_fine_tuning(finished):
         rules, _ = planned(finished)
     finally:
         kept.rename(generations)
-    assert {"generate_descriptions", "evaluate", "compare", "render_report"} <= rules
-    assert not rules & {"finetune", "embed_genes", "fit_encoder", "filter_cells", "fetch_language_model"}
+    assert rules == {"all", "generate_descriptions", "evaluate", "compare", "render_report"}
 
 
 def test_changing_an_evaluation_key_reruns_only_the_evaluation(finished, tmp_path):
@@ -105,6 +105,22 @@ def test_changing_an_evaluation_key_reruns_only_the_evaluation(finished, tmp_pat
     changed.write_text((finished / "tiny.yaml").read_text().replace("bootstrap: 50", "bootstrap: 60"))
     rules, _ = planned(finished, config=changed)
     assert rules == {"all", "evaluate", "compare", "render_report"}
+
+
+def test_another_confidence_calibrates_again_and_scores_nothing_again(finished, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text((finished / "tiny.yaml").read_text() + "generate:\n  confidence: 0.9\n")
+    rules, _ = planned(finished, config=changed)
+    assert rules == {
+        *("all", "calibrate", "generate_descriptions", "baseline_shuffled", "evaluate", "compare", "render_report"),
+    }
+
+
+def test_free_text_is_compared_only_on_request(finished, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text((finished / "tiny.yaml").read_text() + "  greedy: true\n")
+    rules, _ = planned(finished, config=changed)
+    assert rules == {"all", "baseline_greedy", "evaluate", "compare", "render_report"}
 
 
 def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
@@ -159,6 +175,7 @@ def with_geneformer(finished, tmp_path_factory):
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
     settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
     settings(folder, "shards: 2", "shards: 3")
+    settings(folder, "bootstrap: 50", "bootstrap: 50\n  greedy: true")
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
     shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards
     return folder
@@ -180,7 +197,11 @@ def test_a_run_with_geneformer_and_without_cached_vectors(with_geneformer):
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
     jobs = re.search(r"<th[^>]*>embed_genes</th><td>(\d+)</td>", (results / "report.html").read_text())
     assert jobs[1] == "3"
+    assert "greedy" in set(pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")["method"])
     assert planned(folder)[0] == set()
+    changed = folder / "changed.yaml"
+    changed.write_text((folder / "tiny.yaml").read_text() + "generate:\n  confidence: 0.9\n")
+    assert "calibrate" in (rules := planned(folder, config=changed)[0]) and "baseline_greedy" not in rules
 
 
 def test_a_killed_run_keeps_finished_shards_and_resumes_to_the_same_bytes(with_geneformer):
