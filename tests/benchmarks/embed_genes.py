@@ -11,7 +11,6 @@ is reported, too.
 
 import argparse
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,11 +19,12 @@ import torch
 from transformers import BertConfig, BertModel
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "workflow/scripts"))
+sys.path[:0] = [str(ROOT / "workflow/scripts"), str(ROOT / "tests")]
 from cell2text.contracts import TOKENS  # noqa: E402
 from cell2text.device import pick_device, pick_precision  # noqa: E402
 from cell2text.embedding.encoders.ranked_bert import RankedBert, Special  # noqa: E402
 from cell2text.embedding.ranked_cells import RankedCells  # noqa: E402
+from ranked_files import ranked_cells  # noqa: E402
 
 DATA = ROOT.parent / "shared/data"
 SHAPES = {  # layers, hidden, heads, intermediate, positions, tokens
@@ -72,20 +72,19 @@ def rank_studies(cells, vocabulary):
         tokens, _, ends = rank_counts(sparse.csr_matrix(whole.X[rows], dtype=np.float32), token, median)
         parts.append(pd.Series(np.split(tokens, ends[:-1])))
     lists = pd.concat(parts, ignore_index=True)
-    table = pd.DataFrame({"cell_id": [str(i) for i in lists.index], "tokens": lists})
-    table["expression"] = [np.zeros(len(tokens), dtype=np.float32) for tokens in lists]
-    with tempfile.TemporaryDirectory() as folder:
-        TOKENS.write(table[:cells], Path(folder) / "tokens.parquet")
-        return RankedCells.of(TOKENS.read_arrow(Path(folder) / "tokens.parquet"))
+    return cells_of(lists[:cells], vocabulary)
 
 
 def draw_cells(cells, positions, vocabulary):
     """Return cells with random genes; genes per cell as in an atlas: log-normal with median 1,800."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(1800), 0.6, cells).astype(int), 50, 2 * positions)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = rng.integers(4, vocabulary, offsets[-1], dtype=np.int32)
-    return RankedCells(np.arange(cells).astype(str).astype(object), tokens, np.zeros(len(tokens), np.float32), offsets)
+    return cells_of([rng.integers(4, vocabulary, length, dtype=np.int32) for length in lengths], vocabulary)
+
+
+def cells_of(lists, vocabulary):
+    """Return cells with the given tokens; a neural encoder does not read their expression."""
+    return ranked_cells(lists, [np.zeros(len(tokens)) for tokens in lists], vocabulary)
 
 
 @torch.inference_mode()
@@ -146,7 +145,8 @@ def main():
     device = pick_device()
     positions, vocabulary = SHAPES[options.shape][-2:]
     if options.tokens:
-        cells = RankedCells.of(TOKENS.read_arrow(options.tokens[0]).slice(0, options.cells))
+        every = np.ones(vocabulary, dtype=bool)
+        cells = RankedCells.of(TOKENS.read_arrow(options.tokens[0]).slice(0, options.cells), every)
     elif (DATA / "studies").is_dir() and options.shape == "v1-10m":
         cells = rank_studies(options.cells, vocabulary)
     else:

@@ -23,10 +23,10 @@ from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "workflow/scripts"), str(ROOT / "tests")]
-from cell2text.contracts import CELLS, GENES  # noqa: E402
+from cell2text.contracts import CELLS  # noqa: E402
 from cell2text.embedding.encoders import load_encoder  # noqa: E402
 from cell2text.embedding.fit_encoder import fit_encoder  # noqa: E402
-from cell2text.embedding.ranked_cells import RankedSplit  # noqa: E402
+from cell2text.embedding.ranked_cells import RankedSplit, read_measured  # noqa: E402
 from cell2text.evaluation import statistics  # noqa: E402
 from cell2text.evaluation.bootstrap import Bootstrap  # noqa: E402
 from default_settings import encoder_settings  # noqa: E402
@@ -55,8 +55,8 @@ def probe(vectors, cells):
 def read_splits(results):
     """Return the three splits of a run."""
     tokens = sorted(results.glob("tokens/*.parquet"))
-    genes = int(GENES.read(results / "genes.parquet")["token"].max()) + 1
-    return [RankedSplit(tokens, results / "corpus/cells.parquet", split, genes) for split in SPLITS]
+    measured = read_measured(results / "genes.parquet", tokens)
+    return [RankedSplit(tokens, results / "corpus/cells.parquet", split, measured) for split in SPLITS]
 
 
 def embed(results, settings, seed, fetched=None):
@@ -77,11 +77,11 @@ def embed(results, settings, seed, fetched=None):
 
 
 def principal_components(results):
-    """Return the 50 principal components of all cells, fitted on the training cells."""
+    """Return the 50 principal components of all cells, fitted on the training cells; unmeasured genes are zero."""
     start = time.perf_counter()
     train, *others = read_splits(results)
-    parts = [(part.cell_ids, part.matrix(split.genes)) for split in (train, *others) for part in split]
-    training = scipy.sparse.vstack([part.matrix(train.genes) for part in train])
+    parts = [(part.cell_ids, part.matrix()) for split in (train, *others) for part in split]
+    training = scipy.sparse.vstack([part.matrix() for part in train])
     fitted = PCA(50, svd_solver="arpack", random_state=0).fit(training)
     vectors = [pd.DataFrame(fitted.transform(matrix), index=ids) for ids, matrix in parts]
     return pd.concat(vectors), (time.perf_counter() - start, 0.0)
