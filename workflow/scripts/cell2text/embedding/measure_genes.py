@@ -1,7 +1,7 @@
 """Token and median expression of each gene, from the training cells or from a fetched encoder."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numba
@@ -95,17 +95,18 @@ def write_genes(genes: pd.DataFrame, path: str | Path) -> None:
     GENES.write_parts((genes[start : start + GENES_AT_ONCE] for start in range(0, len(genes), GENES_AT_ONCE)), path)
 
 
-def name_genes(cell_files: Iterable[str | Path]) -> pd.DataFrame:
+def name_genes(cell_files: Sequence[str | Path]) -> pd.DataFrame:
     """Return each gene measured in any file, by gene id: ``symbol`` in the first such file, and all their datasets."""
-    genes, places, names, by_ensembl_id = pd.DataFrame({"symbol": pd.Series(dtype=str)}), [], [], set()
+    genes, places, by_ensembl_id = pd.DataFrame({"symbol": pd.Series(dtype=str)}), [], set()
     for file in cell_files:
         table = read_genes(file)
         by_ensembl_id.add(table.index.str.startswith("ENSG").any())
         genes = pd.concat([genes, table[~table.index.isin(genes.index)]])
         places.append(genes.index.get_indexer(table.index).astype(np.int32))
-        names.append(np.full(len(table), Path(file).stem, dtype=object))  # one string for all
     place = np.concatenate(places)
-    by_gene = np.concatenate(names)[np.argsort(place, kind="stable")]
+    names = np.array([Path(file).stem for file in cell_files], dtype=object)
+    dataset = np.repeat(names, [len(own) for own in places])  # of millions of pairs: references to a few strings
+    by_gene = dataset[np.argsort(place, kind="stable")]
     genes["datasets"] = np.split(by_gene, np.cumsum(np.bincount(place))[:-1])
     if len(by_ensembl_id) > 1:
         log.warning("Some datasets use Ensembl ids and others gene symbols: their genes are not matched")
