@@ -24,7 +24,7 @@ from cell2text.evaluation import sums
 from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.evaluation.metrics import known
 from cell2text.files import read_jsonl
-from cell2text.ontology import ANY_CELL, live_terms
+from cell2text.ontology import ROOTS, live_terms
 
 BROAD_TYPES = {
     "CL:0000084": "T cell",
@@ -189,7 +189,7 @@ def _score_reported(true: pd.Series, reported: pd.Series) -> dict[str, tuple[flo
     found = {"coverage": (float(given.mean()), len(given))}
     if pairs:
         found["precision"] = float(np.mean([term in steps_up(cell_type) for cell_type, term in pairs])), len(pairs)
-        depths = [steps_up(term).get(ANY_CELL, 0) for _, term in pairs]
+        depths = [steps_up(term).get(ROOTS["cell_type"], 0) for _, term in pairs]
         found["depth"] = float(np.mean(depths)), len(pairs)
     return found
 

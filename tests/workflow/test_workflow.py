@@ -262,8 +262,8 @@ MISTAKES = {
         r"tiny\.yaml: keys: .*'seeds' was unexpected.*config/README\.md",
     ),
     "value out of range": (
-        lambda folder: settings(folder, "epochs: 2", "epochs: 0"),
-        r"tiny\.yaml: finetune\.epochs: 0 is less than the minimum of 1",
+        lambda folder: settings(folder, "epochs: 2", "epochs: -1"),
+        r"tiny\.yaml: finetune\.epochs: -1 is less than the minimum of 0",
     ),
     "shares": (
         lambda folder: settings(folder, "train: 0.6", "train: 0.9"),
