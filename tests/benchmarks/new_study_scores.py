@@ -1,4 +1,4 @@
-"""Scores of the methods on a study that was left out of training, for new_study.py.
+"""Scores of the methods on a study held out of training, for new_study.py.
 
 Studies rarely share exact cell types, so cells are compared by broad type: the first of ``BROAD_TYPES`` at or above the
 cell type in the Cell Ontology. The order decides for types below several of them: a myeloid dendritic cell is a

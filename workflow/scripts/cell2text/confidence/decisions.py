@@ -30,7 +30,7 @@ class Confidence:
     thresholds
         Threshold of each of these slots.
     ranking
-        Calibration of the most active gene programme, which also weighs the scores of the others.
+        Weights of the scores of gene programmes, the same for all places.
     programmes
         Calibration of named programmes.
     limit

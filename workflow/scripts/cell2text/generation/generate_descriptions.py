@@ -25,8 +25,8 @@ def generate_descriptions(
 ) -> None:
     """Describe the cells of a file of scores.
 
-    The text names the most specific guess of each slot. The term that is probable enough to be reported may be an
-    ancestor of it.
+    The text names the most specific guess of each slot. The term that is probable enough to be reported may be another
+    one, mostly an ancestor of the guess.
 
     Parameters
     ----------
