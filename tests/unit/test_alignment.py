@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels, order_slots
+from cell2text.model.alignment import DescriptionTargets, LabelTargets, number_labels, order_slots, terms_above
 
 
 def test_alignment_scores_are_cosines_over_the_temperature():
@@ -68,6 +68,27 @@ def test_the_programmes_of_a_cell_are_drawn_without_replacement():
     both = LabelTargets([directions[1][:2]], programmes=True).loss(soft, present, torch.tensor([[1, 0]] * 4))
     both.backward()  # the last programme is certain
     assert torch.isfinite(soft.grad).all()
+
+
+def test_a_mistake_within_the_lineage_costs_less():
+    labels = ["B", "T4", "T8", "cell"]
+    ancestors = [["lymphocyte", "cell"], ["T", "lymphocyte", "cell"], np.array(["T", "lymphocyte", "cell"]), None]
+    above = terms_above(labels, ancestors)
+    # lymphocyte and T; what all are or only one is tells nothing apart
+    assert sorted(above.T.tolist()) == [[0, 1, 1, 0], [1, 1, 1, 0]]
+    assert terms_above(["a", "b"], [[], []]).shape == (2, 0)
+    directions = [torch.eye(4)]
+    soft, present = torch.tensor([[[0.2, 0.1, 0.05, 0.0]]]), torch.ones(1, 1, dtype=torch.bool)
+    shares = np.exp(np.array([0.2, 0.1, 0.05, 0.0]) / np.sqrt(0.0525) / 0.05)
+    shares /= shares.sum()
+
+    def loss(true, above=above):
+        return float(LabelTargets(directions, above=[above]).loss(soft, present, torch.tensor([[true]])))
+
+    assert loss(1) == pytest.approx(-np.log(shares[1]) - np.log([shares[1:3].sum(), shares[:3].sum()]).mean(), rel=1e-4)
+    assert loss(0) == pytest.approx(-np.log(shares[0]) - np.log(shares[:3].sum()), rel=1e-3)
+    assert loss(3) == pytest.approx(-np.log(shares[3]), rel=1e-4)
+    assert loss(-1) == 0
 
 
 def test_the_soft_tokens_of_programmes_change_no_other_slot():

@@ -12,7 +12,8 @@ from cell2text.embedding.embed_genes import embed_genes, read_rows
 from cell2text.embedding.ranked_cells import SCALE, RankedCells, RankedStore, read_measured, store_ranked
 from cell2text.embedding.vectors import ComputedVectors, Embeddings
 from cell2text.embedding.views import LEAST_DEPTH, LEAST_GENES, PANEL_CELLS, SMALLEST_PANEL, draw_view
-from cell2text.finetuning.data import Cells
+from cell2text.finetuning.align import add_noise
+from cell2text.finetuning.data import OTHER_NOISE, OWN_NOISE, Cells
 from ranked_files import random_encoder, ranked_cells, write_studies
 
 GENES = 400
@@ -289,9 +290,24 @@ def test_single_cells_are_read_with_the_panels_of_their_studies(embedded):
 @pytest.mark.parametrize(("share", "drawn"), [(0, 4), (0.5, 4), (1, 4), (1, 0)])
 def test_a_share_of_the_cells_is_seen_through_views(share, drawn):
     cells = SimpleNamespace(vectors=SimpleNamespace(views=drawn))
-    numbers = Cells.draw_views(cells, 4000, share, torch.Generator().manual_seed(0))
+    numbers, noise = Cells.draw_views(cells, 4000, share, torch.Generator().manual_seed(0))
     assert numbers.dtype == np.int64 and numbers.shape == (4000,)
     assert abs((numbers >= 0).mean() - share * (drawn > 0)) < (0.03 if share == 0.5 else 1e-9)
     for view in range(drawn):
         assert abs((numbers == view).mean() - share / drawn) < 0.03
     assert numbers.max() < max(drawn, 1) and numbers.min() >= -1
+    displaced = noise != OWN_NOISE
+    assert abs(displaced.float().mean() - share) < 0.03
+    if drawn:
+        assert np.array_equal(displaced.numpy(), numbers >= 0)
+    if share:
+        assert abs(noise[displaced].mean() - OTHER_NOISE / 2) < 0.05 and noise.max() <= OTHER_NOISE
+
+
+def test_noise_is_that_of_each_cell_in_units_of_the_spread():
+    projector = SimpleNamespace(spread=torch.tensor([3.0, 3.0]))
+    for shape in ((3, 2), (3, 5000, 2)):
+        vectors = torch.ones(shape)
+        moved = add_noise(vectors, torch.tensor([0.0, 0.1, 2.0]), projector, torch.Generator().manual_seed(0)) - vectors
+        assert not moved[0].any() and moved[2].any()
+    assert moved[1].std() == pytest.approx(0.3, rel=0.03) and moved[2].std() == pytest.approx(6, rel=0.03)

@@ -18,7 +18,6 @@ log = logging.getLogger("cell2text.finetuning")
 
 ALIGN_CELLS = 256  # cells per step
 ALIGN_RATE = 1e-3
-INPUT_NOISE = 0.3  # standard deviation, as a multiple of the spread of the training cells' vectors
 
 
 def align(
@@ -39,7 +38,7 @@ def align(
     steps
         Number of steps, of ``ALIGN_CELLS`` cells each.
     view_share
-        Share of the cells that are seen through one of their views.
+        Share of the cells that are seen as in another study, see ``Cells.draw_views``.
     seed
         Seed of cells, views and noise.
     device
@@ -59,9 +58,10 @@ def align(
         for step in range(steps):
             random = torch.Generator().manual_seed(seed * 1_000_003 + step)
             rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
-            seen = cells.vectors.seen(rows, cells.draw_views(len(rows), view_share, random))
+            views, noise = cells.draw_views(len(rows), view_share, random)
+            seen = cells.vectors.seen(rows, views)
             vectors, lengths, aligned_to = (part.to(device) for part in (*seen, cells.aligned_to[rows]))
-            loss = targets.loss(*projector(add_noise(vectors, projector, random), lengths), aligned_to)
+            loss = targets.loss(*projector(add_noise(vectors, noise, projector, random), lengths), aligned_to)
             adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
             adam.zero_grad()
             loss.backward()
@@ -78,7 +78,19 @@ def align(
     return history
 
 
-def add_noise(vectors: Tensor, projector: torch.nn.Module, random: torch.Generator) -> Tensor:
-    """Return the vectors with Gaussian noise, drawn on the CPU so that it is the same on every device."""
-    noise = torch.randn(vectors.shape, generator=random).to(vectors.device)
-    return vectors + INPUT_NOISE * projector.spread * noise
+def add_noise(vectors: Tensor, noise: Tensor, projector: torch.nn.Module, random: torch.Generator) -> Tensor:
+    """Return the vectors with Gaussian noise, drawn on the CPU so that it is the same on every device.
+
+    Parameters
+    ----------
+    vectors
+        float (cells, ...).
+    noise
+        Standard deviation of each cell's noise, as a multiple of the spread of the training cells' vectors; (cells,).
+    projector
+        Has the spread.
+    random
+        Generator on the CPU.
+    """
+    noise = noise.view(-1, *[1] * (vectors.dim() - 1)) * torch.randn(vectors.shape, generator=random)
+    return vectors + projector.spread * noise.to(vectors.device)

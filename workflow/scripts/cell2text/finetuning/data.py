@@ -20,6 +20,9 @@ from cell2text.model.cell2text import Cell2Text
 from cell2text.model.prompt import SOURCE
 
 TOKENISED_AT_ONCE = 4096  # texts, because an encoding takes over a hundred bytes per token
+# Standard deviation of the noise added to a cell's vectors, as a multiple of their spread over the training cells:
+OWN_NOISE = 0.1  # of a cell that is seen as it is
+OTHER_NOISE = 2.0  # at most, of a cell that is seen as in another study, where all vectors lie elsewhere
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,31 @@ class Cells:
         parts = (*vectors, padded, mask, self.aligned_to[rows])
         return tuple(part.to(device) for part in parts)
 
-    def draw_views(self, cells: int, share: float, random: torch.Generator) -> np.ndarray:
-        """Return for each of so many cells the number of a random view, or -1 for the cell itself, int64.
+    def draw_views(self, cells: int, share: float, random: torch.Generator) -> tuple[np.ndarray, Tensor]:
+        """Return how each of so many cells is seen: as it is, or as in another study.
 
-        ``share`` is the share of the cells that are seen through a view, if there are any.
+        As in another study means through one of its views, if there are any, and displaced by noise of random size.
+
+        Parameters
+        ----------
+        cells
+            Number of cells.
+        share
+            Share of the cells that are seen as in another study.
+        random
+            Generator on the CPU.
+
+        Returns
+        -------
+        views
+            Number of a random view, or -1 for the cell itself, int64 (cells,).
+        noise
+            Standard deviation of the noise, see ``align.add_noise``, float32 (cells,).
         """
         drawn = torch.randint(max(self.vectors.views, 1), (cells,), generator=random)
-        own = torch.rand(cells, generator=random) >= (share if self.vectors.views else 0)
-        return drawn.masked_fill(own, -1).numpy()
+        own = torch.rand(cells, generator=random) >= share
+        noise = (OTHER_NOISE * torch.rand(cells, generator=random)).masked_fill(own, OWN_NOISE)
+        return drawn.masked_fill(own | (self.vectors.views == 0), -1).numpy(), noise
 
     @property
     def text_lengths(self) -> np.ndarray:

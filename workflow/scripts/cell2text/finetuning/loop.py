@@ -231,9 +231,9 @@ class Finetuning:
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
         rows = rows[np.argsort(self.stage.train.text_lengths[rows], kind="stable")]  # so that attention pads little
         cells = self.stage.train
-        views = cells.draw_views(len(rows), self.settings.view_share, random)
+        views, noise = cells.draw_views(len(rows), self.settings.view_share, random)
         vectors, lengths, text, text_mask, aligned_to = cells.batch(rows, model.device, views)
-        soft, present = model.projector(add_noise(vectors, model.projector, random), lengths)
+        soft, present = model.projector(add_noise(vectors, noise, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # for dropout, if any
         loss, tokens = model.text_loss(soft, present, text, text_mask)
         align_loss = self.targets.loss(soft, present, aligned_to) * tokens

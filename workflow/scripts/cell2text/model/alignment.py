@@ -56,10 +56,20 @@ class LabelTargets:
         Whether each slot has soft tokens of its own.
     programmes
         Whether the last slot is that of gene programmes.
+    above
+        For each slot, which labels the ontology places at or below each of some terms, float32 (labels, terms); see
+        :func:`terms_above`. None if no slot has such terms.
     """
 
-    def __init__(self, directions: Sequence[Tensor], apart: bool = False, programmes: bool = False):
+    def __init__(
+        self,
+        directions: Sequence[Tensor],
+        apart: bool = False,
+        programmes: bool = False,
+        above: Sequence[Tensor] | None = None,
+    ):
         self.directions, self.apart, self.programmes = list(directions), apart, programmes
+        self.above = above or [labels.new_empty(len(labels), 0) for labels in self.directions]
 
     @classmethod
     def of(
@@ -95,7 +105,13 @@ class LabelTargets:
         embeddings = model.language_model.get_input_embeddings().weight.detach()
         by_slot = [[names[slot, label] for label in ids] for slot, ids in labels.items()]
         apart = not model.projector.tokens_are_genes
-        return cls.of(by_slot, model.tokenizer, embeddings, apart, programmes=PATHWAY in labels)
+        targets = cls.of(by_slot, model.tokenizer, embeddings, apart, programmes=PATHWAY in labels)
+        ancestors = terms.set_index(["slot", "id"])["ancestors"]
+        targets.above = [
+            terms_above(ids, [() if slot == PATHWAY else ancestors[slot, label] for label in ids]).to(embeddings.device)
+            for slot, ids in labels.items()
+        ]
+        return targets
 
     @classmethod
     def of_sentences(cls, labels: Mapping[str, Sequence[str]], terms: pd.DataFrame, model: Cell2Text) -> LabelTargets:
@@ -143,6 +159,9 @@ class LabelTargets:
     def loss(self, soft: Tensor, present: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of the labels: the mean over the cells that have one, summed over the slots.
 
+        That of the terms above a label is added with equal weight: a B cell that is taken for a plasma cell is nearer
+        to the truth than one that is taken for a neuron.
+
         Gene programmes are drawn without replacement, the most active first (Plackett-Luce model): the second is scored
         against all but the first.
 
@@ -155,7 +174,8 @@ class LabelTargets:
             columns as a cell may have programmes.
         """
         scores, columns = self.scores(soft, present), list(labels.T)
-        losses = [_cross_entropy(*pair) for pair in zip(scores[: len(scores) - self.programmes], columns, strict=False)]
+        slots = zip(scores[: len(scores) - self.programmes], columns, self.above, strict=False)
+        losses = [_cross_entropy(*slot[:2]) + _cross_entropy_above(*slot) for slot in slots]
         if self.programmes:
             left = scores[-1]
             for programme in columns[len(losses) :]:
@@ -169,6 +189,38 @@ def _cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the mean over the cells that have a label; 0 if none has."""
     total = functional.cross_entropy(scores, labels, ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
+
+
+def _cross_entropy_above(scores: Tensor, labels: Tensor, above: Tensor) -> Tensor:
+    """Return the mean over all terms above the labels of -log of the summed probability of the labels below a term."""
+    known = labels >= 0
+    probabilities, true = scores[known].softmax(-1) @ above, above[labels[known]]
+    return -(true * probabilities.clamp(min=1e-9).log()).sum() / true.sum().clamp(min=1)
+
+
+def terms_above(labels: Sequence[str], ancestors: Sequence[Sequence[str] | None]) -> Tensor:
+    """Return which labels are at or below each term that tells labels apart.
+
+    These are the terms with two or more of the labels at or below them, and not all. Of several terms with the same
+    labels below them, one counts.
+
+    Parameters
+    ----------
+    labels
+        Ids of a slot.
+    ancestors
+        Ids of the ancestors of each label, or None.
+
+    Returns
+    -------
+    Tensor
+        1 or 0, float32 (labels, terms).
+    """
+    lines = [{label, *(found if found is not None else ())} for label, found in zip(labels, ancestors, strict=True)]
+    terms = sorted(set().union(*lines))
+    columns = {tuple(float(term in line) for line in lines) for term in terms}
+    columns = sorted(column for column in columns if 1 < sum(column) < len(labels))
+    return torch.tensor(columns).reshape(len(columns), len(labels)).T.contiguous()
 
 
 class DescriptionTargets:
