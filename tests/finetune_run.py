@@ -29,10 +29,10 @@ SETTINGS = {
 PROJECTOR = {"kind": "pooled", "soft_tokens": 2, "hidden": 16}
 
 
-def write_files(tmp_path, tiny_model):
+def write_files(tmp_path, tiny_model, studies=("study",) * 30):
     """Input files of fine-tuning, with thirty cells of three well separated types."""
     random = np.random.default_rng(0)
-    ids = [f"study|{i}" for i in range(30)]
+    ids = [f"{study}|{i}" for i, study in enumerate(studies)]
     labels = [TYPES[i % 3] for i in range(30)]
     pooled = (np.eye(3, 6)[np.arange(30) % 3] * 4 + random.normal(0, 0.3, (30, 6))).astype(np.float32)
     EMBEDDINGS.write(

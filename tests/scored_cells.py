@@ -92,12 +92,13 @@ def write_run(folder, scores, true, named, training=50, labels=LABELS):
     return folder
 
 
-def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0")):
+def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0"), left_out=None):
     """Calibrate, and return the paths of calibration and reference."""
     outputs = str(folder / "calibration.json"), str(folder / "reference.safetensors")
     calibrate(
         str(folder / "model"),
         [str(folder / f"{name}.safetensors") for name in scores],
+        left_out,
         str(folder / "descriptions.parquet"),
         str(folder / "terms.parquet"),
         [str(folder / "embeddings.safetensors")],

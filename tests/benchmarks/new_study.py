@@ -203,11 +203,10 @@ def run_study(held_out: str, sources: dict[str, str], given: argparse.Namespace)
     variants = {name: dataset for name, dataset in variants.items() if dataset in datasets}
     config = write_config(held_out, folder, text, given)
     targets = ["corpus/descriptions.parquet", *(f"baselines/{name}.parquet" for name in METHODS)]
-    if text:
-        shards = yaml.safe_load(config.read_text()).get("shards", 1)
-        targets += [f"generations/test/{shard}.jsonl" for shard in range(shards)]
+    shards = yaml.safe_load(config.read_text()).get("shards", 1)
+    targets += [f"generations/test/{shard}.jsonl" for shard in range(shards)]
     run_workflow(config, [str((results / name).relative_to(given.work)) for name in targets], given)
-    training, test, predictions = read_results(results, METHODS + [FINE_TUNED] * text)
+    training, test, predictions = read_results(results, [*METHODS, FINE_TUNED])
     studies = {name: ad.read_h5ad(results / f"cells/{name}.h5ad") for name in datasets}
     predictions |= refit(studies, training, variants, given.seed)
     return score_study(training, test, predictions, variants).assign(study=held_out)[COLUMNS]

@@ -3,8 +3,9 @@
 Studies rarely share exact cell types, so cells are compared by broad type: the first of ``BROAD_TYPES`` at or above the
 cell type in the Cell Ontology. The order decides for types below several of them: a myeloid dendritic cell is a
 dendritic cell, microglia are glia, a monocyte is a myeloid leukocyte and not a precursor. Types below none of them,
-such as myeloid cell or lymphocyte, have no broad type. Scored are the cells whose broad type also has training cells;
-the classes of macro-F1 are these types.
+such as myeloid cell or lymphocyte, have no broad type. Projector and text predict the broad type with the greatest sum
+over the exact types below it; the other methods predict that of their exact type. Scored are the cells whose broad type
+also has training cells; the classes of macro-F1 are these types.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
-from cell2text.contracts import DESCRIPTIONS, PREDICTIONS
+from cell2text.confidence.decisions import Confidence
+from cell2text.contracts import DESCRIPTIONS, PREDICTIONS, SCORES
 from cell2text.evaluation import sums
 from cell2text.evaluation.methods import FINE_TUNED
 from cell2text.evaluation.metrics import known
-from cell2text.files import read_jsonl
+from cell2text.files import read_json, read_jsonl
 from cell2text.ontology import ROOTS, live_terms
 
 BROAD_TYPES = {
@@ -86,12 +89,31 @@ def read_results(results: Path, methods: list[str]) -> tuple[pd.DataFrame, pd.Da
             rows = pd.DataFrame(chain.from_iterable(map(read_jsonl, files)))
         else:
             rows = PREDICTIONS.read(results / f"baselines/{method}.parquet")
+        if method in (FINE_TUNED, "aligned"):
+            rows["broad"] = rows["cell_id"].map(sum_by_broad_type(results, method))
         predictions[method] = _split_ids(rows[rows["split"] == "test"])
     return described[described["split"] == "train"], described[described["split"] == "test"], predictions
 
 
 def _split_ids(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**rows["cell_id"].str.extract(r"^(?P<dataset>[^|]+)\|(?P<barcode>.+)$"))
+
+
+def sum_by_broad_type(results: Path, method: str) -> pd.Series:
+    """Return the most probable broad type of each test cell, by the sum over its exact types; indexed by cell id."""
+    types = read_json(results / "model/cell2text.json")["labels"]["cell_type"]
+    confidence = Confidence.load(results / "confidence/calibration.json")
+    confidence = confidence.new_studies or confidence
+    broad = pd.Series(types).map(broad_type)
+    names = sorted(set(broad.dropna()))
+    members = np.array([[one == name for name in names] for one in broad], dtype=float)
+    found = []
+    for path in sorted(results.glob("scores/test/*.safetensors")):
+        scores, cells = SCORES.read(path, ["cell_type", "projector_cell_type"])
+        projector = softmax(scores["projector_cell_type"].astype(float), axis=1)
+        probability = projector if method == "aligned" else confidence.probabilities("cell_type", scores)
+        found.append(pd.Series(np.array(names, dtype=object)[(probability @ members).argmax(axis=1)], index=cells))
+    return pd.concat(found)
 
 
 def cells_in_all(test: pd.DataFrame) -> pd.Index:
@@ -154,7 +176,7 @@ def score(
     scored = broad.notna().to_numpy()
     if not scored.any():
         return {}
-    guess = ids.map(broad_type)
+    guess = known(predicted["broad"]) if "broad" in predicted else ids.map(broad_type)
     terms = sums.class_terms(broad, guess, pd.Index(sorted(set(broad.dropna()))))
     found = {
         "accuracy": (float((broad == guess)[scored].mean()), int(scored.sum())),

@@ -91,7 +91,7 @@ def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
         if re.search(r"^        gpu=", body, re.MULTILINE)
     }
     assert declaring == {
-        "embed_genes", "finetune", "fit_encoder", "score_candidates", "baseline_shuffled", "baseline_aligned",
+        "embed_genes", "finetune", "fit_encoder", "score_candidates", "score_left_out_studies", "baseline_shuffled", "baseline_aligned",
         "baseline_greedy",
     }  # fmt: skip
 

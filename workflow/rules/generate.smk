@@ -42,10 +42,48 @@ rule score_candidates:
         "../scripts/score_candidates.py"
 
 
+rule score_left_out_studies:
+    input:
+        language_model=LANGUAGE_MODEL,
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        encoder="<results>/encoder",
+        embeddings=EMBEDDINGS,
+        tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
+    output:
+        # no rows if fewer than three studies have training cells
+        scores="<results>/scores/left_out_studies.safetensors",
+    log:
+        "<logs>/score_left_out_studies.log",
+    benchmark:
+        "<benchmarks>/score_left_out_studies.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 8
+    resources:
+        mem_mb=mem_language_model(per_cell=5, cells_at_once=4096),
+        runtime=hours(4),
+        gpu=1,
+    params:
+        seed=lookup("seed", within=config),
+        projector=lookup("projector", within=config),
+        finetune=lookup("finetune", within=config),
+        on_the_fly=on_the_fly,
+        library=library_version("score_left_out_studies.py"),
+    message:
+        "Scoring the names for studies left out of alignment"
+    script:
+        "../scripts/score_left_out_studies.py"
+
+
 rule calibrate:
     input:
         model="<results>/model",
         scores=collect("<results>/scores/validation/{shard}.safetensors", shard=SHARDS),
+        left_out=(
+            "<results>/scores/left_out_studies.safetensors" if len(DATASETS) > 2 else []
+        ),
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
         embeddings=EMBEDDINGS,

@@ -9,6 +9,7 @@ def main(snakemake):
     calibrate(
         snakemake.input.model,
         snakemake.input.scores,
+        snakemake.input.left_out or None,
         snakemake.input.descriptions,
         snakemake.input.terms,
         snakemake.input.embeddings,

@@ -53,16 +53,21 @@ class TermsAbove:
         Ids of the candidates, in the order of the columns of their probabilities.
     ancestors
         Ids of all ancestors of each term, without itself; a term that is missing has none.
+    none
+        Probability that the true term is no candidate, which the probabilities of the candidates lack to 1. Such a term
+        is not a candidate, but it may well lie below a more general one: terms with several candidates at or below
+        them, or with another one below, are as probable as if the true term were a candidate.
 
     Attributes
     ----------
     terms
         Ids, object (terms,).
     below
-        Which candidates are at or below each term, float64 (terms, candidates).
+        Weight of each candidate in the probability of each term, float64 (terms, candidates): 0 if it is not at or
+        below the term.
     """
 
-    def __init__(self, candidates: Sequence[str], ancestors: Mapping[str, Collection[str]]):
+    def __init__(self, candidates: Sequence[str], ancestors: Mapping[str, Collection[str]], none: float = 0.0):
         self._ancestors = ancestors
         covered: dict[str, list[int]] = {}
         for column, candidate in enumerate(candidates):
@@ -80,7 +85,8 @@ class TermsAbove:
         self.terms = np.array(reported, dtype=object)
         self.below = np.zeros((len(reported), len(candidates)))
         for row, term in enumerate(reported):
-            self.below[row, covered[term]] = 1
+            alone = len(covered[term]) == 1 and candidates[covered[term][0]] == term
+            self.below[row, covered[term]] = 1 if alone or none == 1 else 1 / (1 - none)
         self._chain = np.array([chains[term] for term in reported], dtype=np.int64)
 
     def _above(self, term: str) -> Collection[str]:
@@ -118,7 +124,8 @@ class TermsAbove:
         """Yield the probabilities of all terms in millionths, int64 (cells, terms), for a block of cells at a time."""
         for start in range(0, len(probabilities), _CELLS_AT_ONCE):
             rows = slice(start, start + _CELLS_AT_ONCE)
-            yield rows, np.rint(np.asarray(probabilities[rows], dtype=np.float64) @ self.below.T * _UNITS).astype(int)
+            sums = np.asarray(probabilities[rows], dtype=np.float64) @ self.below.T
+            yield rows, np.rint(np.minimum(sums, 1) * _UNITS).astype(int)
 
     def right_terms(self, truth: Sequence[str]) -> np.ndarray:
         """Return which terms are right for each true term (itself or an ancestor), bool (cells, terms)."""

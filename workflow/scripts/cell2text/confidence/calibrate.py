@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ log = logging.getLogger("cell2text.confidence")
 def calibrate(
     model: str,
     scores: Sequence[str],
+    left_out: str | None,
     descriptions: str,
     terms: str,
     embeddings: Sequence[str],
@@ -46,6 +48,9 @@ def calibrate(
         Directory of the fine-tuned model.
     scores
         Files of ``contracts.SCORES`` of the validation cells.
+    left_out
+        File of ``contracts.SCORES`` of training cells by projectors that have not seen their study; None, or without
+        rows, if there are too few studies.
     descriptions, terms
         Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
     embeddings
@@ -63,16 +68,38 @@ def calibrate(
         If there are fewer than two training cells.
     """
     labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
-    training, validation = _read_cells(descriptions, seed)
+    training, validation, studies = _read_cells(descriptions, seed)
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found = SCORES.read_cells(scores, validation["cell_id"], wanted)
     ancestors = read_ancestors(terms)
+    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"])
+    own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
+    save_reference(compared, reference)
+    limit = choose_limit(compared.novelty(own))
+    fitted = _fit(found, labels, ancestors, validation, confidence, limit)
+    new = _fit_new_studies(left_out, labels, ancestors, descriptions, confidence, limit) if left_out else None
+    replace(fitted, studies=studies, new_studies=new).save(calibration)
+
+
+def _fit(
+    scores: dict[str, np.ndarray],
+    labels: dict[str, list[str]],
+    ancestors: dict[str, dict[str, Sequence[str]]],
+    cells: pd.DataFrame,
+    confidence: float,
+    limit: float | None,
+) -> Confidence:
+    """Fit calibrations and thresholds on the scores of cells, given as rows of ``contracts.DESCRIPTIONS``."""
     slots, thresholds = {}, {}
     for slot in [slot for slot in TERM_SLOTS if slot in labels]:
-        truth = validation[f"{slot}_id"].astype(object).where(validation[f"{slot}_id"].notna(), None).to_list()
-        slots[slot] = calibrate_slot(found[slot], labels[slot], truth, found[f"projector_{slot}"])
-        probabilities = slots[slot].probabilities(found[slot], found[f"projector_{slot}"])
-        above = TermsAbove(labels[slot], ancestors[slot])
+        truth = cells[f"{slot}_id"].astype(object).where(cells[f"{slot}_id"].notna(), None).to_list()
+        language, projector = scores[slot], scores[f"projector_{slot}"]
+        # A name without cells in the other studies was no candidate for a study left out of training.
+        impossible = np.isneginf(projector[np.arange(len(truth)), pd.Index(labels[slot]).get_indexer(truth)])
+        candidates = ["" if out and one else one for one, out in zip(truth, impossible, strict=True)]
+        slots[slot] = calibrate_slot(language, labels[slot], candidates, projector)
+        above = TermsAbove(labels[slot], ancestors[slot], slots[slot].none)
+        probabilities = slots[slot].probabilities(language, projector)
         thresholds[slot] = choose_threshold(above, probabilities, truth, confidence)
         log.info(
             "%s: weights of language model and projector %.2f and %.2f, terms are reported from probability %.2f (%s)",
@@ -80,30 +107,60 @@ def calibrate(
         )  # fmt: skip
     ranking, programmes = SlotCalibration(), ProgrammeCalibration()
     if PATHWAY in labels:
-        ranking, programmes = _calibrate_programmes(found, labels[PATHWAY], validation["pathway_ids"])
-    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"])
-    own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
-    save_reference(compared, reference)
-    Confidence(slots, thresholds, ranking, programmes, choose_limit(compared.novelty(own))).save(calibration)
+        ranking, programmes = _calibrate_programmes(scores, labels[PATHWAY], cells["pathway_ids"])
+    return Confidence(slots, thresholds, ranking, programmes, limit)
 
 
-def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame]:
-    """Return the ids of the training cells to compare with, and the descriptions of the validation cells, no texts."""
-    splits = DESCRIPTIONS.read(descriptions, ["split"], categories=["split"])["split"]
-    training, validation = (np.flatnonzero(splits == split) for split in ("train", "validation"))
+def _fit_new_studies(
+    left_out: str,
+    labels: dict[str, list[str]],
+    ancestors: dict[str, dict[str, Sequence[str]]],
+    descriptions: str,
+    confidence: float,
+    limit: float | None,
+) -> Confidence | None:
+    """Fit the confidence of cells of new studies, for which only the projector's scores are weighed.
+
+    How the language model's scores should be weighed there is unknown: no language model was trained without a study.
+    """
+    scores, ids = SCORES.read(left_out, [])
+    if not ids:
+        return None
+    scores, ids = SCORES.read(left_out, [f"projector_{slot}" for slot in labels])
+    cells = _read_rows(descriptions, ids)
+    log.info("new studies: %d cells of studies that the projector had not seen", len(ids))
+    places = cells["pathway_ids"].map(len).max()
+    for slot in labels:
+        projector = scores[f"projector_{slot}"]
+        shape = (len(ids), places, len(labels[slot])) if slot == PATHWAY else projector.shape
+        scores[slot] = np.zeros(shape, dtype=np.float32)
+    fitted = _fit(scores, labels, ancestors, cells, confidence, limit)
+    alone = {slot: _projector_alone(one) for slot, one in fitted.slots.items()}
+    return replace(fitted, slots=alone, ranking=_projector_alone(fitted.ranking))
+
+
+def _projector_alone(calibration: SlotCalibration) -> SlotCalibration:
+    return replace(calibration, weights=(0.0, calibration.weights[1]))
+
+
+def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame, tuple[str, ...]]:
+    """Return training cells to compare with, descriptions of the validation cells, and all datasets for training."""
+    cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split"], categories=["split"])
+    training, validation = (np.flatnonzero(cells["split"] == split) for split in ("train", "validation"))
     if len(training) < 2:
         raise InputError(
             descriptions, f"{len(training)} training cells, with which no cell can be compared", "Add training cells"
         )
-    training = training[draw_cells(len(training), seed)]
-    validation = validation[:: -(-len(validation) // MOST_CELLS) or 1]
-    columns, parts, start = ["cell_id", "split", "pathway_ids", *(f"{slot}_id" for slot in TERM_SLOTS)], [], 0
-    wanted = np.isin(np.arange(len(splits)), np.concatenate([training, validation]))
-    for part in DESCRIPTIONS.read_parts(descriptions, columns):
-        parts.append(part[wanted[start : start + len(part)]])
-        start += len(part)
-    cells = pd.concat(parts)
-    return cells.loc[cells["split"] == "train", "cell_id"], cells[cells["split"] == "validation"]
+    ids, validation = cells["cell_id"], validation[:: -(-len(validation) // MOST_CELLS) or 1]
+    studies = tuple(sorted(ids[training].str.split("|", n=1).str[0].unique()))
+    return ids[training[draw_cells(len(training), seed)]], _read_rows(descriptions, ids[validation]), studies
+
+
+def _read_rows(descriptions: str, cells: Sequence[str]) -> pd.DataFrame:
+    """Return ids and gene programmes of some cells, in the given order, reading a part of the file at a time."""
+    columns, wanted = ["cell_id", "pathway_ids", *(f"{slot}_id" for slot in TERM_SLOTS)], pd.Index(cells)
+    parts = [part[part["cell_id"].isin(wanted)] for part in DESCRIPTIONS.read_parts(descriptions, columns)]
+    return pd.concat(parts).set_index("cell_id").loc[wanted].reset_index()
 
 
 def _calibrate_programmes(

@@ -1,7 +1,7 @@
 """What is said of a cell: the most specific guess of each slot, and the term that is probable enough to be reported."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,10 @@ class Confidence:
         Calibration of named programmes.
     limit
         A cell whose novelty is greater is novel; None if there were no validation cells.
+    studies
+        Datasets with training cells.
+    new_studies
+        The confidence of cells of other datasets; None if it could not be fitted: theirs is like that of the others.
     """
 
     slots: dict[str, SlotCalibration]
@@ -42,6 +46,8 @@ class Confidence:
     ranking: SlotCalibration
     programmes: ProgrammeCalibration
     limit: float | None
+    studies: tuple[str, ...] = ()
+    new_studies: "Confidence | None" = None
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
@@ -58,16 +64,26 @@ class Confidence:
         """
         saved = read_json(path, FIX)
         with reading(path, FIX):
-            return cls(
-                {slot: SlotCalibration.from_dict(one) for slot, one in saved["slots"].items()},
-                {slot: Threshold(**one) for slot, one in saved["thresholds"].items()},
-                SlotCalibration.from_dict(saved["ranking"]),
-                ProgrammeCalibration.from_dict(saved["programmes"]),
-                saved["limit"],
-            )
+            return cls._from_dict(saved)
+
+    @classmethod
+    def _from_dict(cls, saved: dict[str, Any]) -> Self:
+        return cls(
+            {slot: SlotCalibration.from_dict(one) for slot, one in saved["slots"].items()},
+            {slot: Threshold(**one) for slot, one in saved["thresholds"].items()},
+            SlotCalibration.from_dict(saved["ranking"]),
+            ProgrammeCalibration.from_dict(saved["programmes"]),
+            saved["limit"],
+            tuple(saved["studies"]),
+            cls._from_dict(saved["new_studies"]) if saved["new_studies"] else None,
+        )
 
     def describe(
-        self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
+        self,
+        scores: Mapping[str, np.ndarray],
+        labels: Mapping[str, Sequence[str]],
+        ancestors: Mapping[str, Any],
+        cells: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """Return ids and confidences of all slots, one row per cell; other columns of the predictions are None.
 
@@ -79,11 +95,24 @@ class Confidence:
             Ids of the candidates of each slot.
         ancestors
             For each slot, the ancestors of each term.
+        cells
+            Cell ids, whose datasets tell which cells are of new studies; None if none is.
         """
-        terms = {slot: TermsAbove(labels[slot], ancestors[slot]) for slot in TERM_SLOTS if slot in labels}
-        cells = len(next(iter(scores.values())))
-        parts = []
-        for start in range(0, max(cells, 1), CELLS_AT_ONCE):  # their probabilities in float64 take most of the memory
+        if self.new_studies and cells is not None:
+            new = ~pd.Series(cells, dtype=object).str.split("|", n=1).str[0].isin(self.studies).to_numpy(bool)
+            if new.any():
+                tables = []
+                for confidence, chosen in ((replace(self, new_studies=None), ~new), (self.new_studies, new)):
+                    some = {name: tensor[chosen] for name, tensor in scores.items()}
+                    tables.append(confidence.describe(some, labels, ancestors).set_index(np.flatnonzero(chosen)))
+                return pd.concat(tables).sort_index()
+        terms = {
+            slot: TermsAbove(labels[slot], ancestors[slot], self.slots[slot].none)
+            for slot in TERM_SLOTS
+            if slot in labels
+        }
+        count, parts = len(next(iter(scores.values()))), []
+        for start in range(0, max(count, 1), CELLS_AT_ONCE):  # their probabilities in float64 take most of the memory
             some = {name: tensor[start : start + CELLS_AT_ONCE] for name, tensor in scores.items()}
             parts.append(self._describe(some, labels, terms))
         return pd.concat(parts, ignore_index=True)

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def align(
     view_share: float,
     seed: int,
     device: torch.device,
+    among: np.ndarray | None = None,
 ) -> list[dict]:
     """Train the projector alone.
 
@@ -43,6 +45,8 @@ def align(
         Seed of cells, views and noise.
     device
         Device of the model.
+    among
+        Rows of the cells to train on, int64; None for all.
 
     Returns
     -------
@@ -53,11 +57,13 @@ def align(
     adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01)
     schedule = warm_up_then_decay(adam, steps)
     history, start = [], time.monotonic()
+    count = len(cells.labels) if among is None else len(among)
     progress = Progress(steps, "alignment steps")
     with listen_for_signals() as stop:
         for step in range(steps):
             random = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            rows = torch.randint(len(cells.labels), (min(ALIGN_CELLS, len(cells.labels)),), generator=random).numpy()
+            rows = torch.randint(count, (min(ALIGN_CELLS, count),), generator=random).numpy()
+            rows = rows if among is None else among[rows]
             views, noise = cells.draw_views(len(rows), view_share, random)
             seen = cells.vectors.seen(rows, views)
             vectors, lengths, aligned_to = (part.to(device) for part in (*seen, cells.aligned_to[rows]))

@@ -115,21 +115,14 @@ def _finetune(
     )
     labels = classes | ({PATHWAY: programmes} if programmes else {})
     longest = check_lengths(model, train, validation, max_new_tokens)
-    _fit_inputs(model, train, seed)
+    fit_inputs(model, train, seed)
     if settings.epochs and settings.fast and not _try_fast(model, train):
         trained = model.projector
         model = build_model()
         model.projector = trained
     model.about["longest_text"] = longest
     table = TERMS.read(terms)
-    if settings.align_to == "labels":
-        targets = LabelTargets.of_labels(labels, table, model)
-    else:
-        which = pd.factorize(training_rows["text"])[0]
-        first = np.unique(which, return_index=True)[1]  # one cell per distinct text
-        tokens = model.language_model.get_input_embeddings().weight.detach()
-        train.aligned_to = torch.from_numpy(which)
-        targets = DescriptionTargets.of([train.texts[row] for row in first], tokens)
+    targets = choose_targets(model, train, training_rows["text"], labels, table)
     source = read_json(Path(language_model, "source.json"))
     fingerprint = hash_config(
         {
@@ -165,7 +158,32 @@ def _finetune(
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _fit_inputs(model: Cell2Text, train: Cells, seed: int) -> None:
+def choose_targets(
+    model: Cell2Text, train: Cells, texts: pd.Series, labels: dict[str, list[str]], table: pd.DataFrame
+) -> LabelTargets | DescriptionTargets:
+    """Return what the training cells are aligned to, as ``finetune.align_to`` says.
+
+    Parameters
+    ----------
+    model, train
+        The model and its training cells. Where they are aligned to whole descriptions, ``train.aligned_to`` is set.
+    texts
+        Text of each training cell, may be categorical.
+    labels
+        Ids of each slot.
+    table
+        A table of ``contracts.TERMS``.
+    """
+    if model.about["finetune"]["align_to"] == "labels":
+        return LabelTargets.of_labels(labels, table, model)
+    which = pd.factorize(texts)[0]
+    first = np.unique(which, return_index=True)[1]  # one cell per distinct text
+    tokens = model.language_model.get_input_embeddings().weight.detach()
+    train.aligned_to = torch.from_numpy(which)
+    return DescriptionTargets.of([train.texts[row] for row in first], tokens)
+
+
+def fit_inputs(model: Cell2Text, train: Cells, seed: int) -> None:
     """Set the projector's centre and spread from the vectors of some training cells."""
     some = np.random.default_rng(seed).permutation(len(train.texts))[:CELLS_TO_SCALE_BY]
     vectors, lengths = train.vectors[np.sort(some)]

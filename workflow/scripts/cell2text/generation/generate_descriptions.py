@@ -49,7 +49,7 @@ def generate_descriptions(
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found, cells = SCORES.read(scores, wanted)
     confidence = Confidence.load(calibration)
-    table = confidence.describe(found, labels, read_ancestors(terms)).assign(status="parsed", split=split)
+    table = confidence.describe(found, labels, read_ancestors(terms), cells).assign(status="parsed", split=split)
     table["cell_id"] = cells
     compared = Reference(**read_weights(reference, FIX, "numpy"))
     table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])

@@ -1,9 +1,11 @@
 """The candidate names of each slot, scored by the language model and by the projector for the cells of one shard."""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cell2text.contracts import SCORES, TERMS
 from cell2text.embedding.vectors import Embeddings, Vectors
@@ -13,6 +15,7 @@ from cell2text.generation.score import score_names
 from cell2text.grammar import PATHWAY, Terms
 from cell2text.model.alignment import LabelTargets, order_slots
 from cell2text.model.bundle import load, load_projector
+from cell2text.model.cell2text import Cell2Text
 
 log = logging.getLogger("cell2text.generation")
 
@@ -28,6 +31,8 @@ def score_candidates(
     batch_cells: int,
 ) -> None:
     """Score the candidate names of the cells of a split in the given shards of embeddings.
+
+    If only the projector was trained, the language model has learnt nothing: to it, all candidates are alike.
 
     Parameters
     ----------
@@ -76,22 +81,50 @@ class Scorer:
         """Return the tensors of ``contracts.SCORES`` for cells, reading at most ``batch_cells`` at a time."""
         return self._score_by_projector(vectors, batch_cells) | self._score_by_language_model(vectors, batch_cells)
 
-    @torch.no_grad()
     def _score_by_projector(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
-        parts = [[torch.empty(0, len(directions))] for directions in self.targets.directions]
-        for start in range(0, len(vectors), batch_cells):
-            rows = np.arange(start, min(start + batch_cells, len(vectors)))
-            batch = [part.to(self.model.device) for part in vectors[rows]]
-            for part, scores in zip(parts, self.targets.scores(*self.model.projector(*batch)), strict=True):
-                part.append(scores.log_softmax(-1).float().cpu())
-        return {f"projector_{slot}": torch.cat(part).numpy() for slot, part in zip(self.labels, parts, strict=True)}
+        scores = score_by_projector(self.model, self.targets, vectors, np.arange(len(vectors)), batch_cells)
+        return {f"projector_{slot}": part.numpy() for slot, part in zip(self.labels, scores, strict=True)}
 
     def _score_by_language_model(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
+        if not self.model.about["finetune"]["epochs"]:  # it has not learnt to read soft tokens
+            return self._score_all_alike(len(vectors))
         parts = [[torch.empty(0, len(step.ids))] for step in self.candidates]
         for batch in score_names(self.model, vectors, self.candidates, batch_cells):
             for part, scores in zip(parts, batch.log_probabilities, strict=True):
                 part.append(scores)
-        steps = [(step.slot, torch.cat(part).numpy()) for step, part in zip(self.candidates, parts, strict=True)]
+        return self._by_slot([torch.cat(part).numpy() for part in parts])
+
+    def _score_all_alike(self, cells: int) -> dict[str, np.ndarray]:
+        counts = [len(step.ids) for step in self.candidates]
+        return self._by_slot([np.full((cells, count), -np.log(count), dtype=np.float32) for count in counts])
+
+    def _by_slot(self, parts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        steps = [(step.slot, scores) for step, scores in zip(self.candidates, parts, strict=True)]
         tensors = {slot: scores for slot, scores in steps if slot != PATHWAY}
         ranked = [scores for slot, scores in steps if slot == PATHWAY]
         return tensors | ({PATHWAY: np.stack(ranked, axis=1)} if ranked else {})
+
+
+@torch.no_grad()
+def score_by_projector(
+    model: Cell2Text, targets: LabelTargets, vectors: Vectors, rows: np.ndarray, batch_cells: int
+) -> list[Tensor]:
+    """Return the log-probabilities of the labels of each slot, float32 (cells, labels), on the CPU.
+
+    Parameters
+    ----------
+    model
+        Only its projector is run.
+    targets
+        The labels of each slot.
+    vectors, rows
+        Input of the projector, and the cells to score.
+    batch_cells
+        Maximum number of cells to read at a time.
+    """
+    parts = [[torch.empty(0, len(directions))] for directions in targets.directions]
+    for start in range(0, len(rows), batch_cells):
+        batch = [part.to(model.device) for part in vectors[rows[start : start + batch_cells]]]
+        for part, scores in zip(parts, targets.scores(*model.projector(*batch)), strict=True):
+            part.append(scores.log_softmax(-1).float().cpu())
+    return [torch.cat(part) for part in parts]
