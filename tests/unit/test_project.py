@@ -91,8 +91,8 @@ def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
         if re.search(r"^        gpu=", body, re.MULTILINE)
     }
     assert declaring == {
-        "embed_genes", "finetune", "fit_encoder", "score_candidates", "score_left_out_studies", "baseline_shuffled", "baseline_aligned",
-        "baseline_greedy",
+        "embed_genes", "finetune", "fit_encoder", "score_candidates", "score_left_out_studies", "baseline_shuffled",
+        "baseline_aligned", "baseline_greedy",
     }  # fmt: skip
 
 
