@@ -280,7 +280,7 @@ def send_to_all_twice(process, sent):
         (send_to_process, signal.SIGTERM, 143, 1),
         (send_to_all_twice, signal.SIGINT, 143, 1),
         (send_to_process, signal.SIGTERM, 143, 2),
-        (send_to_all_twice, signal.SIGINT, 143, 2),
+        pytest.param(send_to_all_twice, signal.SIGINT, 143, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_receives_a_signal_resumes_to_the_same_bytes(
