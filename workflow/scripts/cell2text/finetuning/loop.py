@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cell2text.errors import InputError
 from cell2text.finetuning.align import add_noise
-from cell2text.finetuning.data import BatchSize, Cells, balance, plan_epoch
+from cell2text.finetuning.data import OWN_NOISE, BatchSize, Cells, balance, plan_epoch
 from cell2text.finetuning.optimiser import MasterAdamW
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.cell2text import Cell2Text
@@ -231,8 +231,10 @@ class Finetuning:
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + self.state.step + number * 999_979)
         rows = rows[np.argsort(self.stage.train.text_lengths[rows], kind="stable")]  # so that attention pads little
         cells = self.stage.train
-        views, noise = cells.draw_views(len(rows), self.settings.view_share, random)
+        views, _ = cells.draw_views(len(rows), self.settings.view_share, random)
         vectors, lengths, text, text_mask, aligned_to = cells.batch(rows, model.device, views)
+        # strong noise, as in alignment, would keep the language model from learning to tell cells apart
+        noise = torch.full((len(rows),), OWN_NOISE)
         soft, present = model.projector(add_noise(vectors, noise, model.projector, random), lengths)
         torch.manual_seed(random.initial_seed())  # for dropout, if any
         loss, tokens = model.text_loss(soft, present, text, text_mask)
