@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from cell2text.contracts import DESCRIPTIONS
 from cell2text.errors import InputError
 from cell2text.files import read_json
-from cell2text.finetuning import loop
 from cell2text.finetuning import finetune as finetune_module
+from cell2text.finetuning import loop
 from cell2text.finetuning.loop import Finetuning
 from cell2text.generation.decode import write_texts
 from cell2text.model import language_model as lm

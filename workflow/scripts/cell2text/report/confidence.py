@@ -92,6 +92,18 @@ def limits_of_confidence(results: Results) -> Iterator[str]:
         f"Confidences were calibrated on the validation cells. They hold for cells like these ({LIKE_VALIDATION}), on "
         "average and not for each cell type. They do not hold for a new study."
     )
+    if confidence.new_studies is None:
+        yield (
+            "Cells of a new study get the same confidences, which are too high for them: with fewer than three studies "
+            "in training, nothing tells how much lower theirs should be."
+        )
+    else:
+        cells = max((fitted.cells for fitted in confidence.new_studies.slots.values()), default=0)
+        yield (
+            f"Cells of a new study have confidences of their own. These rest on {cells:,} cells of the "
+            f"{len(confidence.studies):,} training studies, left out of alignment one after the other, and vary from "
+            "study to study."
+        )
     unfitted = [slot_name(slot) for slot, fitted in confidence.slots.items() if not fitted.cells]
     if unfitted:
         yield f"Without labelled validation cells, confidences are not calibrated: {', '.join(unfitted)}."
