@@ -44,6 +44,18 @@ def test_the_most_specific_term_that_reaches_the_threshold_is_reported():
     assert report([[0.25, 0.25, 0.1, 0.35, 0.05]], 0.6) == [("T", 0.6)]
 
 
+def test_a_cell_of_no_candidate_type_is_still_below_general_terms():
+    terms = TermsAbove(CANDIDATES, ANCESTORS, none=0.25)
+    cell = [0.6, 0.15, 0.0, 0.0, 0.0]  # the rest is the probability of another type, such as regulatory T cell
+    assert report([cell], 0.6, terms) == [("CD4", 0.6)]
+    assert report([cell], 0.61, terms) == [("T", 1)]
+    # a candidate is a general term only if others are below it
+    assert report([[0.3, 0.45]], 0.4, TermsAbove(["monocyte", "T"], ANCESTORS, 0.25)) == [("T", 0.45)]
+    assert report([[0.3, 0.45]], 0.4, TermsAbove(["CD4", "T"], ANCESTORS, 0.25)) == [("T", 1)]
+    ids, found = TermsAbove(["CD4", "neuron"], ANCESTORS, 1.0).report(np.zeros((1, 2)), 0.5)
+    assert ids.tolist() == [None] and np.isnan(found).all()
+
+
 def test_ties_are_resolved_by_probability_and_then_by_id():
     assert report([[0.1, 0, 0.6, 0.1, 0.2]], 0.65) == [("T", 0.7)]  # NK and T both have a chain of two
     terms = TermsAbove(["NKT", "monocyte"], ANCESTORS)
