@@ -113,6 +113,13 @@ def test_the_projector_alone_predicts_what_it_scores_highest(run):
     named = np.array(scorer.labels["pathway"])[order]
     assert [list(one) for one in predicted["pathway_ids"]] == named.tolist()
     assert set(predicted["cell_type_id"]) == set(scorer.labels["cell_type"])
+    # a language model that was not trained is not asked
+    scorer.model.about["finetune"]["epochs"] = 0
+    alone = scorer.score(embeddings.vectors(cells, scorer.model.projector.reads), 2)
+    for name, found in alone.items():
+        assert found.shape == scores[name].shape and found.dtype == np.float32
+        assert np.array_equal(found, scores[name]) if "projector" in name else np.ptp(found) == 0
+        assert np.allclose(np.exp(found).sum(axis=-1), 1, atol=1e-5)
 
 
 def test_a_model_describes_cells_from_scores_to_texts(run):
