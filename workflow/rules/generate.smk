@@ -82,7 +82,9 @@ rule calibrate:
         model="<results>/model",
         scores=collect("<results>/scores/validation/{shard}.safetensors", shard=SHARDS),
         left_out=(
-            "<results>/scores/left_out_studies.safetensors" if len(DATASETS) > 2 else []
+            "<results>/scores/left_out_studies.safetensors"
+            if len(DATASETS) > 2
+            else []
         ),
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
