@@ -18,7 +18,7 @@ from cell2text.confidence.calibration import (
 )
 from cell2text.confidence.decisions import FIX, Confidence, rank_programmes, read_ancestors, score_places
 from cell2text.confidence.novelty import Reference, choose_limit, draw_cells
-from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS
+from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS, datasets_of
 from cell2text.errors import InputError
 from cell2text.files import read_json, whole_file
 from cell2text.grammar import PATHWAY
@@ -152,7 +152,7 @@ def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame, 
             descriptions, f"{len(training)} training cells, with which no cell can be compared", "Add training cells"
         )
     ids, validation = cells["cell_id"], validation[:: -(-len(validation) // MOST_CELLS) or 1]
-    studies = tuple(sorted(ids[training].str.split("|", n=1).str[0].unique()))
+    studies = tuple(sorted(datasets_of(ids[training]).unique()))
     return ids[training[draw_cells(len(training), seed)]], _read_rows(descriptions, ids[validation]), studies
 
 

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from cell2text.confidence.back_off import TermsAbove, Threshold
 from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration
-from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS
+from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS, datasets_of
 from cell2text.files import read_json, reading, write_json
 from cell2text.grammar import PATHWAY
 
@@ -99,7 +99,7 @@ class Confidence:
             Cell ids, whose datasets tell which cells are of new studies; None if none is.
         """
         if self.new_studies and cells is not None:
-            new = ~pd.Series(cells, dtype=object).str.split("|", n=1).str[0].isin(self.studies).to_numpy(bool)
+            new = ~datasets_of(cells).isin(self.studies).to_numpy(bool)
             if new.any():
                 tables = []
                 for confidence, chosen in ((replace(self, new_studies=None), ~new), (self.new_studies, new)):

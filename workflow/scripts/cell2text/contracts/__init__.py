@@ -3,7 +3,10 @@
 A contract is checked when a file is written and when it is read. Files are written atomically.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from cell2text.contracts.table import TableContract
@@ -172,3 +175,8 @@ METRICS = (
     *("split", "method", "slot", "metric", "value", "low", "high", "n", "resampled"),
     *("difference", "difference_low", "difference_high"),
 )
+
+
+def datasets_of(cell_ids: Sequence[str]) -> pd.Series:
+    """Return the dataset of each cell id, the part before the first ``|``."""
+    return pd.Series(cell_ids, dtype=object).str.split("|", n=1).str[0]

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from cell2text.contracts import DESCRIPTIONS, SCORES, TERM_SLOTS, TERMS
+from cell2text.contracts import DESCRIPTIONS, SCORES, TERM_SLOTS, TERMS, datasets_of
 from cell2text.device import pick_device
 from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.align import align
@@ -68,7 +68,7 @@ def score_left_out_studies(
     shared = ["split", "text", *(f"{slot}_id" for slot in TERM_SLOTS)]
     texts = DESCRIPTIONS.read(descriptions, ["cell_id", *shared], categories=shared)
     training = texts[texts["split"] == "train"]
-    study, studies = pd.factorize(training["cell_id"].str.split("|", n=1).str[0], sort=True)
+    study, studies = pd.factorize(datasets_of(training["cell_id"]), sort=True)
     if len(studies) < FEWEST_STUDIES or not settings.align_steps:
         log.info(
             "%d studies with training cells, %d alignment steps: none is left out", len(studies), settings.align_steps

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from cell2text.confidence.back_off import TermsAbove
 from cell2text.contracts import TERM_SLOTS
 from cell2text.grammar import PATHWAY, Slots, Terms, render
 
@@ -216,11 +218,9 @@ def terms_above(labels: Sequence[str], ancestors: Sequence[Sequence[str] | None]
     Tensor
         1 or 0, float32 (labels, terms).
     """
-    lines = [{label, *(found if found is not None else ())} for label, found in zip(labels, ancestors, strict=True)]
-    terms = sorted(set().union(*lines))
-    columns = {tuple(float(term in line) for line in lines) for term in terms}
-    columns = sorted(column for column in columns if 1 < sum(column) < len(labels))
-    return torch.tensor(columns).reshape(len(columns), len(labels)).T.contiguous()
+    below = TermsAbove(labels, dict(zip(labels, ancestors, strict=True))).below
+    several = (below.sum(axis=1) > 1) & (below.sum(axis=1) < len(labels))
+    return torch.from_numpy(np.ascontiguousarray(np.unique(below[several], axis=0).T, dtype=np.float32))
 
 
 class DescriptionTargets:
