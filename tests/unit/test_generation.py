@@ -136,7 +136,9 @@ def test_a_model_describes_cells_from_scores_to_texts(run):
         read = parse(row["text"], terms)
         assert read.status == row["status"] == "parsed"
         assert list(read.slots.pathways) == row["pathway_ids"] and len(set(row["pathway_ids"])) == 2
-        assert [getattr(read.slots, slot) for slot in TERM_SLOTS] == [row[f"{slot}_id"] for slot in TERM_SLOTS]
+        # the text names the guessed cell type, and of the sample what is reported
+        named = {slot: row[f"{slot}_{'' if slot == 'cell_type' else 'reported_'}id"] for slot in TERM_SLOTS}
+        assert {slot: getattr(read.slots, slot) for slot in TERM_SLOTS} == named
         assert row["sex_id"] is None and 0 < row["cell_type_confidence"] <= 1
         assert len(row["pathway_confidences"]) == 2
     [(_, table, _)] = _read_methods([out], [])

@@ -13,7 +13,7 @@ from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.left_out import score_left_out_studies
 from default_settings import finetune_settings, projector_settings
 from finetune_run import PROJECTOR, SETTINGS, TYPES, write_files
-from scored_cells import LABELS, draw, run_calibrate, write_run
+from scored_cells import LABELS, draw, run_calibrate, write_embeddings, write_run
 
 NAMES = ["cell_type", "disease", "tissue"]
 
@@ -55,6 +55,14 @@ def test_each_study_is_scored_without_its_own_labels(files, tiny_model):
     assert again == score(files, tiny_model).read_bytes()
 
 
+def test_a_label_of_one_study_is_impossible_without_it(files, tiny_model):
+    table = DESCRIPTIONS.read(files / "descriptions.parquet")
+    table.loc[table["cell_id"].str[0] != "c", "disease_id"] = None
+    DESCRIPTIONS.write(table, files / "descriptions.parquet")
+    found, cells = SCORES.read(score(files, tiny_model), ["projector_disease"])
+    assert found["projector_disease"].tolist() == [[-np.inf if cell[0] == "c" else 0.0] for cell in cells]
+
+
 @pytest.mark.parametrize(("studies", "changes"), [("ab" * 15, {}), ("abc" * 10, {"align_steps": 0})])
 def test_without_studies_to_leave_out_there_are_no_scores(tmp_path, tiny_model, studies, changes):
     path = score(write_files(tmp_path, tiny_model, list(studies)), tiny_model, **changes)
@@ -85,7 +93,10 @@ def test_cells_of_new_studies_have_their_own_confidence(tmp_path):
     new["projector_pathway"] = other["pathway"][:, 0]
     calibration, _ = run_calibrate(folder, left_out=write_left_out(folder, new, types, programmes))
     fitted = Confidence.load(calibration)
-    assert fitted.studies == ("s",) and fitted.new_studies.new_studies is None
+    assert (
+        fitted.studies == {"cell_type": ["s"], "tissue": ["s"], "pathway": ["s"]}
+        and fitted.new_studies.new_studies is None
+    )
     slot = fitted.new_studies.slots["cell_type"]
     assert slot.weights[0] == 0 and slot.weights[1] == pytest.approx(1 / 3, rel=0.15)
     assert slot.none == pytest.approx(1 / 3) and slot.cells == 600
@@ -111,3 +122,41 @@ def test_without_scores_of_left_out_studies_all_cells_are_alike(tmp_path):
     SCORES.write({}, [], folder / "left_out.safetensors")
     assert Confidence.load(run_calibrate(folder, left_out=str(folder / "left_out.safetensors"))[0]).new_studies is None
     assert Confidence.load(run_calibrate(folder)[0]).new_studies is None
+
+
+def test_a_slot_that_a_study_does_not_label_is_not_determined_there(tmp_path):
+    """One study labels the tissue of its training cells, and only it can be trusted to be of this tissue."""
+    scores, true, named = draw(300, seed=1)
+    folder = write_run(tmp_path, scores, true, named)
+    table = DESCRIPTIONS.read(folder / "descriptions.parquet")
+    unlabelled = table["cell_id"].str.removeprefix("s|t").isin([str(i) for i in range(25)])
+    table.loc[unlabelled, "cell_id"] = table["cell_id"].str.replace("s|", "other|")
+    table.loc[table["split"] == "train", "cell_type_id"] = "BM"
+    table.loc[unlabelled, "tissue_id"] = None
+    DESCRIPTIONS.write(table, folder / "descriptions.parquet")
+    write_embeddings(
+        folder / "embeddings.safetensors", table["cell_id"], np.random.default_rng(0).normal(size=(350, 4))
+    )
+    ids = ["s|0", "other|1", "new|2"]
+    some, ancestors = (
+        {name: tensor[:3] for name, tensor in scores.items()},
+        read_ancestors(str(folder / "terms.parquet")),
+    )
+
+    def describe(left_out):
+        fitted = Confidence.load(run_calibrate(folder, left_out=left_out)[0])
+        assert fitted.studies == {"cell_type": ["other", "s"], "tissue": ["s"], "pathway": ["other", "s"]}
+        return fitted.describe(some, LABELS, ancestors, ids)
+
+    alike = describe(None)
+    blood = "UBERON:0000178"
+    assert alike["tissue_reported_id"].to_list() == [blood, None, blood]
+    assert alike["tissue_reported_confidence"].isna().to_list() == [False, True, False]
+    assert alike["tissue_id"].to_list() == [blood] * 3 and alike["cell_type_reported_id"].notna().any()
+    # scores of training cells by projectors that have not seen their study: there, no cell can be of the tissue
+    other, types, programmes = draw(40, seed=3)
+    left_out = {name: other[name] for name in other if name.startswith("projector_")}
+    left_out["projector_tissue"] = np.full((40, 1), -np.inf, dtype=np.float32)
+    of_new = describe(write_left_out(folder, left_out, types, programmes))
+    assert of_new["tissue_reported_id"].to_list() == [blood, None, None]
+    assert of_new["tissue_confidence"].to_list() == [pytest.approx(1), 0, 0]

@@ -183,7 +183,9 @@ def test_limits_of_confidence(files):
     limits = " ".join(list_limits(results, {}))
     assert "calibrated on the validation cells" in limits and "do not hold for a new study" in limits
     assert "Cells of a new study get the same confidences, which are too high for them" in limits
-    new = replace(results.confidence, studies=("a", "b", "c"), new_studies=results.confidence)
+    new = replace(
+        results.confidence, studies={"cell_type": ["a", "b"], "tissue": ["b", "c"]}, new_studies=results.confidence
+    )
     told = " ".join(list_limits(replace(results, confidence=new), {}))
     assert "These rest on 40 cells of the 3 training studies" in told and "too high for them" not in told
     assert "most cells of a type that resembles a training type are not flagged" in limits

@@ -68,7 +68,7 @@ def calibrate(
         If there are fewer than two training cells.
     """
     labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
-    training, validation, studies = _read_cells(descriptions, seed)
+    training, validation = _read_cells(descriptions, seed)
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found = SCORES.read_cells(scores, validation["cell_id"], wanted)
     ancestors = read_ancestors(terms)
@@ -78,7 +78,7 @@ def calibrate(
     limit = choose_limit(compared.novelty(own))
     fitted = _fit(found, labels, ancestors, validation, confidence, limit)
     new = _fit_new_studies(left_out, labels, ancestors, descriptions, confidence, limit) if left_out else None
-    replace(fitted, studies=studies, new_studies=new).save(calibration)
+    replace(fitted, studies=_find_studies(descriptions, labels), new_studies=new).save(calibration)
 
 
 def _fit(
@@ -140,11 +140,13 @@ def _fit_new_studies(
 
 
 def _projector_alone(calibration: SlotCalibration) -> SlotCalibration:
-    return replace(calibration, weights=(0.0, calibration.weights[1]))
+    # without a labelled cell, nothing supports any of the names
+    none = calibration.none if calibration.cells else 1.0
+    return replace(calibration, weights=(0.0, calibration.weights[1]), none=none)
 
 
-def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame, tuple[str, ...]]:
-    """Return training cells to compare with, descriptions of the validation cells, and all datasets for training."""
+def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame]:
+    """Return ids of training cells to compare with, and descriptions of the validation cells."""
     cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split"], categories=["split"])
     training, validation = (np.flatnonzero(cells["split"] == split) for split in ("train", "validation"))
     if len(training) < 2:
@@ -152,8 +154,17 @@ def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame, 
             descriptions, f"{len(training)} training cells, with which no cell can be compared", "Add training cells"
         )
     ids, validation = cells["cell_id"], validation[:: -(-len(validation) // MOST_CELLS) or 1]
-    studies = tuple(sorted(datasets_of(ids[training]).unique()))
-    return ids[training[draw_cells(len(training), seed)]], _read_rows(descriptions, ids[validation]), studies
+    return ids[training[draw_cells(len(training), seed)]], _read_rows(descriptions, ids[validation])
+
+
+def _find_studies(descriptions: str, labels: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return for each slot the datasets with training cells whose term is known; of programmes all are."""
+    columns = [f"{slot}_id" for slot in labels if slot != PATHWAY]
+    cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split", *columns], categories=["split", *columns])
+    cells = cells[cells["split"] == "train"]
+    dataset = datasets_of(cells["cell_id"])
+    has_term = {slot: cells[f"{slot}_id"].notna() for slot in labels if slot != PATHWAY}
+    return {slot: sorted(dataset[has_term.get(slot, slice(None))].unique()) for slot in labels}
 
 
 def _read_rows(descriptions: str, cells: Sequence[str]) -> pd.DataFrame:

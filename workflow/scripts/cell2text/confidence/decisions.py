@@ -1,7 +1,7 @@
 """What is said of a cell: the most specific guess of each slot, and the term that is probable enough to be reported."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,9 +36,10 @@ class Confidence:
     limit
         A cell whose novelty is greater is novel; None if there were no validation cells.
     studies
-        Datasets with training cells.
+        Datasets with training cells whose term is known, by slot, and those with any training cells for ``"pathway"``.
+        Any other dataset is a new study for the slot.
     new_studies
-        The confidence of cells of other datasets; None if it could not be fitted: theirs is like that of the others.
+        The confidence of cells of new studies; None if it could not be fitted: theirs is like that of the others.
     """
 
     slots: dict[str, SlotCalibration]
@@ -46,7 +47,7 @@ class Confidence:
     ranking: SlotCalibration
     programmes: ProgrammeCalibration
     limit: float | None
-    studies: tuple[str, ...] = ()
+    studies: Mapping[str, Sequence[str]] = field(default_factory=dict)
     new_studies: "Confidence | None" = None
 
     def save(self, path: str | Path) -> None:
@@ -74,7 +75,7 @@ class Confidence:
             SlotCalibration.from_dict(saved["ranking"]),
             ProgrammeCalibration.from_dict(saved["programmes"]),
             saved["limit"],
-            tuple(saved["studies"]),
+            saved["studies"],
             cls._from_dict(saved["new_studies"]) if saved["new_studies"] else None,
         )
 
@@ -98,14 +99,29 @@ class Confidence:
         cells
             Cell ids, whose datasets tell which cells are of new studies; None if none is.
         """
-        if self.new_studies and cells is not None:
-            new = ~datasets_of(cells).isin(self.studies).to_numpy(bool)
-            if new.any():
-                tables = []
-                for confidence, chosen in ((replace(self, new_studies=None), ~new), (self.new_studies, new)):
-                    some = {name: tensor[chosen] for name, tensor in scores.items()}
-                    tables.append(confidence.describe(some, labels, ancestors).set_index(np.flatnonzero(chosen)))
-                return pd.concat(tables).sort_index()
+        table = self._describe_all(scores, labels, ancestors)
+        if cells is None:
+            return table
+        datasets = datasets_of(cells).reset_index(drop=True)
+        trained = {study for studies in self.studies.values() for study in studies}
+        for slot in labels:
+            new = ~datasets.isin(self.studies[slot]).to_numpy(bool)
+            if self.new_studies and new.any():
+                some = {name: tensor[new] for name, tensor in scores.items() if name.removeprefix("projector_") == slot}
+                found = self.new_studies._describe_all(some, {slot: labels[slot]}, ancestors)
+                for column in [column for column in table if column.startswith(f"{slot}_")]:
+                    values = table[column].to_numpy(copy=True)
+                    values[new] = found[column].to_numpy()
+                    table[column] = values
+            elif slot != PATHWAY:
+                # the validation cells of these datasets do not tell whether the names of others are right for them
+                reported = [f"{slot}_reported_id", f"{slot}_reported_confidence"]
+                table.loc[new & datasets.isin(trained).to_numpy(bool), reported] = None
+        return table
+
+    def _describe_all(
+        self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
+    ) -> pd.DataFrame:
         terms = {
             slot: TermsAbove(labels[slot], ancestors[slot], self.slots[slot].none)
             for slot in TERM_SLOTS

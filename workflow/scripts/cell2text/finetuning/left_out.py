@@ -47,7 +47,7 @@ def score_left_out_studies(
 
     The projector has the inputs, first weights and settings of the fine-tuned model's, but half of the alignment steps:
     on new studies more make no difference.
-    Candidates without training cells in the other studies get the probability 0.
+    Candidates without training cells in the other studies get the probability 0, even if these are all.
 
     Parameters
     ----------
@@ -113,5 +113,6 @@ def _find_unseen(named: Tensor, labels: dict[str, list[str]]) -> list[Tensor]:
 
 
 def _without(scores: Tensor, unseen: Tensor) -> Tensor:
-    """Return the log-probabilities if the unseen labels had none; unchanged if all labels are unseen."""
-    return scores if unseen.all() else scores.masked_fill(unseen, -torch.inf).log_softmax(-1)
+    """Return the log-probabilities if the unseen labels had none."""
+    left = scores.masked_fill(unseen, -torch.inf)
+    return left if unseen.all() else left.log_softmax(-1)

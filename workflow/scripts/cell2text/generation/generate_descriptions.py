@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Sequence
 
+import pandas as pd
+
 from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
 from cell2text.confidence.novelty import Reference
-from cell2text.contracts import EMBEDDINGS, SCORES, TERMS
+from cell2text.contracts import EMBEDDINGS, SCORES, TERM_SLOTS, TERMS
 from cell2text.files import read_json, write_jsonl
 from cell2text.grammar import Terms, render_rows
 from cell2text.weights import read_weights
@@ -25,8 +27,8 @@ def generate_descriptions(
 ) -> None:
     """Describe the cells of a file of scores.
 
-    The text names the most specific guess of each slot. The term that is probable enough to be reported may be another
-    one, mostly an ancestor of the guess.
+    The text names the most specific guess of the cell type, and of the sample only what is probable enough to be
+    reported: a tissue, disease, sex or stage that is not determined is left out.
 
     Parameters
     ----------
@@ -54,9 +56,15 @@ def generate_descriptions(
     compared = Reference(**read_weights(reference, FIX, "numpy"))
     table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])
     table["novel"] = None if confidence.limit is None else table["novelty"] > confidence.limit
-    table["text"] = render_rows(table, Terms(TERMS.read(terms)))
+    table["text"] = render_rows(_keep_determined(table), Terms(TERMS.read(terms)))
     log.info(
         "%d cells of %s: %d cell types reported, %d cells novel",
         len(table), split, table["cell_type_reported_id"].notna().sum(), table["novel"].eq(True).sum(),
     )  # fmt: skip
     write_jsonl(table.to_dict("records"), generations)
+
+
+def _keep_determined(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the descriptions with the reported terms of the sample in the place of the guesses."""
+    sample = [slot for slot in TERM_SLOTS if slot != "cell_type"]
+    return table.assign(**{f"{slot}_id": table[f"{slot}_reported_id"] for slot in sample})

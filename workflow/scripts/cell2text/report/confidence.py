@@ -99,9 +99,10 @@ def limits_of_confidence(results: Results) -> Iterator[str]:
         )
     else:
         cells = max((fitted.cells for fitted in confidence.new_studies.slots.values()), default=0)
+        studies = {study for found in confidence.studies.values() for study in found}
         yield (
             f"Cells of a new study have confidences of their own. These rest on {cells:,} cells of the "
-            f"{len(confidence.studies):,} training studies, left out of alignment one after the other, and vary from "
+            f"{len(studies):,} training studies, left out of alignment one after the other, and vary from "
             "study to study."
         )
     unfitted = [slot_name(slot) for slot, fitted in confidence.slots.items() if not fitted.cells]
