@@ -75,7 +75,7 @@ def write_run(folder, scores, true, named, training=50, labels=LABELS):
     table = pd.DataFrame({"cell_id": [f"s|v{i}" for i in range(cells)], "cell_type_id": true}, dtype=object)
     table["pathway_ids"] = [list(one) for one in named]
     table["split"] = "validation"
-    rest = pd.DataFrame({"cell_id": [f"s|t{i}" for i in range(training)], "split": "train"})
+    rest = pd.DataFrame({"cell_id": [f"s|t{i}" for i in range(training)], "cell_type_id": "BM", "split": "train"})
     rest["pathway_ids"] = [["P0"]] * training
     table = pd.concat([table, rest]).assign(text="", tissue_id="UBERON:0000178")
     table = table.iloc[random.permutation(len(table))].reindex(columns=list(DESCRIPTIONS.columns)).astype(object)

@@ -44,6 +44,7 @@ from new_study_scores import (  # noqa: E402
     PANELS,
     WHOLE,
     mean_over,
+    pool_whole,
     read_results,
     refit,
     score_study,
@@ -193,8 +194,10 @@ def run_workflow(config: Path, targets: list[str], given: argparse.Namespace) ->
         sys.exit(f"{config.with_name('snakemake.log')}:\n{config.with_name('snakemake.log').read_text()[-3000:]}")
 
 
-def run_study(held_out: str, sources: dict[str, str], given: argparse.Namespace) -> pd.DataFrame:
-    """Return the scores of all methods on a held-out study, as rows of ``COLUMNS``."""
+def run_study(
+    held_out: str, sources: dict[str, str], given: argparse.Namespace
+) -> tuple[pd.DataFrame, tuple[pd.DataFrame, pd.DataFrame]]:
+    """Return the scores of all methods on a held-out study, as rows of ``COLUMNS``; and its cells and texts."""
     folder, results = given.work / "inputs" / held_out, given.work / f"results/new-study-{held_out}"
     text = held_out in given.text
     write_inputs(held_out, sources, folder, given)
@@ -209,7 +212,8 @@ def run_study(held_out: str, sources: dict[str, str], given: argparse.Namespace)
     training, test, predictions = read_results(results, [*METHODS, FINE_TUNED])
     studies = {name: ad.read_h5ad(results / f"cells/{name}.h5ad") for name in datasets}
     predictions |= refit(studies, training, variants, given.seed)
-    return score_study(training, test, predictions, variants).assign(study=held_out)[COLUMNS]
+    scores = score_study(training, test, predictions, variants).assign(study=held_out)[COLUMNS]
+    return scores, (test, predictions[FINE_TUNED])
 
 
 def print_scores(title: str, table: pd.DataFrame) -> None:
@@ -297,15 +301,20 @@ def main() -> None:
     sources = dict(zip(sheet["dataset"], sheet["source"], strict=True))
     given = parse_arguments(list(sources))
     file = given.work / "new_study.tsv"
+    described = []
     for study in given.studies:
         start = time.monotonic()
-        rows = run_study(study, sources, given)
+        rows, texts = run_study(study, sources, given)
+        described.append(texts)
         earlier = pd.read_csv(file, sep="\t") if file.exists() else rows[:0]
         table = pd.concat([earlier[earlier["study"] != study], rows], ignore_index=True)
         with whole_file(file) as unfinished:
             table.to_csv(unfinished, sep="\t", index=False)
         cells = rows.loc[rows["metric"] == "accuracy", "n"].max()
         print_scores(f"{study} ({cells} cells with a shared broad type, {time.monotonic() - start:.0f} s)", rows)
+    print(f"\nexact types, all {len(described)} whole studies together")
+    for metric, (value, cells) in pool_whole(described).items():
+        print(f"{metric:20} {value:.3f} ({cells:,} cells)")
     with_text = [study for study in given.studies if study in given.text]
     for studies in [given.studies] + [with_text] * (0 < len(with_text) < len(given.studies)):
         means = mean_over(table, studies)

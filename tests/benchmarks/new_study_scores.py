@@ -155,6 +155,28 @@ def score_study(
     return pd.DataFrame(rows, columns=["variant", "method", "metric", "value", "n"])
 
 
+def pool_whole(parts: list[tuple[pd.DataFrame, pd.DataFrame]]) -> dict[str, tuple[float, int]]:
+    """Return value and number of cells of each metric of exact types over the cells of all whole studies.
+
+    The calibration error of all cells tells whether the confidences are right for new studies on average: those of one
+    study may be too high as long as those of another are too low.
+
+    Parameters
+    ----------
+    parts
+        Test cells and predictions of texts of each study, from :func:`read_results`.
+    """
+    truths, texts = [], []
+    for test, predicted in parts:
+        whole = min(test["dataset"].unique(), key=len)
+        truths.append(test[test["dataset"] == whole].set_index("cell_id"))
+        texts.append(predicted.set_index("cell_id").loc[truths[-1].index])
+    truth, predicted = pd.concat(truths), pd.concat(texts)
+    broad = known(truth["cell_type_id"]).map(broad_type)
+    found = score(truth, predicted, set(broad.dropna()), writes_text=True)
+    return {name: value for name, value in found.items() if name not in ("accuracy", "macro_f1")}
+
+
 def score(
     truth: pd.DataFrame, predicted: pd.DataFrame, trained: set[str | None], writes_text: bool
 ) -> dict[str, tuple[float, int]]:

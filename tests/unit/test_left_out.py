@@ -131,7 +131,6 @@ def test_a_slot_that_a_study_does_not_label_is_not_determined_there(tmp_path):
     table = DESCRIPTIONS.read(folder / "descriptions.parquet")
     unlabelled = table["cell_id"].str.removeprefix("s|t").isin([str(i) for i in range(25)])
     table.loc[unlabelled, "cell_id"] = table["cell_id"].str.replace("s|", "other|")
-    table.loc[table["split"] == "train", "cell_type_id"] = "BM"
     table.loc[unlabelled, "tissue_id"] = None
     DESCRIPTIONS.write(table, folder / "descriptions.parquet")
     write_embeddings(

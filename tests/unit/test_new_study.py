@@ -96,6 +96,21 @@ def test_scores_by_hand():
     assert broad_only == {name: found[name] for name in ("accuracy", "macro_f1")}
 
 
+def test_confidences_of_several_studies_are_judged_together():
+    """One study's confidence is 0.3 too low, the other's 0.3 too high: together they are right."""
+
+    def study(name, right):
+        ids = [f"{name}|{i}" for i in range(10)] + [f"{name}.genes_500|{i}" for i in range(10)]
+        test = pd.DataFrame({"cell_id": ids, "cell_type_id": CD4, "dataset": [one.split("|")[0] for one in ids]})
+        texts = pd.DataFrame({"cell_id": ids, "cell_type_confidence": 0.55, "status": "parsed"})
+        texts["cell_type_id"] = [CD4] * right + [NK_CELL] * (10 - right) + [NK_CELL] * 10
+        return test, texts[::-1]
+
+    found = scores.pool_whole([study("a", 9), study("b", 2)])
+    assert found["exact_accuracy"] == (0.55, 20) and found["parsed"] == (1, 20)
+    assert found["calibration_error"] == (pytest.approx(0), 20) and "accuracy" not in found
+
+
 def test_unmeasured_genes_are_zero_and_totals_are_those_of_the_shared_genes():
     logs = scores.log_counts(make_study([[1, 3, 6], [5, 0, 0]], ["a", "b", "x"]), pd.Index(["c", "b", "a"]))
     np.testing.assert_allclose(logs.toarray(), np.log1p([[0, 7500, 2500], [0, 0, 10000]]))
