@@ -90,6 +90,7 @@ def test_usual_names_are_accepted(name):
         ("run: r\nqc:", ["my.yaml: qc: the section is empty", "delete the line"]),
         ("run: 2024_01", ["my.yaml: run: YAML reads this as the number 202401", "in quotes"]),
         ("run: r\nfinetune: {learning_rate: 1e-3}", ["finetune.learning_rate: YAML reads 1e-3 as text: write 0.001"]),
+        ("run: r\nfinetune: {epochs: '0'}", ["finetune.epochs: 0 is quoted, or nested in a value of --config"]),
         ("run: r\nfinetune: {learning_rate: fast}", ["finetune.learning_rate: 'fast' is not of type 'number'"]),
         ("run: r\nqc: {mads: .nan}", ["my.yaml: qc.mads: nan is not a finite number"]),
         ("run: r\nfinetune: {learning_rate: .inf}", ["finetune.learning_rate: inf is not a finite number"]),

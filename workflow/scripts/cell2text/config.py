@@ -208,7 +208,13 @@ def _describe(error: ValidationError) -> str:
         return f"{key}: the section is empty: write its keys below it, or delete the line"
     if isinstance(value, str) and {"number", "integer"} & {*([wanted] if isinstance(wanted, str) else wanted)}:
         with suppress(ValueError):
-            return f"{key}: YAML reads {value} as text: write {float(value):f}".rstrip("0")
+            number = float(value)
+            if isinstance(yaml.safe_load(value), int | float):
+                # Snakemake passes the numbers within a value of --config as text
+                return (
+                    f"{key}: {value} is quoted, or nested in a value of --config: write the number into a config file"
+                )
+            return f"{key}: YAML reads {value} as text: write {number:f}".rstrip("0")
     if wanted == "string" and isinstance(value, int | float):
         return f"{key}: YAML reads this as the number {value}: put the value in quotes"
     return f"{key}: {error.message}"

@@ -43,6 +43,7 @@ METHODS = {
     ),
 }
 GREEDY = "greedy"  # only if asked for: it takes as long as training
+NO_RIVALS = (GREEDY, "shuffled")  # the fine-tuned model itself, used in another way
 BASELINES = [name for name in METHODS if name != FINE_TUNED]
 
 

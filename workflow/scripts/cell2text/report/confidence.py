@@ -95,7 +95,7 @@ def limits_of_confidence(results: Results) -> Iterator[str]:
     if confidence.new_studies is None:
         yield (
             "Cells of a new study get the same confidences, which are too high for them: with fewer than three studies "
-            "in training, nothing tells how much lower theirs should be."
+            "in training, or without alignment, nothing tells how much lower theirs should be."
         )
     else:
         cells = max((fitted.cells for fitted in confidence.new_studies.slots.values()), default=0)
