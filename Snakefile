@@ -26,6 +26,7 @@ include: "workflow/rules/finetune.smk"
 include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/annotate.smk"
 
 
 localrules:
@@ -34,6 +35,7 @@ localrules:
     census,
     corpus,
     embeddings,
+    annotate,
 
 
 rule all:
@@ -66,3 +68,12 @@ rule corpus:
 rule embeddings:
     input:
         EMBEDDINGS,
+
+
+rule annotate:
+    input:
+        collect(
+            "<annotated>/{query}/{file}",
+            query=QUERIES,
+            file=["annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl"],
+        ),

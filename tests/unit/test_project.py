@@ -92,7 +92,7 @@ def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
     }
     assert declaring == {
         "embed_genes", "finetune", "fit_encoder", "score_candidates", "score_left_out_studies", "baseline_shuffled",
-        "baseline_aligned", "baseline_greedy",
+        "baseline_aligned", "baseline_greedy", "embed_query", "score_query",
     }  # fmt: skip
 
 
@@ -155,11 +155,15 @@ def halves():
     }
     language |= {f"evaluation.baselines.{name}" for name in ("aligned", "greedy", "shuffled")}
     language |= {"models.check_language_model", "models.fetch_language_model"}
+    language |= {f"annotation.{name}" for name in ("embed_query", "score_query", "describe_query")}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
     both = {"models.fetch_encoder", "models.sources", "models.gene_dictionaries"}
+    both |= {f"annotation.{name}" for name in ("pack_model", "fetch_model", "language_models")}
     found = {"language": [], "cells": []}
     for path in (SCRIPTS / "cell2text").rglob("*.py"):
         name = ".".join(path.relative_to(SCRIPTS / "cell2text").with_suffix("").parts).removesuffix(".__init__")
+        if name in ("annotation.annotate", "__main__"):  # these join the halves
+            continue
         half = "language" if name in language | both or name.startswith(folders) else "cells"
         for one in found if name.startswith("confidence") else [half]:
             found[one].append(f"cell2text.{name}")

@@ -10,9 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import anndata
+import numpy as np
 import pandas as pd
 import pytest
+import scanpy
 
+import cell2text
 from cell2text.contracts import EMBEDDINGS
 from tiny_geneformer import V2, write_checkpoint
 
@@ -68,7 +72,7 @@ def test_the_tiny_run_writes_all_results(finished):
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
     assert {row["status"] for row in rows} == {"parsed"} and all(row["novel"] in (True, False) for row in rows)
     assert (results / "report.html").stat().st_size > 50_000
-    assert not (results / "model.checkpoints").exists()
+    assert not (results / "finetuned.checkpoints").exists()
     assert not [path for path in finished.rglob("*") if path.suffix in {".pkl", ".bin", ".pt"}]
 
 
@@ -87,7 +91,7 @@ def test_a_new_clone_reruns_nothing_and_a_changed_module_what_uses_it(finished, 
     for name in ("scripts/compare.py", "scripts/cell2text/report/charts.py"):
         with (tmp_path / "clone/workflow" / name).open("a") as file:
             file.write("CHANGED = 1\n")
-    assert planned(finished, root=tmp_path / "clone")[0] == {"all", "compare", "render_report"}
+    assert planned(finished, root=tmp_path / "clone")[0] == {"all", "compare", "render_report", "pack_model"}
 
 
 def test_deleted_generations_are_regenerated_without_fine_tuning(finished):
@@ -98,14 +102,14 @@ def test_deleted_generations_are_regenerated_without_fine_tuning(finished):
         rules, _ = planned(finished)
     finally:
         kept.rename(generations)
-    assert rules == {"all", "generate_descriptions", "evaluate", "compare", "render_report"}
+    assert rules == {"all", "generate_descriptions", "evaluate", "compare", "render_report", "pack_model"}
 
 
 def test_changing_an_evaluation_key_reruns_only_the_evaluation(finished, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text((finished / "tiny.yaml").read_text().replace("bootstrap: 50", "bootstrap: 60"))
     rules, _ = planned(finished, config=changed)
-    assert rules == {"all", "evaluate", "compare", "render_report"}
+    assert rules == {"all", "evaluate", "compare", "render_report", "pack_model"}
 
 
 def test_another_confidence_calibrates_again_and_scores_nothing_again(finished, tmp_path):
@@ -114,6 +118,7 @@ def test_another_confidence_calibrates_again_and_scores_nothing_again(finished, 
     rules, _ = planned(finished, config=changed)
     assert rules == {
         *("all", "calibrate", "generate_descriptions", "baseline_shuffled", "evaluate", "compare", "render_report"),
+        "pack_model",
     }
 
 
@@ -121,7 +126,7 @@ def test_free_text_is_compared_only_on_request(finished, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text((finished / "tiny.yaml").read_text() + "  greedy: true\n")
     rules, _ = planned(finished, config=changed)
-    assert rules == {"all", "baseline_greedy", "evaluate", "compare", "render_report"}
+    assert rules == {"all", "baseline_greedy", "evaluate", "compare", "render_report", "pack_model"}
 
 
 def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
@@ -156,7 +161,7 @@ def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
     edit("tiny.yaml", "kind: coexpression\n  dimensions: 8", "kind: geneformer\n  source: tiny-model")
     assert "language_model.name: the folder of the encoder is named tiny-model, too. Set another name" in refused()
     (fresh / "tiny.yaml").write_text(before)
-    for folder in (model, fresh / "results/tiny/model", fresh / "results/tiny/encoder"):
+    for folder in (model, *(fresh / "results/tiny" / name for name in ("model", "finetuned", "encoder"))):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "thesis.txt").write_text("three years")
@@ -228,6 +233,46 @@ def test_a_killed_run_keeps_finished_shards_and_resumes_to_the_same_bytes(with_g
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == uninterrupted
     kept = [path for path, time_ in done.items() if path.stat().st_mtime_ns == time_]
     assert len(kept) >= len(done) - 1  # the job of one shard may have been killed after it wrote the file
+
+
+def test_a_model_annotates_new_cells_with_and_without_the_workflow(finished, tmp_path):
+    """Cells without labels, from a copy of the packed model and of its language model, in folders of their own."""
+    study = scanpy.datasets.pbmc68k_reduced()[::20]
+    query = anndata.AnnData(study.raw.X.copy(), study.obs[[]], study.raw.var[[]])
+    query.X.data = np.rint(np.expm1(query.X.data) * 2)
+    query.X.eliminate_zeros()
+    query.write_h5ad(tmp_path / "mine.h5ad")
+    work = tmp_path / "work"
+    for name in ("config", "resources"):
+        shutil.copytree(finished / name, work / name)
+    shutil.copytree(finished / "results/tiny/model", work / "packed")
+    (work / "mine.yaml").write_text("run: mine\nannotate: {shards: 2}\n")
+    named = [f"query={tmp_path / 'mine.h5ad'}", f"model={work / 'packed'}"]
+    arguments = ("annotate", "--configfile", work / "mine.yaml", "--config", *named, "--cores", "2")
+    code, output = snakemake(work, *arguments)
+    assert code == 0, output
+    found = anndata.read_h5ad(work / "annotated/mine/annotated.h5ad")
+    assert list(found.obs_names) == list(query.obs_names) and (found.X != query.X).nnz == 0
+    assert found.obs["cell2text_description"].str.startswith("This is a").all()
+    assert not (work / "annotated/mine/counts.h5ad").exists() and not (work / "results").exists()
+    assert "Nothing to be done" in snakemake(work, *arguments)[1]
+
+    command = [sys.executable, "-m", "cell2text", "annotate", tmp_path / "mine.h5ad", "--model", work / "packed"]
+    command += ["--out", tmp_path / "out", "--models", work / "resources/models"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow/scripts")}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    for name in ("cells.tsv.gz", "descriptions.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (work / "annotated/mine" / name).read_bytes(), name
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].endswith("or add --overwrite")
+    here = cell2text.annotate(query, work / "packed", models=work / "resources/models")
+    columns = [name for name in found.obs if name.startswith("cell2text_")]
+    pd.testing.assert_frame_equal(here.obs[columns].astype(str), found.obs[columns].astype(str))
+
+    (work / "packed/projector.safetensors").write_bytes(b"others")
+    code, output = snakemake(work, *arguments)
+    assert code != 0 and "projector.safetensors: has changed" in output and "Traceback" not in output
 
 
 def test_the_slurm_profile_plans_the_same_jobs(fresh):

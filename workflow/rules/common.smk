@@ -13,10 +13,12 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 # Snakemake puts the path of Python into shell commands unquoted, where a space would split it
 sys.executable = shlex.quote(sys.executable)
 
+from cell2text.annotation.find_queries import find_queries
+from cell2text.annotation.language_models import locate_language_model
 from cell2text.config import check_config, check_files, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import BASELINES, GREEDY
-from cell2text.files import check_ours
+from cell2text.files import check_ours, read_json
 from cell2text.job import INVOCATION
 from cell2text.models import fetch_encoder, fetch_language_model
 from cell2text.models.sources import check_target, fingerprint
@@ -28,6 +30,12 @@ try:
     CONFIG_FILE = workflow.configfiles[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     check_files(config, CONFIG_FILE)
+    QUERIES, MODEL = find_queries(config, WORKFLOW / "schemas/datasets.schema.yaml")
+    if MODEL:
+        models = workflow.pathvars.apply("<resources>/models")
+        config["language_model"] = locate_language_model(
+            read_json(f"{MODEL}/cell2text.json"), models
+        )
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
     PIECES = cut_census(SHEET, config["shards"])
 except InputError as error:
@@ -38,6 +46,7 @@ pathvars:
     results="results/{}".format(config["run"]),
     logs="logs/{}".format(config["run"]),
     benchmarks="logs/{}/benchmarks".format(config["run"]),
+    annotated=config["annotate"]["folder"],
 
 
 NOTES = {name: row["notes"] for name, row in SHEET.items() if "notes" in row}
@@ -54,6 +63,9 @@ SPLITS = ["validation", "test"]
 GENERATIONS = collect(
     "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
 )
+# matches nothing without a query
+QUERY_NAMES = "|".join(map(re.escape, QUERIES)) or "(?!)"
+QUERY_SHARDS = [str(shard) for shard in range(config["annotate"]["shards"])]
 COMPARED = [
     name for name in BASELINES if name != GREEDY or config["evaluate"]["greedy"]
 ]
@@ -81,7 +93,7 @@ try:
             config[key]["source"],
             f"{CONFIG_FILE}: {key}.source",
         )
-    for folder in ("<results>/encoder", "<results>/model"):
+    for folder in ("<results>/encoder", "<results>/finetuned", "<results>/model"):
         check_ours(workflow.pathvars.apply(folder))
 except InputError as error:
     raise WorkflowError(str(error)) from None
@@ -188,8 +200,11 @@ def dataset_row(wildcards):
 
 
 def dataset_files(wildcards):
-    """Return the local files named in a dataset's row of the sheet."""
-    row = SHEET[wildcards.dataset]
+    return local_files(SHEET[wildcards.dataset])
+
+
+def local_files(row):
+    """Return the local files named in a row of the sheet."""
     return [
         row[key]
         for key in ("source", "label_table", "cell_table")

@@ -111,7 +111,7 @@ rule baseline_nearest_text:
 
 rule baseline_shuffled:
     input:
-        model="<results>/model",
+        model="<results>/finetuned",
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
@@ -146,7 +146,7 @@ rule baseline_shuffled:
 
 rule baseline_greedy:
     input:
-        model="<results>/model",
+        model="<results>/finetuned",
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
@@ -180,7 +180,7 @@ rule baseline_greedy:
 
 rule baseline_aligned:
     input:
-        model="<results>/model",
+        model="<results>/finetuned",
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
@@ -218,7 +218,7 @@ rule evaluate:
         corpus="<results>/corpus/cells.parquet",
         generations=GENERATIONS,
         baselines=collect("<results>/baselines/{name}.parquet", name=COMPARED),
-        model="<results>/model",
+        model="<results>/finetuned",
         language_model=LANGUAGE_MODEL,
     output:
         metrics=ensure("<results>/evaluation/metrics.tsv", non_empty=True),

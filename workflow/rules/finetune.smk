@@ -2,7 +2,7 @@
 The projector is aligned to the words for a cell, then trained with the language model's adapter to write descriptions.
 
 Inputs: <resources>/models/, <results>/embeddings/, <results>/corpus/descriptions.parquet.
-Outputs: <results>/model/. Checkpoints are in <results>/model.checkpoints/ until training is finished.
+Outputs: <results>/finetuned/. Checkpoints are in <results>/finetuned.checkpoints/ until training is finished.
 """
 
 
@@ -16,7 +16,7 @@ rule finetune:
         tokens=TOKENS_ON_THE_FLY,
         genes=GENES_ON_THE_FLY,
     output:
-        model=directory("<results>/model"),
+        model=directory("<results>/finetuned"),
     log:
         "<logs>/finetune.log",
     benchmark:

@@ -1,14 +1,14 @@
 """
 The candidate names of each cell's slots are scored, calibrated on the validation cells, and written as a description.
 
-Inputs: <results>/model/, <results>/embeddings/. Outputs: <results>/scores/{split}/{shard}.safetensors,
+Inputs: <results>/finetuned/, <results>/embeddings/. Outputs: <results>/scores/{split}/{shard}.safetensors,
 <results>/confidence/, <results>/generations/{split}/{shard}.jsonl.
 """
 
 
 rule score_candidates:
     input:
-        model="<results>/model",
+        model="<results>/finetuned",
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
@@ -79,7 +79,7 @@ rule score_left_out_studies:
 
 rule calibrate:
     input:
-        model="<results>/model",
+        model="<results>/finetuned",
         scores=collect("<results>/scores/validation/{shard}.safetensors", shard=SHARDS),
         left_out=(
             "<results>/scores/left_out_studies.safetensors"
@@ -115,7 +115,7 @@ rule calibrate:
 
 rule generate_descriptions:
     input:
-        model="<results>/model",
+        model="<results>/finetuned",
         scores="<results>/scores/{split}/{shard}.safetensors",
         calibration="<results>/confidence/calibration.json",
         reference="<results>/confidence/reference.safetensors",

@@ -23,7 +23,7 @@ rule render_report:
         qc_plots=collect("<results>/qc/{dataset}.svg", dataset=DATASETS),
         embeddings=EMBEDDINGS,
         encoder="<results>/encoder",
-        model="<results>/model",
+        model="<results>/finetuned",
     output:
         report=report(
             "<results>/report.html",

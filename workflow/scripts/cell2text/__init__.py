@@ -1,5 +1,16 @@
 """Cell2Text: from the gene counts of a cell to a description in words.
 
 Two halves never import each other and meet only in files: the cells half (anndata, scanpy) and the language half
-(torch, transformers, peft).
+(torch, transformers, peft). ``cell2text.annotate``, which describes the cells of an object in memory, joins them.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``annotate``, which needs the packages of both halves, only when it is used."""
+    if name == "annotate":
+        from cell2text.annotation.annotate import annotate
+
+        return annotate
+    raise AttributeError(f"module 'cell2text' has no attribute {name!r}")

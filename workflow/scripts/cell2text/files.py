@@ -229,10 +229,17 @@ def seal(folder: str | Path, marker: str) -> None:
     write_json(facts | {"seal": hash_config(facts)}, folder / marker)
 
 
-def read_sealed(folder: str | Path, marker: str) -> dict[str, Any]:
+def read_sealed(folder: str | Path, marker: str, fix: str | None = None) -> dict[str, Any]:
     """Return the content of ``marker`` after checking the files that it lists; a file without a list is only read.
 
     Hashing takes about a second per GB (1.2 GB/s on one core of a Xeon at 2.8 GHz with SHA instructions).
+
+    Parameters
+    ----------
+    folder, marker
+        A folder, and the JSON file in it that :func:`seal` wrote.
+    fix
+        What the user should do; by default, delete the folder and run the workflow again.
 
     Raises
     ------
@@ -240,7 +247,7 @@ def read_sealed(folder: str | Path, marker: str) -> dict[str, Any]:
         If a file is missing or has changed.
     """
     folder = Path(folder)
-    fix = f"Delete {folder} and run the workflow again"
+    fix = fix or f"Delete {folder} and run the workflow again"
     facts = read_json(folder / marker, fix)
     if not isinstance(facts, dict) or not isinstance(facts.get("sha256", {}), dict):
         raise InputError(folder / marker, "is damaged", fix)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from scipy import sparse
 
 from cell2text.cells.counts import TOTALS, NotCountsError, check_counts, recover_counts
@@ -48,36 +49,49 @@ def fetch_dataset(
     InputError
         If the file, its counts, genes, labels or ontology ids are invalid.
     """
+    wanted = [*OBS_COLUMNS, *TOTALS, *([row["label_column"]] if "label_column" in row else [])]
+    with open_study(row["source"], wanted) as study:
+        check_species(study)
+        obs = label_cells(study.obs, row, study.obs_columns)
+        write_counts(study, obs, row, path, gene_table, min_counts_kept)
+
+
+def write_counts(
+    study: Study,
+    obs: pd.DataFrame,
+    row: dict[str, str],
+    path: str | Path,
+    gene_table: str | Path | None,
+    min_counts_kept: float,
+) -> None:
+    """Find the counts of an open study and write them with the given metadata; see :func:`fetch_dataset`."""
     path, where = Path(path), row["source"]
     table = read_gene_table(gene_table) if gene_table else None
-    wanted = [*OBS_COLUMNS, *TOTALS, *([row["label_column"]] if "label_column" in row else [])]
-    with open_study(where, wanted) as study:
-        _check_species(study)
-        obs = label_cells(study.obs, row, study.obs_columns)
-        errors: dict[str, NotCountsError] = {}
-        for read in (check_counts, recover_counts):
-            for place in choose_places(study, row.get("matrix")):
-                if read is recover_counts and not errors[place].maybe_logs:
-                    continue
-                genes = map_genes(study.matrices[place][1], where, table)
-                uns = {"source": f"{where} ({place})"}
-                blocks = read(study, place, path.with_name(f".{path.name}.entries"))
-                try:
-                    counts = keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns)
-                    write_cells(path, counts, [obs.index], obs, genes.genes, uns)
-                except NotCountsError as error:
-                    first = f"{errors[place]}; " if place in errors else ""
-                    errors[place] = NotCountsError(f"{first}{error}", error.maybe_logs)
-                    continue
-                log.info("%s: %d cells, %d genes, counts from %s", row["dataset"], len(obs), len(genes.genes), place)
-                return
+    errors: dict[str, NotCountsError] = {}
+    for read in (check_counts, recover_counts):
+        for place in choose_places(study, row.get("matrix")):
+            if read is recover_counts and not errors[place].maybe_logs:
+                continue
+            genes = map_genes(study.matrices[place][1], where, table)
+            uns = {"source": f"{where} ({place})"}
+            blocks = read(study, place, path.with_name(f".{path.name}.entries"))
+            try:
+                counts = keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns)
+                write_cells(path, counts, [obs.index], obs, genes.genes, uns)
+            except NotCountsError as error:
+                first = f"{errors[place]}; " if place in errors else ""
+                errors[place] = NotCountsError(f"{first}{error}", error.maybe_logs)
+                continue
+            log.info("%s: %d cells, %d genes, counts from %s", row["dataset"], len(obs), len(genes.genes), place)
+            return
     reasons = "; ".join(f"{place}: {error}" for place, error in errors.items()) or "no matrix in the usual places"
     others = ", ".join(sorted(set(study.matrices) - set(errors)))
     reasons += f"; not checked: {others}" if others else ""
     raise InputError(where, f"no raw counts found ({reasons})", FIX)
 
 
-def _check_species(study: Study) -> None:
+def check_species(study: Study) -> None:
+    """Raise an ``InputError`` if a study names another species than humans."""
     foreign = [species for species in study.species if species != HUMAN]
     if foreign:
         raise InputError(

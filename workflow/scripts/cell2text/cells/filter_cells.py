@@ -7,6 +7,7 @@ cells into files for doublet scoring, one writes the cells that are kept.
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.qc")
 
-COLUMNS = ("dataset_id", "donor_id", "cell_type_ontology_term_id")
+COLUMNS = ("dataset_id", "donor_id")
 
 
 def filter_cells(
@@ -86,15 +87,94 @@ def _judge_file(
     seed: int,
 ) -> np.ndarray:
     """Write the table of metrics, the summary and the plot; return which cells are kept."""
+    found = measure_file(cells_file, limits, own_limits, seed, Path(f"{table_file}.scratch"))
+    studies = found.study.remove_unused_categories().categories
+    name = str(studies[0]) if len(studies) == 1 else Path(table_file).stem
+    label = read_obs(cells_file, ["cell_type_ontology_term_id"])["cell_type_ontology_term_id"]
+    failed, reasons = judge_cells(found.metrics, found.samples, found.bounds, np.asarray(label != "unknown"))
+    kept = failed == ""
+    summary = {
+        "dataset_id": name,
+        "cells": len(kept),
+        "kept": int(kept.sum()),
+        "dropped": _count_dropped(failed, name),
+        "limits": found.limits,
+        "mads": limits.mads,
+        "samples": list(_summarise_samples(found.samples, kept, found.bounds)),
+        "genes": len(found.symbols),
+        "genes_detected": found.detected,
+        "genes_mitochondrial": int(is_mitochondrial(found.symbols).sum()),
+        "genes_ribosomal": int(is_ribosomal(found.symbols).sum()),
+        "source": found.source,
+    }
+    QC.write_parts(_add_ids(cells_file, found.table(kept, reasons)), table_file)
+    draw_qc(found.metrics, kept, found.bounds, name, plot_file)
+    write_json(summary, summary_file)
+    return kept
+
+
+def flag_cells(cells_file: str | Path, table_file: str | Path, limits: QcSettings, seed: int = 0) -> None:
+    """Write the metrics of every cell (``contracts.QC``) and why QC would exclude it; labels are not needed.
+
+    Parameters
+    ----------
+    cells_file, table_file
+        Raw counts, as ``fetch_dataset`` writes them, and the Parquet file to write.
+    limits, seed
+        See :func:`filter_cells`.
+    """
+    found = measure_file(Path(cells_file), limits, {}, seed, Path(f"{table_file}.scratch"))
+    failed, reasons = judge_cells(found.metrics, found.samples, found.bounds)
+    log.info("%d of %d cells are flagged", (failed != "").sum(), len(failed))
+    QC.write_parts(_add_ids(cells_file, found.table(failed == "", reasons)), table_file)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The cells of a file with their QC metrics and limits.
+
+    Parameters
+    ----------
+    study, samples
+        Study and sample of each cell.
+    metrics
+        From ``measure_cells``.
+    bounds
+        From ``limit_samples``.
+    limits
+        The fixed limits of the file.
+    symbols
+        Symbols of its genes.
+    detected
+        Number of genes with counts.
+    source
+        Where the counts came from.
+    """
+
+    study: pd.Categorical
+    samples: pd.Categorical
+    metrics: pd.DataFrame
+    bounds: pd.DataFrame
+    limits: dict[str, float]
+    symbols: pd.Series
+    detected: int
+    source: str
+
+    def table(self, kept: np.ndarray, reasons: pd.Categorical) -> dict[str, Any]:
+        """Return the columns of ``contracts.QC`` besides the ids."""
+        return {"dataset_id": self.study, "donor": self.samples, **self.metrics, "kept": kept, "reason": reasons}
+
+
+def measure_file(
+    cells_file: Path, limits: QcSettings, own_limits: Mapping[str, float], seed: int, scratch: Path
+) -> Measured:
+    """Compute metrics and limits of the cells of a file; see :func:`filter_cells`."""
     with open_cells(cells_file) as file:
         symbols = ad.io.read_elem(file["var"])["symbol"]
         uns = ad.io.read_elem(file["uns"])
     obs = read_obs(cells_file, COLUMNS)
-    study, donor, label = (pd.Categorical(obs[column]) for column in COLUMNS)
-    studies = study.remove_unused_categories().categories
-    name = str(studies[0]) if len(studies) == 1 else Path(table_file).stem
+    study, donor = (pd.Categorical(obs[column]) for column in COLUMNS)
     samples = name_samples(study, donor)
-
     blocks = (counts for _, counts in read_blocks(cells_file, np.ones(len(samples), dtype=bool)))
     metrics, detected = measure_cells(blocks, len(samples), symbols)
     scaled = {name: scale_limits(limits, symbols[genes]) for name, genes in uns.get("measured", {}).items()}
@@ -103,29 +183,8 @@ def _judge_file(
     bounds = limit_samples(metrics, samples, pd.DataFrame(each, index=samples.categories), limits.mads)
     if limits.score_doublets:
         good = judge_cells(metrics, samples, bounds)[0] == ""
-        scratch = Path(f"{table_file}.scratch")
         metrics["doublet_score"] = score_doublets(cells_file, good, samples, len(symbols), seed, scratch)
-    failed, reasons = judge_cells(metrics, samples, bounds, np.asarray(label != "unknown"))
-    kept = failed == ""
-    summary = {
-        "dataset_id": name,
-        "cells": len(kept),
-        "kept": int(kept.sum()),
-        "dropped": _count_dropped(failed, name),
-        "limits": fixed,
-        "mads": limits.mads,
-        "samples": list(_summarise_samples(samples, kept, bounds)),
-        "genes": len(symbols),
-        "genes_detected": detected,
-        "genes_mitochondrial": int(is_mitochondrial(symbols).sum()),
-        "genes_ribosomal": int(is_ribosomal(symbols).sum()),
-        "source": str(uns.get("source", "")),
-    }
-    table = {"dataset_id": study, "donor": samples, **metrics, "kept": kept, "reason": reasons}
-    QC.write_parts(_add_ids(cells_file, table), table_file)
-    draw_qc(metrics, kept, bounds, name, plot_file)
-    write_json(summary, summary_file)
-    return kept
+    return Measured(study, samples, metrics, bounds, fixed, symbols, detected, str(uns.get("source", "")))
 
 
 def _count_dropped(failed: pd.Categorical, name: str) -> dict[str, int]:

@@ -181,6 +181,12 @@ def find_cells(path: str | Path, corpus_file: str | Path, split: str | None = No
     return np.concatenate(found)
 
 
+def all_cells(path: str | Path) -> np.ndarray:
+    """Return a true value for each cell of an h5ad file, bool (cells,)."""
+    with open_cells(path) as file:
+        return np.ones(file["X"].attrs["shape"][0], dtype=bool)
+
+
 def id_parts(path: str | Path) -> Iterator[np.ndarray]:
     """Yield the ids of the cells of an h5ad file, in order, in batches: a Python string takes 90 bytes per id."""
     with open_cells(path) as file:

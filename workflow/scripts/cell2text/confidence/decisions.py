@@ -79,6 +79,16 @@ class Confidence:
             cls._from_dict(saved["new_studies"]) if saved["new_studies"] else None,
         )
 
+    @property
+    def of_new_study(self) -> "Confidence":
+        """The confidence of a study without training cells."""
+        return self.new_studies or self
+
+    @property
+    def reads_language_model(self) -> bool:
+        """Whether the language model's scores change anything."""
+        return any(one.weights[0] for one in (*self.slots.values(), self.ranking))
+
     def describe(
         self,
         scores: Mapping[str, np.ndarray],

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import sparse
 
-from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
+from cell2text.cells.h5ad import all_cells, find_cells, read_blocks, read_genes
 from cell2text.contracts import GENES, TOKENS
 from cell2text.embedding.ranked_cells import SCALE, read_medians
 
@@ -30,14 +30,14 @@ def scale_counts(counts: sparse.csr_matrix) -> np.ndarray:
 
 
 def rank_genes(
-    corpus_file: str | Path, cells_file: str | Path, genes_file: str | Path, path: str | Path, threads: int = 1
+    corpus_file: str | Path | None, cells_file: str | Path, genes_file: str | Path, path: str | Path, threads: int = 1
 ) -> None:
     """Write the ranked genes of a dataset's cells, in the order of the dataset, block by block.
 
     Parameters
     ----------
     corpus_file
-        The corpus (``contracts.CELLS``).
+        The corpus (``contracts.CELLS``), whose cells are ranked; None for all cells of the dataset.
     cells_file
         Filtered counts of the dataset.
     genes_file
@@ -54,7 +54,8 @@ def rank_genes(
 
     def rank() -> Iterator[pa.Table]:
         cells = ranked = 0
-        for ids, counts in read_blocks(cells_file, find_cells(cells_file, corpus_file)):
+        rows = find_cells(cells_file, corpus_file) if corpus_file else all_cells(cells_file)
+        for ids, counts in read_blocks(cells_file, rows):
             tokens, expression, ends = rank_counts(join_genes(counts, token), token, median, threads)
             starts = pa.array(np.concatenate([[0], ends]), pa.int32())
             lists = [pa.ListArray.from_arrays(starts, values) for values in (tokens, expression)]

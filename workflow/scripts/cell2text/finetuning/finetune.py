@@ -123,7 +123,7 @@ def _finetune(
     model.about["longest_text"] = longest
     table = TERMS.read(terms)
     targets = choose_targets(model, train, training_rows["text"], labels, table)
-    source = read_json(Path(language_model, "source.json"))
+    source = read_json(Path(language_model, "source.json")) | {"name": Path(language_model).name}
     fingerprint = hash_config(
         {
             "model": model.about,

@@ -24,6 +24,7 @@ def generate_descriptions(
     embeddings: Sequence[str],
     generations: str,
     split: str,
+    new_study: bool = False,
 ) -> None:
     """Describe the cells of a file of scores.
 
@@ -46,12 +47,18 @@ def generate_descriptions(
         Output file, JSONL with one object per cell and the fields of ``contracts.PREDICTIONS``.
     split
         Name of the split.
+    new_study
+        Whether the cells are of a study without training cells, whatever its name is.
     """
     labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found, cells = SCORES.read(scores, wanted)
     confidence = Confidence.load(calibration)
-    table = confidence.describe(found, labels, read_ancestors(terms), cells).assign(status="parsed", split=split)
+    if new_study:
+        table = confidence.of_new_study.describe(found, labels, read_ancestors(terms))
+    else:
+        table = confidence.describe(found, labels, read_ancestors(terms), cells)
+    table = table.assign(status="parsed", split=split)
     table["cell_id"] = cells
     compared = Reference(**read_weights(reference, FIX, "numpy"))
     table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])

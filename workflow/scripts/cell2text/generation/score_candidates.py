@@ -77,26 +77,29 @@ class Scorer:
         programmes = loaded.about["programmes_per_cell"] if PATHWAY in self.labels else 0
         self.candidates = find_candidates(self.labels, programmes, Terms(table), loaded.tokenizer)
 
-    def score(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
-        """Return the tensors of ``contracts.SCORES`` for cells, reading at most ``batch_cells`` at a time."""
-        return self._score_by_projector(vectors, batch_cells) | self._score_by_language_model(vectors, batch_cells)
+    def score(self, vectors: Vectors, batch_cells: int, by_language_model: bool = True) -> dict[str, np.ndarray]:
+        """Return the tensors of ``contracts.SCORES`` for cells, reading at most ``batch_cells`` at a time.
+
+        The language model takes nearly all of the time. Without it, all candidates are alike to it.
+        """
+        learnt = bool(self.model.about["finetune"]["epochs"])  # to read soft tokens
+        score = self._score_by_language_model if by_language_model and learnt else self._score_all_alike
+        return self._score_by_projector(vectors, batch_cells) | score(vectors, batch_cells)
 
     def _score_by_projector(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
         scores = score_by_projector(self.model, self.targets, vectors, np.arange(len(vectors)), batch_cells)
         return {f"projector_{slot}": part.numpy() for slot, part in zip(self.labels, scores, strict=True)}
 
     def _score_by_language_model(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
-        if not self.model.about["finetune"]["epochs"]:  # it has not learnt to read soft tokens
-            return self._score_all_alike(len(vectors))
         parts = [[torch.empty(0, len(step.ids))] for step in self.candidates]
         for batch in score_names(self.model, vectors, self.candidates, batch_cells):
             for part, scores in zip(parts, batch.log_probabilities, strict=True):
                 part.append(scores)
         return self._by_slot([torch.cat(part).numpy() for part in parts])
 
-    def _score_all_alike(self, cells: int) -> dict[str, np.ndarray]:
+    def _score_all_alike(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
         counts = [len(step.ids) for step in self.candidates]
-        return self._by_slot([np.full((cells, count), -np.log(count), dtype=np.float32) for count in counts])
+        return self._by_slot([np.full((len(vectors), count), -np.log(count), dtype=np.float32) for count in counts])
 
     def _by_slot(self, parts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         steps = [(step.slot, scores) for step, scores in zip(self.candidates, parts, strict=True)]

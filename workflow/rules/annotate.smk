@@ -1,0 +1,237 @@
+"""
+A trained model, packed with all that describing new cells takes, and put to work on the cells of new files.
+
+Inputs: the stages of a run for `pack_model`; a packed model and the files of `query` for the other rules.
+Outputs: <results>/model/; <annotated>/{query}/annotated.h5ad, cells.tsv.gz and descriptions.jsonl.
+"""
+
+
+rule pack_model:
+    input:
+        finetuned="<results>/finetuned",
+        encoder="<results>/encoder",
+        genes="<results>/genes.parquet",
+        terms="<results>/corpus/terms.parquet",
+        calibration="<results>/confidence/calibration.json",
+        reference="<results>/confidence/reference.safetensors",
+        corpus="<results>/corpus/cells.parquet",
+        card="<results>/model_card.md",
+    output:
+        model=directory("<results>/model"),
+    log:
+        "<logs>/pack_model.log",
+    benchmark:
+        "<benchmarks>/pack_model.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=hours(1),
+    params:
+        settings={
+            "top_k": GENE_VECTORS and config["encoder"]["top_k"],
+            "batch_cells": config["generate"]["batch_cells"],
+            "qc": config["qc"],
+        },
+        library=library_version("pack_model.py"),
+    message:
+        "Packing the model"
+    script:
+        "../scripts/pack_model.py"
+
+
+rule fetch_query:
+    input:
+        files=lambda wildcards: local_files(QUERIES[wildcards.query]),
+        gene_table=config["genes"]["table"] or [],
+    output:
+        counts=temp("<annotated>/{query}/counts.h5ad"),
+    log:
+        "<annotated>/{query}/logs/fetch_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/cells.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, input, attempt: (2000 + int(input.size_mb / 2))
+        * attempt,
+        runtime=hours(2),
+    params:
+        row=lambda wildcards: QUERIES[wildcards.query],
+        genes={
+            "gene_table": config["genes"]["table"],
+            "min_counts_kept": config["genes"]["min_counts_kept"],
+        },
+        library=library_version("fetch_query.py"),
+    message:
+        "Reading {wildcards.query}"
+    script:
+        "../scripts/fetch_query.py"
+
+
+rule flag_query:
+    input:
+        counts="<annotated>/{query}/counts.h5ad",
+        model=MODEL,
+    output:
+        table="<annotated>/{query}/qc.parquet",
+    log:
+        "<annotated>/{query}/logs/flag_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/cells.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=hours(4),
+    params:
+        seed=lookup("seed", within=config),
+        library=library_version("flag_query.py"),
+    message:
+        "QC of {wildcards.query}"
+    script:
+        "../scripts/flag_query.py"
+
+
+rule rank_query:
+    input:
+        counts="<annotated>/{query}/counts.h5ad",
+        model=MODEL,
+    output:
+        genes="<annotated>/{query}/genes.parquet",
+        tokens="<annotated>/{query}/tokens/{query}.parquet",
+        fit="<annotated>/{query}/fit.json",
+    log:
+        "<annotated>/{query}/logs/rank_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/cells.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=hours(1),
+    params:
+        source=lambda wildcards: QUERIES[wildcards.query]["source"],
+        library=library_version("rank_query.py"),
+    message:
+        "Ranking the genes of each cell of {wildcards.query}"
+    script:
+        "../scripts/rank_query.py"
+
+
+rule embed_query:
+    input:
+        model=MODEL,
+        tokens="<annotated>/{query}/tokens/{query}.parquet",
+        genes="<annotated>/{query}/genes.parquet",
+    output:
+        embeddings="<annotated>/{query}/embeddings/{shard}.safetensors",
+    log:
+        "<annotated>/{query}/logs/embed_query/{shard}.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=hours(2),
+        gpu=1,
+    params:
+        shard=lambda wildcards: int(wildcards.shard),
+        shards=config["annotate"]["shards"],
+        library=library_version("embed_query.py"),
+    message:
+        "Computing gene vectors of {wildcards.query}, shard {wildcards.shard}"
+    script:
+        "../scripts/embed_query.py"
+
+
+rule score_query:
+    input:
+        model=MODEL,
+        language_model=LANGUAGE_MODEL,
+        embeddings="<annotated>/{query}/embeddings/{shard}.safetensors",
+    output:
+        scores="<annotated>/{query}/scores/{shard}.safetensors",
+    log:
+        "<annotated>/{query}/logs/score_query/{shard}.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/llm.yaml"
+    threads: 8
+    resources:
+        mem_mb=lambda wildcards, attempt: 16000 * attempt,
+        runtime=hours(4),
+        gpu=1,
+    params:
+        library=library_version("score_query.py"),
+    message:
+        "Scoring the names for {wildcards.query}, shard {wildcards.shard}"
+    script:
+        "../scripts/score_query.py"
+
+
+rule describe_query:
+    input:
+        model=MODEL,
+        scores="<annotated>/{query}/scores/{shard}.safetensors",
+        embeddings="<annotated>/{query}/embeddings/{shard}.safetensors",
+    output:
+        descriptions="<annotated>/{query}/descriptions/{shard}.jsonl",
+    log:
+        "<annotated>/{query}/logs/describe_query/{shard}.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/report.yaml"
+    threads: 2
+    resources:
+        mem_mb=mem_scores,
+        runtime=hours(1),
+    params:
+        library=library_version("describe_query.py"),
+    message:
+        "Describing the cells of {wildcards.query}, shard {wildcards.shard}"
+    script:
+        "../scripts/describe_query.py"
+
+
+rule annotate_query:
+    input:
+        files=lambda wildcards: local_files(QUERIES[wildcards.query]),
+        descriptions=collect(
+            "<annotated>/{{query}}/descriptions/{shard}.jsonl", shard=QUERY_SHARDS
+        ),
+        tokens="<annotated>/{query}/tokens/{query}.parquet",
+        qc="<annotated>/{query}/qc.parquet",
+        fit="<annotated>/{query}/fit.json",
+        model=MODEL,
+    output:
+        annotated="<annotated>/{query}/annotated.h5ad",
+        table="<annotated>/{query}/cells.tsv.gz",
+        texts="<annotated>/{query}/descriptions.jsonl",
+    log:
+        "<annotated>/{query}/logs/annotate_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        # formats other than h5ad are in memory as a whole
+        mem_mb=lambda wildcards, input, attempt: (4000 + 8 * int(input.size_mb))
+        * attempt,
+        runtime=hours(1),
+    params:
+        source=lambda wildcards: QUERIES[wildcards.query]["source"],
+        library=library_version("annotate_query.py"),
+    message:
+        "Adding the descriptions to {wildcards.query}"
+    script:
+        "../scripts/annotate_query.py"

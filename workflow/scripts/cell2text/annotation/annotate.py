@@ -1,0 +1,184 @@
+"""Cells described in one call or one command, by the same steps as the rules of the workflow.
+
+This module alone joins the two halves of the package: it needs both the single-cell and the language packages.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import anndata as ad
+
+from cell2text.annotation.annotate_query import annotate_query, annotation_columns, facts_of, read_predictions, replace
+from cell2text.annotation.describe_query import describe_query
+from cell2text.annotation.embed_query import embed_query
+from cell2text.annotation.fetch_model import fetch_model
+from cell2text.annotation.fetch_query import fetch_query
+from cell2text.annotation.find_queries import name_query
+from cell2text.annotation.language_models import locate_language_model
+from cell2text.annotation.pack_model import read_model
+from cell2text.annotation.rank_query import rank_query
+from cell2text.annotation.score_query import score_query
+from cell2text.cells.filter_cells import flag_cells
+from cell2text.contracts import TERMS
+from cell2text.errors import InputError
+from cell2text.models.fetch_language_model import fetch_language_model
+from cell2text.settings import QcSettings
+
+log = logging.getLogger("cell2text.annotation")
+
+OUTPUTS = ("annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+
+
+def annotate(
+    adata: ad.AnnData, model: str | Path, models: str | Path | None = None, gene_table: str | Path | None = None
+) -> ad.AnnData:
+    """Describe the cells of an object in memory.
+
+    Parameters
+    ----------
+    adata
+        Cells with raw counts in ``X``, ``raw.X`` or ``layers["counts"]``, and Ensembl ids or symbols of human genes. No
+        labels are needed. Columns that begin with ``cell2text_`` are added to its ``obs``, and facts to its ``uns``;
+        those of an earlier annotation are replaced. Nothing else changes.
+    model
+        The folder ``model`` of a finished run, or ``hf://organisation/name@revision``.
+    models
+        Folder of fetched models; by default ``resources/models`` if it exists, else a folder in the user's cache.
+    gene_table
+        Ensembl ids and symbols, see ``genes.table`` in the config; None to match genes by the names they have.
+
+    Returns
+    -------
+    AnnData
+        ``adata`` itself.
+
+    Raises
+    ------
+    InputError
+        If the model is damaged, its language model cannot be found, or counts or genes are invalid.
+
+    Examples
+    --------
+    >>> from cell2text import annotate
+    >>> annotate(adata, model="results/pbmc68k/model").obs["cell2text_cell_type"]  # doctest: +SKIP
+    """
+    with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
+        query = Path(folder, "query.h5ad")
+        columns = adata.obs[[name for name in adata.obs if name in ("donor_id", "organism_ontology_term_id")]]
+        slim = ad.AnnData(adata.X, columns, adata.var, layers=dict(adata.layers))
+        if adata.raw is not None:
+            slim.raw = ad.AnnData(adata.raw.X, columns, adata.raw.var)
+        slim.write_h5ad(query)
+        del slim
+        steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table)
+        cells = read_predictions([steps["descriptions"]], steps["tokens"], steps["qc"], TERMS.read(steps["terms"]))
+        facts = facts_of(steps["model"], steps["fit"], "an object in memory")
+    adata.obs = replace(adata.obs, annotation_columns(cells).set_axis(adata.obs_names))
+    adata.uns["cell2text"] = facts
+    return adata
+
+
+def annotate_file(
+    source: str | Path,
+    model: str | Path,
+    out: str | Path,
+    models: str | Path | None = None,
+    gene_table: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Describe the cells of a file and write ``OUTPUTS`` to a folder.
+
+    Parameters
+    ----------
+    source
+        An h5ad file, an AnnData Zarr folder, a 10x HDF5 file or a 10x folder. It is only read.
+    model, models, gene_table
+        See :func:`annotate`.
+    out
+        Folder to write.
+    overwrite
+        Whether to replace earlier outputs in it.
+
+    Raises
+    ------
+    InputError
+        If there are outputs already, or something is wrong with source or model.
+    """
+    out = Path(out)
+    present = [name for name in OUTPUTS if (out / name).exists()]
+    if present and not overwrite:
+        raise InputError(out / present[0], "exists already", "Choose another folder, or add --overwrite")
+    with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
+        steps = _run_steps(str(source), name_query(str(source)), Path(folder), model, models, gene_table)
+        written = [str(out / name) for name in OUTPUTS]
+        inputs = [steps[name] for name in ("tokens", "qc", "fit", "model")]
+        annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
+
+
+def _run_steps(
+    source: str,
+    name: str,
+    folder: Path,
+    model: str | Path,
+    models: str | Path | None,
+    gene_table: str | Path | None,
+) -> dict[str, str]:
+    """Run the steps from counts to descriptions and return the paths of their files."""
+    models = Path(models) if models else _models_folder()
+    packed = str(fetch_model(str(model), models))
+    about = read_model(packed)
+    found = locate_language_model(about, models)
+    language_model = models / found["name"]
+    if not (language_model / "source.json").exists():
+        log.info("fetching %s", found["source"])
+        fetch_language_model(found["source"], language_model)
+    names = ("counts.h5ad", "qc.parquet", "genes.parquet", f"{name}.parquet", "fit.json")
+    names += ("embeddings.safetensors", "scores.safetensors", "descriptions.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    counts, qc, genes, tokens, fit, embeddings, scores, descriptions = (str(folder / one) for one in names)
+    fetch_query({"dataset": name, "source": source}, counts, gene_table, min_counts_kept=0.5)
+    rank_query(counts, packed, source, genes, tokens, fit, threads=os.cpu_count() or 1)
+    flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]))
+    embed_query(packed, tokens, genes, embeddings)
+    score_query(packed, str(language_model), embeddings, scores)
+    describe_query(packed, scores, embeddings, descriptions)
+    terms = str(Path(packed) / "terms.parquet")
+    return {"descriptions": descriptions, "tokens": tokens, "qc": qc, "fit": fit, "model": packed, "terms": terms}
+
+
+def _models_folder() -> Path:
+    """Return the folder of fetched models: that of the project one is in, or one in the user's cache."""
+    here = Path("resources/models")
+    if here.is_dir():
+        return here
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cell2text/models"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command ``cell2text``."""
+    parser = argparse.ArgumentParser(prog="cell2text", description="Describe single cells in words.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser(
+        "annotate", help="describe the cells of a file", description="Describe the cells of a file."
+    )
+    one.add_argument("source", help="h5ad file, AnnData Zarr folder, 10x HDF5 file or 10x folder")
+    one.add_argument("--model", required=True, help="folder `model` of a run, or hf://organisation/name@revision")
+    one.add_argument("--out", required=True, help="folder to write")
+    one.add_argument("--models", help="folder of fetched models")
+    one.add_argument("--gene-table", help="Ensembl ids and symbols, to match genes by either")
+    one.add_argument("--overwrite", action="store_true", help="replace earlier outputs")
+    given = vars(parser.parse_args(arguments))
+    given.pop("command")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    try:
+        annotate_file(**given)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,209 @@
+"""The product of annotation: the user's object with columns added, a table of cells, and one text per cell."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import scanpy as sc
+
+from cell2text.cells.formats import BUNDLED, find_kind
+from cell2text.contracts import PREDICTIONS, QC, TERM_SLOTS, TERMS, TOKENS
+from cell2text.files import read_json, read_jsonl, whole_file, write_jsonl
+from cell2text.grammar import PATHWAY
+from cell2text.provenance import versions
+
+log = logging.getLogger("cell2text.annotation")
+
+PREFIX = "cell2text_"
+NOT_DETERMINED = "not determined"
+NO_GENES = "no counts in genes of the model"
+
+
+def annotate_query(
+    source: str,
+    descriptions: Sequence[str],
+    tokens: str,
+    qc: str,
+    fit: str,
+    model: str,
+    annotated: str,
+    table: str,
+    texts: str,
+) -> None:
+    """Write the user's object with the columns of :func:`annotation_columns`, the same as a table, and the texts.
+
+    Parameters
+    ----------
+    source
+        The user's file, which is only read.
+    descriptions
+        JSONL files of ``contracts.PREDICTIONS``.
+    tokens, qc, fit
+        Files written by ``rank_query`` and ``flag_query``.
+    model
+        Folder of a packed model.
+    annotated, table, texts
+        The h5ad, the gzipped TSV and the JSONL file to write. Each has one row per cell of the source, in its order.
+    """
+    cells = read_predictions(descriptions, tokens, qc, TERMS.read(Path(model) / "terms.parquet"))
+    columns = annotation_columns(cells)
+    names = add_columns(source, columns, facts_of(model, fit, source), annotated)
+    columns.index = names
+    with whole_file(table) as unfinished:
+        columns.rename_axis("cell").to_csv(unfinished, sep="\t", compression={"method": "gzip", "mtime": 0})
+    rows = cells.drop(columns=["split"]).assign(cell=np.asarray(names))
+    write_jsonl(({"cell": row.pop("cell")} | row for row in rows.to_dict("records")), texts)
+    log.info("%d cells: %d with a reported cell type", len(cells), cells["cell_type_reported_id"].notna().sum())
+
+
+def facts_of(model: str, fit: str, source: str) -> dict[str, Any]:
+    """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, and versions."""
+    seal = read_json(Path(model) / "cell2text.json")["seal"]
+    return {"model": seal, "source": source, "fit": read_json(fit), "versions": versions("cell2text", "anndata")}
+
+
+def read_predictions(descriptions: Sequence[str], tokens: str, qc: str, terms: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per cell in the order of the file: predictions, names of their terms, and what QC finds.
+
+    Parameters
+    ----------
+    descriptions, tokens, qc
+        Files of ``contracts.PREDICTIONS`` as JSONL, ``contracts.TOKENS`` and ``contracts.QC``.
+    terms
+        Rows of ``contracts.TERMS``.
+
+    Returns
+    -------
+    DataFrame
+        Columns of ``contracts.PREDICTIONS``, ``{slot}_name`` and ``{slot}_reported_name``, ``programmes`` (names) and
+        ``flag``. Without a gene of the model a cell has no prediction, and the flag says so.
+    """
+    judged = QC.read(qc, ["cell_id", "reason"])
+    rows = pd.DataFrame((row for path in descriptions for row in read_jsonl(path)), columns=list(PREDICTIONS.columns))
+    parts = TOKENS.read_arrow_parts(tokens, ["cell_id", "tokens"])
+    empty = [part["cell_id"].filter(pc.equal(pc.list_value_length(part["tokens"]), 0)).to_pylist() for part in parts]
+    empty = set().union(*empty)
+    rows = rows[~rows["cell_id"].isin(empty)]
+    cells = rows.set_index("cell_id").reindex(judged["cell_id"]).astype(object).reset_index()
+    names = {slot: dict(zip(group["id"], group["name"], strict=True)) for slot, group in terms.groupby("slot")}
+    for slot in TERM_SLOTS:
+        for kind in ("", "_reported"):
+            cells[f"{slot}{kind}_name"] = cells[f"{slot}{kind}_id"].map(names.get(slot, {}))
+    cells["pathway_ids"] = [found if isinstance(found, list) else [] for found in cells["pathway_ids"]]
+    cells["programmes"] = [[names[PATHWAY][one] for one in found] for found in cells["pathway_ids"]]
+    flag = judged["reason"].astype(object).fillna("")
+    cells["flag"] = flag.mask(judged["cell_id"].isin(empty), NO_GENES).to_numpy()
+    return cells.astype(object).where(cells.notna(), None)
+
+
+def annotation_columns(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that are added to the user's ``obs``, all with the prefix ``cell2text_``.
+
+    Parameters
+    ----------
+    cells
+        From :func:`read_predictions`.
+
+    Returns
+    -------
+    DataFrame
+        For each slot the reported term (``cell_type``, ``_id``, ``_confidence``; "not determined" where none is
+        probable enough) and the most specific guess (``_guess``, ``_guess_id``, ``_guess_confidence``), then
+        ``programmes``, ``novelty``, ``novel``, ``flag`` (QC's reason, or empty) and ``description``.
+    """
+    columns: dict[str, Any] = {}
+    for slot in TERM_SLOTS:
+        columns[slot] = _text(cells[f"{slot}_reported_name"], NOT_DETERMINED)
+        columns[f"{slot}_id"] = _text(cells[f"{slot}_reported_id"])
+        columns[f"{slot}_confidence"] = cells[f"{slot}_reported_confidence"].astype(np.float32)
+        columns[f"{slot}_guess"] = _text(cells[f"{slot}_name"])
+        columns[f"{slot}_guess_id"] = _text(cells[f"{slot}_id"])
+        columns[f"{slot}_guess_confidence"] = cells[f"{slot}_confidence"].astype(np.float32)
+    columns["programmes"] = pd.Categorical(cells["programmes"].map("; ".join))
+    columns["novelty"] = cells["novelty"].astype(np.float32)
+    columns["novel"] = cells["novel"].eq(True).to_numpy(dtype=bool)
+    columns["flag"] = _text(cells["flag"])
+    columns["description"] = _text(cells["text"])
+    return pd.DataFrame(columns).add_prefix(PREFIX)
+
+
+def _text(column: pd.Series, missing: str = "") -> pd.Categorical:
+    """Return a column as a categorical: few texts are shared by many cells."""
+    return pd.Categorical(column.astype(object).where(column.notna(), missing).astype(str))
+
+
+def add_columns(source: str, columns: pd.DataFrame, facts: Mapping[str, Any], path: str) -> pd.Index:
+    """Write a copy of the user's object with columns added to ``obs`` and facts to ``uns``; return the cells' names.
+
+    An h5ad file is copied byte for byte and the columns are written into the copy, so everything else in it stays as
+    it is. Other formats are read and written as h5ad. Columns of an earlier annotation are replaced.
+    """
+    with whole_file(path) as unfinished:
+        if source != BUNDLED and find_kind(Path(source)) == "hdf5" and _is_current(source):
+            shutil.copyfile(source, unfinished)
+            names = _add_in_place(unfinished, columns, facts)
+        else:
+            cells = read_any(source)
+            names = cells.obs_names
+            cells.obs = replace(cells.obs, columns.set_axis(names))
+            cells.uns[PREFIX.rstrip("_")] = dict(facts)
+            cells.write_h5ad(unfinished)
+    return names
+
+
+def _is_current(source: str) -> bool:
+    """Return whether an HDF5 file is an AnnData whose tables are groups, as since anndata 0.7."""
+    with h5py.File(source, "r") as file:
+        return "obs" in file and isinstance(file["obs"], h5py.Group) and "encoding-type" in file["obs"].attrs
+
+
+def _add_in_place(path: Path, columns: pd.DataFrame, facts: Mapping[str, Any]) -> pd.Index:
+    with h5py.File(path, "r+") as file:
+        obs = file["obs"]
+        order = [name for name in obs.attrs["column-order"] if not name.startswith(PREFIX)]
+        earlier = [name for name in obs if name.startswith(PREFIX)]
+        if earlier:
+            log.info("%d columns of an earlier annotation are replaced", len(earlier))
+        for name in earlier:
+            del obs[name]
+        for name, values in columns.items():
+            ad.io.write_elem(obs, name, values.to_numpy() if values.dtype != "category" else values.array)
+        obs.attrs["column-order"] = np.array([*order, *columns], dtype=h5py.string_dtype())
+        key = PREFIX.rstrip("_")
+        if "uns" in file and key in file["uns"]:
+            del file["uns"][key]
+        ad.io.write_elem(file.require_group("uns"), key, dict(facts))
+        names = ad.io.read_elem(obs[obs.attrs["_index"]])
+    return pd.Index(names).astype(str)
+
+
+def replace(obs: pd.DataFrame, columns: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with columns added, instead of those of an earlier annotation."""
+    earlier = [name for name in obs if str(name).startswith(PREFIX)]
+    if earlier:
+        log.info("%d columns of an earlier annotation are replaced", len(earlier))
+    return pd.concat([obs.drop(columns=earlier), columns], axis=1)
+
+
+def read_any(source: str) -> ad.AnnData:
+    """Return a study in any supported format but h5ad as an object in memory."""
+    if source == BUNDLED:
+        return sc.datasets.pbmc68k_reduced()
+    path, kind = Path(source), find_kind(Path(source))
+    if kind == "zarr":
+        return ad.read_zarr(path)
+    if kind == "10x folder":
+        return sc.read_10x_mtx(path, make_unique=True)
+    with h5py.File(path, "r") as file:
+        if "obs" in file:
+            return ad.read_h5ad(path)
+    cells = sc.read_10x_h5(path)
+    cells.var_names_make_unique()
+    return cells

@@ -1,0 +1,60 @@
+"""The files to annotate and the model that annotates them, as the config names them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from cell2text.annotation.pack_model import read_model
+from cell2text.config import check_file, read_datasets
+from cell2text.errors import InputError
+
+SHEETS = (".tsv", ".csv")
+
+
+def find_queries(config: dict[str, Any], schema: Path) -> tuple[dict[str, dict[str, str]], str | list]:
+    """Return the rows of the files to annotate by name, and the folder of the model; both empty without a query.
+
+    Parameters
+    ----------
+    config
+        The configuration: ``query`` is a study or a sheet of studies, ``model`` a folder or a source.
+    schema
+        Schema of the sheet of datasets.
+
+    Raises
+    ------
+    InputError
+        If one of the two keys is missing, a file does not exist, or the folder is no packed model.
+    """
+    query, model = config["query"], config["model"]
+    if query is None and model is None:
+        return {}, []
+    if query is None or model is None:
+        absent, example = ("query", "my.h5ad") if query is None else ("model", "results/pbmc68k/model")
+        raise InputError(f"config: {absent}", "is missing", f"Add {absent}={example} to --config")
+    rows = read_queries(query, schema)
+    read_model(model)
+    # The path is absolute so that no rule of a run makes the folder: it is used as it is.
+    return rows, str(Path(model).resolve())
+
+
+def read_queries(query: str, schema: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of a sheet of studies by name, or one row for a study, named after its file."""
+    if Path(query).suffix in SHEETS and Path(query).is_file():
+        return read_datasets(query, schema)
+    if "://" not in query:
+        check_file(query, "config: query")
+    name = name_query(query)
+    return {name: {"dataset": name, "source": query}}
+
+
+def name_query(query: str) -> str:
+    """Return a name for a file or folder: its own without ending, in the characters of a dataset id.
+
+    Examples
+    --------
+    >>> name_query("studies/my cells (new).h5ad")
+    'my_cells_new'
+    """
+    stem = re.sub(r"\.(h5ad|h5|zarr)$", "", Path(query).name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("_.-")[:100] or "query"

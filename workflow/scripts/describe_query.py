@@ -1,0 +1,18 @@
+"""Describe one shard of the cells of a file to annotate from the scores of their names."""
+
+from cell2text.annotation.describe_query import describe_query
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    describe_query(
+        snakemake.input.model,
+        snakemake.input.scores,
+        snakemake.input.embeddings,
+        snakemake.output.descriptions,
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821
