@@ -1,0 +1,1 @@
+"""A trained model describes the cells and the clusters of a user's file."""
