@@ -75,5 +75,10 @@ rule annotate:
         collect(
             "<annotated>/{query}/{file}",
             query=QUERIES,
-            file=["annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl"],
+            file=[
+                "annotated.h5ad",
+                "cells.tsv.gz",
+                "clusters.tsv",
+                "descriptions.jsonl",
+            ],
         ),

@@ -12,21 +12,16 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cell2text.annotation.annotate_query import (
-    NO_GENES,
-    add_columns,
-    annotate_query,
-    annotation_columns,
-    read_predictions,
-)
+from cell2text.annotation.annotate_query import add_columns, annotate_query, annotation_columns
 from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.fetch_query import fetch_query
 from cell2text.annotation.find_queries import find_queries, name_query
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import FORMAT, pack_model, read_model
+from cell2text.annotation.predictions import NO_GENES, read_predictions
 from cell2text.annotation.rank_query import match_genes, rank_query
 from cell2text.cells.filter_cells import flag_cells
-from cell2text.contracts import CELLS, GENES, PREDICTIONS, QC, TERMS
+from cell2text.contracts import CELLS, CLUSTERS, GENES, PREDICTIONS, QC, TERMS
 from cell2text.errors import InputError
 from cell2text.files import read_jsonl, seal, write_json, write_jsonl
 from default_settings import qc_settings
@@ -216,7 +211,10 @@ def run_steps(folder, source, packed):
             "novelty": 1.0,
         }
     write_jsonl(rows, folder / "described.jsonl")
-    return [str(folder / "described.jsonl")], str(tokens), str(qc), str(fit)
+    CLUSTERS.write(pd.DataFrame({"cell_id": ids, "cluster": "0"}, dtype=object), folder / "clusters.parquet")
+    (folder / "clusters.tsv").write_text("cluster\ttext\n0\tCluster 0.\n")
+    made = (tokens, qc, fit, folder / "clusters.parquet", folder / "clusters.tsv")
+    return [str(folder / "described.jsonl")], *map(str, made)
 
 
 COUNTS = [[5, 1, 1, 0], [0, 0, 0, 3], [0, 0, 0, 0], [9, 0, 0, 0]]
@@ -248,15 +246,16 @@ def test_every_cell_comes_back_in_place_and_nothing_else_changes(packed, tmp_pat
 
 def test_an_earlier_annotation_is_replaced(packed, tmp_path, caplog):
     source = write_study(tmp_path / "mine.h5ad", COUNTS)
-    cells = read_predictions(*run_steps(tmp_path, source, packed)[:3], small_table())
+    steps = run_steps(tmp_path, source, packed)
+    cells, clusters = read_predictions(*steps[:3], small_table()), steps[4]
     first, second = str(tmp_path / "first.h5ad"), str(tmp_path / "second.h5ad")
-    add_columns(source, annotation_columns(cells).assign(cell2text_old=1), {"run": 1}, first)
+    add_columns(source, annotation_columns(cells, clusters).assign(cell2text_old=1), {"run": 1}, first)
     with caplog.at_level("INFO"):
-        add_columns(first, annotation_columns(cells), {"run": 2}, second)
-    assert "36 columns of an earlier annotation are replaced" in caplog.text
+        add_columns(first, annotation_columns(cells, clusters), {"run": 2}, second)
+    assert "37 columns of an earlier annotation are replaced" in caplog.text
     found = ad.read_h5ad(second)
     assert "cell2text_old" not in found.obs and found.uns["cell2text"] == {"run": 2}
-    assert len(found.obs.columns) == 36 and len(set(found.obs.columns)) == 36
+    assert len(found.obs.columns) == len(set(found.obs.columns)) == 37
 
 
 def test_a_file_with_other_genes_is_refused_before_anything_is_written(packed, tmp_path):

@@ -2,7 +2,7 @@
 A trained model, packed with all that describing new cells takes, and put to work on the cells of new files.
 
 Inputs: the stages of a run for `pack_model`; a packed model and the files of `query` for the other rules.
-Outputs: <results>/model/; <annotated>/{query}/annotated.h5ad, cells.tsv.gz and descriptions.jsonl.
+Outputs: <results>/model/; <annotated>/{query}/annotated.h5ad, cells.tsv.gz, clusters.tsv and descriptions.jsonl.
 """
 
 
@@ -64,6 +64,7 @@ rule fetch_query:
             "gene_table": config["genes"]["table"],
             "min_counts_kept": config["genes"]["min_counts_kept"],
         },
+        columns={key: config[key] for key in ("clusters", "own_labels")},
         library=library_version("fetch_query.py"),
     message:
         "Reading {wildcards.query}"
@@ -202,6 +203,42 @@ rule describe_query:
         "../scripts/describe_query.py"
 
 
+rule cluster_query:
+    input:
+        counts="<annotated>/{query}/counts.h5ad",
+        descriptions=collect(
+            "<annotated>/{{query}}/descriptions/{shard}.jsonl", shard=QUERY_SHARDS
+        ),
+        tokens="<annotated>/{query}/tokens/{query}.parquet",
+        qc="<annotated>/{query}/qc.parquet",
+        embeddings=collect(
+            "<annotated>/{{query}}/embeddings/{shard}.safetensors", shard=QUERY_SHARDS
+        ),
+        model=MODEL,
+    output:
+        clusters="<annotated>/{query}/clusters.parquet",
+        table="<annotated>/{query}/clusters.tsv",
+    log:
+        "<annotated>/{query}/logs/cluster_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        # the counts twice
+        mem_mb=lambda wildcards, input, attempt: (4000 + 16 * int(input.size_mb))
+        * attempt,
+        runtime=hours(4),
+    params:
+        seed=lookup("seed", within=config),
+        library=library_version("cluster_query.py"),
+    message:
+        "Describing the clusters of {wildcards.query}"
+    script:
+        "../scripts/cluster_query.py"
+
+
 rule annotate_query:
     input:
         files=lambda wildcards: local_files(QUERIES[wildcards.query]),
@@ -211,6 +248,8 @@ rule annotate_query:
         tokens="<annotated>/{query}/tokens/{query}.parquet",
         qc="<annotated>/{query}/qc.parquet",
         fit="<annotated>/{query}/fit.json",
+        clusters="<annotated>/{query}/clusters.parquet",
+        cluster_table="<annotated>/{query}/clusters.tsv",
         model=MODEL,
     output:
         annotated="<annotated>/{query}/annotated.h5ad",

@@ -12,6 +12,8 @@ def main(snakemake):
         snakemake.input.tokens,
         snakemake.input.qc,
         snakemake.input.fit,
+        snakemake.input.clusters,
+        snakemake.input.cluster_table,
         snakemake.input.model,
         snakemake.output.annotated,
         snakemake.output.table,

@@ -6,7 +6,8 @@ from cell2text.job import run_job
 
 def main(snakemake):
     """Run the rule."""
-    fetch_query(snakemake.params.row, snakemake.output.counts, **snakemake.params.genes)
+    columns = snakemake.params.columns
+    fetch_query(snakemake.params.row, snakemake.output.counts, **snakemake.params.genes, **columns)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ This module alone joins the two halves of the package: it needs both the single-
 import argparse
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import anndata as ad
 
-from cell2text.annotation.annotate_query import annotate_query, annotation_columns, facts_of, read_predictions, replace
+from cell2text.annotation.annotate_query import annotate_query, annotation_columns, facts_of, replace
+from cell2text.annotation.cluster_query import cluster_query
 from cell2text.annotation.describe_query import describe_query
 from cell2text.annotation.embed_query import embed_query
 from cell2text.annotation.fetch_model import fetch_model
@@ -20,21 +22,29 @@ from cell2text.annotation.fetch_query import fetch_query
 from cell2text.annotation.find_queries import name_query
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_model
+from cell2text.annotation.predictions import read_predictions
 from cell2text.annotation.rank_query import rank_query
 from cell2text.annotation.score_query import score_query
 from cell2text.cells.filter_cells import flag_cells
 from cell2text.contracts import TERMS
 from cell2text.errors import InputError
+from cell2text.files import whole_file
 from cell2text.models.fetch_language_model import fetch_language_model
 from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.annotation")
 
-OUTPUTS = ("annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+OUTPUTS = ("clusters.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+SEED = 42  # the default of the workflow
 
 
 def annotate(
-    adata: ad.AnnData, model: str | Path, models: str | Path | None = None, gene_table: str | Path | None = None
+    adata: ad.AnnData,
+    model: str | Path,
+    models: str | Path | None = None,
+    gene_table: str | Path | None = None,
+    clusters: str | None = None,
+    own_labels: str | None = None,
 ) -> ad.AnnData:
     """Describe the cells of an object in memory.
 
@@ -50,6 +60,10 @@ def annotate(
         Folder of fetched models; by default ``resources/models`` if it exists, else a folder in the user's cache.
     gene_table
         Ensembl ids and symbols, see ``genes.table`` in the config; None to match genes by the names they have.
+    clusters
+        Column of ``obs`` with the clusters to describe; None to find clusters.
+    own_labels
+        Column of ``obs`` with labels to compare the clusters with; None if there are none.
 
     Returns
     -------
@@ -68,16 +82,19 @@ def annotate(
     """
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
         query = Path(folder, "query.h5ad")
-        columns = adata.obs[[name for name in adata.obs if name in ("donor_id", "organism_ontology_term_id")]]
+        wanted = ("donor_id", "organism_ontology_term_id", clusters, own_labels)
+        columns = adata.obs[[name for name in adata.obs if name in wanted]]
         slim = ad.AnnData(adata.X, columns, adata.var, layers=dict(adata.layers))
         if adata.raw is not None:
             slim.raw = ad.AnnData(adata.raw.X, columns, adata.raw.var)
         slim.write_h5ad(query)
         del slim
-        steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table)
+        given = (clusters, own_labels)
+        steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table, *given)
         cells = read_predictions([steps["descriptions"]], steps["tokens"], steps["qc"], TERMS.read(steps["terms"]))
-        facts = facts_of(steps["model"], steps["fit"], "an object in memory")
-    adata.obs = replace(adata.obs, annotation_columns(cells).set_axis(adata.obs_names))
+        facts = facts_of(steps["model"], steps["fit"], steps["cluster_table"], "an object in memory")
+        added = annotation_columns(cells, steps["clusters"])
+    adata.obs = replace(adata.obs, added.set_axis(adata.obs_names))
     adata.uns["cell2text"] = facts
     return adata
 
@@ -88,6 +105,8 @@ def annotate_file(
     out: str | Path,
     models: str | Path | None = None,
     gene_table: str | Path | None = None,
+    clusters: str | None = None,
+    own_labels: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Describe the cells of a file and write ``OUTPUTS`` to a folder.
@@ -96,7 +115,7 @@ def annotate_file(
     ----------
     source
         An h5ad file, an AnnData Zarr folder, a 10x HDF5 file or a 10x folder. It is only read.
-    model, models, gene_table
+    model, models, gene_table, clusters, own_labels
         See :func:`annotate`.
     out
         Folder to write.
@@ -113,10 +132,13 @@ def annotate_file(
     if present and not overwrite:
         raise InputError(out / present[0], "exists already", "Choose another folder, or add --overwrite")
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
-        steps = _run_steps(str(source), name_query(str(source)), Path(folder), model, models, gene_table)
-        written = [str(out / name) for name in OUTPUTS]
-        inputs = [steps[name] for name in ("tokens", "qc", "fit", "model")]
+        given = (model, models, gene_table, clusters, own_labels)
+        steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
+        table, *written = [str(out / name) for name in OUTPUTS]
+        inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "model")]
         annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
+        with whole_file(table) as unfinished:
+            shutil.copyfile(steps["cluster_table"], unfinished)
 
 
 def _run_steps(
@@ -126,6 +148,8 @@ def _run_steps(
     model: str | Path,
     models: str | Path | None,
     gene_table: str | Path | None,
+    clusters: str | None,
+    own_labels: str | None,
 ) -> dict[str, str]:
     """Run the steps from counts to descriptions and return the paths of their files."""
     models = Path(models) if models else _models_folder()
@@ -137,17 +161,23 @@ def _run_steps(
         log.info("fetching %s", found["source"])
         fetch_language_model(found["source"], language_model)
     names = ("counts.h5ad", "qc.parquet", "genes.parquet", f"{name}.parquet", "fit.json")
-    names += ("embeddings.safetensors", "scores.safetensors", "descriptions.jsonl")
+    names += ("embeddings.safetensors", "scores.safetensors", "descriptions.jsonl", "clusters.parquet", "clusters.tsv")
     folder.mkdir(parents=True, exist_ok=True)
-    counts, qc, genes, tokens, fit, embeddings, scores, descriptions = (str(folder / one) for one in names)
-    fetch_query({"dataset": name, "source": source}, counts, gene_table, min_counts_kept=0.5)
+    paths = [str(folder / one) for one in names]
+    counts, qc, genes, tokens, fit, embeddings, scores, descriptions, of_cells, cluster_table = paths
+    fetch_query({"dataset": name, "source": source}, counts, gene_table, 0.5, clusters, own_labels)
     rank_query(counts, packed, source, genes, tokens, fit, threads=os.cpu_count() or 1)
-    flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]))
+    flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]), SEED)
     embed_query(packed, tokens, genes, embeddings)
     score_query(packed, str(language_model), embeddings, scores)
     describe_query(packed, scores, embeddings, descriptions)
-    terms = str(Path(packed) / "terms.parquet")
-    return {"descriptions": descriptions, "tokens": tokens, "qc": qc, "fit": fit, "model": packed, "terms": terms}
+    cluster_query(counts, [descriptions], tokens, qc, [embeddings], packed, of_cells, cluster_table, SEED)
+    found = {"descriptions": descriptions, "tokens": tokens, "qc": qc, "fit": fit, "model": packed}
+    return found | {
+        "clusters": of_cells,
+        "cluster_table": cluster_table,
+        "terms": str(Path(packed) / "terms.parquet"),
+    }
 
 
 def _models_folder() -> Path:
@@ -172,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--out", required=True, help="folder to write")
     one.add_argument("--models", help="folder of fetched models")
     one.add_argument("--gene-table", help="Ensembl ids and symbols, to match genes by either")
+    one.add_argument("--clusters", help="column of obs with the clusters to describe; without it, clusters are found")
+    one.add_argument("--own-labels", help="column of obs with labels to compare the clusters with")
     one.add_argument("--overwrite", action="store_true", help="replace earlier outputs")
     given = vars(parser.parse_args(arguments))
     given.pop("command")

@@ -10,20 +10,18 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
 import scanpy as sc
 
+from cell2text.annotation.predictions import read_predictions
 from cell2text.cells.formats import BUNDLED, find_kind
-from cell2text.contracts import PREDICTIONS, QC, TERM_SLOTS, TERMS, TOKENS
-from cell2text.files import read_json, read_jsonl, whole_file, write_jsonl
-from cell2text.grammar import PATHWAY
+from cell2text.contracts import CLUSTERS, TERM_SLOTS, TERMS
+from cell2text.files import read_json, whole_file, write_jsonl
 from cell2text.provenance import versions
 
 log = logging.getLogger("cell2text.annotation")
 
 PREFIX = "cell2text_"
 NOT_DETERMINED = "not determined"
-NO_GENES = "no counts in genes of the model"
 
 
 def annotate_query(
@@ -32,6 +30,8 @@ def annotate_query(
     tokens: str,
     qc: str,
     fit: str,
+    clusters: str,
+    cluster_table: str,
     model: str,
     annotated: str,
     table: str,
@@ -47,14 +47,16 @@ def annotate_query(
         JSONL files of ``contracts.PREDICTIONS``.
     tokens, qc, fit
         Files written by ``rank_query`` and ``flag_query``.
+    clusters, cluster_table
+        Files written by ``cluster_query``.
     model
         Folder of a packed model.
     annotated, table, texts
         The h5ad, the gzipped TSV and the JSONL file to write. Each has one row per cell of the source, in its order.
     """
     cells = read_predictions(descriptions, tokens, qc, TERMS.read(Path(model) / "terms.parquet"))
-    columns = annotation_columns(cells)
-    names = add_columns(source, columns, facts_of(model, fit, source), annotated)
+    columns = annotation_columns(cells, clusters)
+    names = add_columns(source, columns, facts_of(model, fit, cluster_table, source), annotated)
     columns.index = names
     with whole_file(table) as unfinished:
         columns.rename_axis("cell").to_csv(unfinished, sep="\t", compression={"method": "gzip", "mtime": 0})
@@ -63,60 +65,30 @@ def annotate_query(
     log.info("%d cells: %d with a reported cell type", len(cells), cells["cell_type_reported_id"].notna().sum())
 
 
-def facts_of(model: str, fit: str, source: str) -> dict[str, Any]:
-    """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, and versions."""
+def facts_of(model: str, fit: str, cluster_table: str, source: str) -> dict[str, Any]:
+    """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, a text per cluster, and versions."""
     seal = read_json(Path(model) / "cell2text.json")["seal"]
-    return {"model": seal, "source": source, "fit": read_json(fit), "versions": versions("cell2text", "anndata")}
+    texts = pd.read_csv(cluster_table, sep="\t", dtype=str).set_index("cluster")["text"].to_dict()
+    facts = {"model": seal, "source": source, "fit": read_json(fit), "clusters": texts}
+    return facts | {"versions": versions("cell2text", "anndata")}
 
 
-def read_predictions(descriptions: Sequence[str], tokens: str, qc: str, terms: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per cell in the order of the file: predictions, names of their terms, and what QC finds.
-
-    Parameters
-    ----------
-    descriptions, tokens, qc
-        Files of ``contracts.PREDICTIONS`` as JSONL, ``contracts.TOKENS`` and ``contracts.QC``.
-    terms
-        Rows of ``contracts.TERMS``.
-
-    Returns
-    -------
-    DataFrame
-        Columns of ``contracts.PREDICTIONS``, ``{slot}_name`` and ``{slot}_reported_name``, ``programmes`` (names) and
-        ``flag``. Without a gene of the model a cell has no prediction, and the flag says so.
-    """
-    judged = QC.read(qc, ["cell_id", "reason"])
-    rows = pd.DataFrame((row for path in descriptions for row in read_jsonl(path)), columns=list(PREDICTIONS.columns))
-    parts = TOKENS.read_arrow_parts(tokens, ["cell_id", "tokens"])
-    empty = [part["cell_id"].filter(pc.equal(pc.list_value_length(part["tokens"]), 0)).to_pylist() for part in parts]
-    empty = set().union(*empty)
-    rows = rows[~rows["cell_id"].isin(empty)]
-    cells = rows.set_index("cell_id").reindex(judged["cell_id"]).astype(object).reset_index()
-    names = {slot: dict(zip(group["id"], group["name"], strict=True)) for slot, group in terms.groupby("slot")}
-    for slot in TERM_SLOTS:
-        for kind in ("", "_reported"):
-            cells[f"{slot}{kind}_name"] = cells[f"{slot}{kind}_id"].map(names.get(slot, {}))
-    cells["pathway_ids"] = [found if isinstance(found, list) else [] for found in cells["pathway_ids"]]
-    cells["programmes"] = [[names[PATHWAY][one] for one in found] for found in cells["pathway_ids"]]
-    flag = judged["reason"].astype(object).fillna("")
-    cells["flag"] = flag.mask(judged["cell_id"].isin(empty), NO_GENES).to_numpy()
-    return cells.astype(object).where(cells.notna(), None)
-
-
-def annotation_columns(cells: pd.DataFrame) -> pd.DataFrame:
+def annotation_columns(cells: pd.DataFrame, clusters: str) -> pd.DataFrame:
     """Return the columns that are added to the user's ``obs``, all with the prefix ``cell2text_``.
 
     Parameters
     ----------
     cells
-        From :func:`read_predictions`.
+        From ``read_predictions``.
+    clusters
+        File of ``contracts.CLUSTERS``.
 
     Returns
     -------
     DataFrame
         For each slot the reported term (``cell_type``, ``_id``, ``_confidence``; "not determined" where none is
         probable enough) and the most specific guess (``_guess``, ``_guess_id``, ``_guess_confidence``), then
-        ``programmes``, ``novelty``, ``novel``, ``flag`` (QC's reason, or empty) and ``description``.
+        ``programmes``, ``novelty``, ``novel``, ``flag`` (QC's reason, or empty), ``cluster`` and ``description``.
     """
     columns: dict[str, Any] = {}
     for slot in TERM_SLOTS:
@@ -130,6 +102,7 @@ def annotation_columns(cells: pd.DataFrame) -> pd.DataFrame:
     columns["novelty"] = cells["novelty"].astype(np.float32)
     columns["novel"] = cells["novel"].eq(True).to_numpy(dtype=bool)
     columns["flag"] = _text(cells["flag"])
+    columns["cluster"] = pd.Categorical(CLUSTERS.read(clusters)["cluster"])
     columns["description"] = _text(cells["text"])
     return pd.DataFrame(columns).add_prefix(PREFIX)
 

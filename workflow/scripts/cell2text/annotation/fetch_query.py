@@ -5,17 +5,28 @@ from pathlib import Path
 
 import pandas as pd
 
+from cell2text.annotation.clusters import check_clusters
 from cell2text.cells.fetch_dataset import check_species, write_counts
-from cell2text.cells.studies import open_study
+from cell2text.cells.studies import Study, open_study
+from cell2text.errors import InputError
 
 log = logging.getLogger("cell2text.annotation")
 
+CLUSTER, OWN_LABEL = "cluster", "own_label"  # columns of the written obs
 
-def fetch_query(row: dict[str, str], path: str | Path, gene_table: str | None, min_counts_kept: float) -> None:
+
+def fetch_query(
+    row: dict[str, str],
+    path: str | Path,
+    gene_table: str | None,
+    min_counts_kept: float,
+    clusters: str | None = None,
+    own_labels: str | None = None,
+) -> None:
     """Write the counts of all cells of a study as ``fetch_dataset`` does.
 
-    The labels of the file are not read, so they may be missing or anything. Cells get the ids ``{dataset}|{number}``,
-    with numbers from 0 in the order of the file, because names of cells may repeat.
+    The file's labels of cells are not needed. Cells get the ids ``{dataset}|{number}``, with numbers from 0 in the
+    order of the file, because names of cells may repeat.
 
     Parameters
     ----------
@@ -25,16 +36,31 @@ def fetch_query(row: dict[str, str], path: str | Path, gene_table: str | None, m
         The h5ad file to write.
     gene_table, min_counts_kept
         See ``fetch_dataset``.
+    clusters, own_labels
+        Columns of ``obs`` with the cluster of each cell and its label, which are kept; None if there are none.
 
     Raises
     ------
     InputError
-        If the file, its counts or its genes are invalid, or they are not human.
+        If the file, its counts, genes or clusters are invalid, or they are not human.
     """
-    with open_study(row["source"], ["donor_id"]) as study:
+    wanted = [name for name in ("donor_id", clusters, own_labels) if name]
+    with open_study(row["source"], wanted) as study:
         check_species(study)
         obs = _name_cells(study.obs, row["dataset"])
+        for key, new, name in (("clusters", CLUSTER, clusters), ("own_labels", OWN_LABEL, own_labels)):
+            if name:
+                obs[new] = _read_column(study, name, key).to_numpy()
+        if clusters:
+            check_clusters(obs[CLUSTER], f"{study.where}: obs: {clusters}")
         write_counts(study, obs, row, path, gene_table, min_counts_kept)
+
+
+def _read_column(study: Study, name: str, key: str) -> pd.Series:
+    if name not in study.obs:
+        columns = ", ".join(study.obs_columns) or "none: the file has no columns"
+        raise InputError(f"{study.where}: obs", f"no column {name}", f"Set {key} to one of {columns}")
+    return study.obs[name].astype("category")
 
 
 def _name_cells(obs: pd.DataFrame, dataset: str) -> pd.DataFrame:

@@ -150,6 +150,7 @@ PREDICTIONS = TableContract(
     },
     key="cell_id",
 )
+CLUSTERS = TableContract("the clusters of cells", {"cell_id": TEXT, "cluster": TEXT}, key="cell_id")
 HISTORY = TableContract(
     "the training history",
     {

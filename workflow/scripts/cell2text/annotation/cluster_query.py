@@ -1,0 +1,63 @@
+"""One paragraph per cluster of the cells to annotate: clusters of the file, or found where it has none."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata as ad
+
+from cell2text.annotation.cluster_text import clusters_table
+from cell2text.annotation.clusters import describe_clusters
+from cell2text.annotation.communities import find_clusters
+from cell2text.annotation.fetch_query import CLUSTER, OWN_LABEL
+from cell2text.annotation.predictions import read_predictions
+from cell2text.confidence.decisions import Confidence
+from cell2text.contracts import CLUSTERS, EMBEDDINGS, TERMS
+from cell2text.files import read_json, whole_file
+
+log = logging.getLogger("cell2text.annotation")
+
+
+def cluster_query(
+    counts: str,
+    descriptions: Sequence[str],
+    tokens: str,
+    qc: str,
+    embeddings: Sequence[str],
+    model: str,
+    clusters: str,
+    table: str,
+    seed: int,
+) -> None:
+    """Describe each cluster.
+
+    Parameters
+    ----------
+    counts, tokens, qc
+        Files written by ``fetch_query``, ``rank_query`` and ``flag_query``.
+    descriptions, embeddings
+        Files written by ``describe_query`` and ``embed_query``.
+    model
+        Folder of a packed model.
+    clusters
+        Where to write the cluster of each cell (``contracts.CLUSTERS``).
+    table
+        Where to write the clusters as TSV, with a paragraph for each.
+    seed
+        Seed of the clusters, if the file has none.
+    """
+    folder, study = Path(model), ad.read_h5ad(counts)
+    terms = TERMS.read(folder / "terms.parquet")
+    cells = read_predictions(descriptions, tokens, qc, terms)
+    if CLUSTER in study.obs:
+        of_cells = study.obs[CLUSTER]
+    else:
+        of_cells = find_clusters(EMBEDDINGS.read_cells(embeddings, cells["cell_id"], ["pooled"])["pooled"], seed)
+        log.info("%d clusters found", of_cells.nunique())
+    CLUSTERS.write(cells[["cell_id"]].assign(cluster=of_cells.astype(str).to_numpy(dtype=object)), clusters)
+    threshold = Confidence.load(folder / "calibration.json").of_new_study.thresholds["cell_type"]
+    labels = read_json(folder / "cell2text.json")["labels"]["cell_type"]
+    own = study.obs.get(OWN_LABEL)
+    found = describe_clusters(cells, study, of_cells, terms, own, threshold.confidence, labels)
+    with whole_file(table) as unfinished:
+        clusters_table(found).to_csv(unfinished, sep="\t", index=False)
