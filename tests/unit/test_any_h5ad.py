@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from annotated_copy import annotate_copy, stored
 from cell2text.cells import h5ad, matrices
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.errors import InputError
@@ -286,6 +287,23 @@ def test_an_unusual_study_works(tmp_path, block_size, case):
     assert names(tmp_path / "out") == ["s.h5ad"]
     if cells.n_obs == 4:
         assert list(cells.obs["cell_type"]) == ["B cell", "T cell"] * 2
+
+
+# Files whose labels cannot be used for training: annotation needs none.
+LABELS = ("duplicate cells", "numeric labels", "a deprecated id without replacement")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", [*WORKS, *LABELS])
+def test_an_unusual_study_is_annotated_cell_by_cell_and_otherwise_unchanged(tmp_path, case):
+    write, row, *_ = (WORKS | FAILS)[case]
+    write(tmp_path / "in.h5ad")
+    before = (tmp_path / "in.h5ad").read_bytes()
+    counts, _ = annotate_copy(tmp_path / "in.h5ad", tmp_path, **row)
+    assert (tmp_path / "in.h5ad").read_bytes() == before
+    assert np.array_equal(counts.X.toarray(), WORKS[case][2] if case in WORKS else COUNTS)
+    kept, written = stored(tmp_path / "in.h5ad"), stored(tmp_path / "annotated.h5ad")
+    assert {name: written[name] for name in kept} == kept
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

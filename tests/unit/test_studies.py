@@ -11,6 +11,7 @@ import pytest
 import scanpy as sc
 from scipy import io, sparse
 
+from annotated_copy import annotate_copy
 from cell2text.cells import matrices
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.cells.studies import BUNDLED
@@ -21,6 +22,7 @@ IDS = [f"ENSG{i:011d}" for i in range(1, 6)]
 SYMBOLS = ["CD3D", "LYZ", "MT-CO1", "NKX2-1", "C1orf112"]
 BARCODES = [f"AAAC{i}-1" for i in range(9)]
 KINDS = ["Gene Expression"] * 5
+OLD = Path(sc.__file__).parent / "datasets/10x_pbmc68k_reduced.h5ad"
 
 
 def write_10x_hdf5(path, counts=COUNTS, ids=IDS, symbols=SYMBOLS, kinds=KINDS, group="matrix"):
@@ -104,6 +106,24 @@ def test_every_kind_of_source(tmp_path, monkeypatch, kind, at_once):
     assert list(cells.obs_names) == [f"s|{barcode}" for barcode in BARCODES]
     assert list(cells.var_names) == IDS and list(cells.var["symbol"]) == SYMBOLS
     assert cells.uns["counts_kept"] == 1  # antibodies do not count as lost
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_source_is_annotated_cell_by_cell(tmp_path, kind):
+    SOURCES[kind](tmp_path / "source")
+    _, obs = annotate_copy(tmp_path / "source", tmp_path)
+    assert list(obs.index) == BARCODES
+    annotated = ad.read_h5ad(tmp_path / "annotated.h5ad")
+    assert np.array_equal(annotated[:, : len(IDS)].to_df(), COUNTS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("source", [OLD, BUNDLED])
+def test_a_study_in_memory_is_annotated_cell_by_cell(tmp_path, source):
+    counts, obs = annotate_copy(source, tmp_path)
+    assert counts.n_obs == len(obs) == 700 and "bulk_labels" in obs
+    assert "X_umap" in ad.read_h5ad(tmp_path / "annotated.h5ad").obsm
 
 
 def cut_lines(path):
@@ -191,10 +211,9 @@ def test_a_damaged_source_is_reported_in_one_line(tmp_path, write, expected):
 
 
 def test_a_file_from_before_anndata_07_is_read(tmp_path):
-    path = Path(sc.__file__).parent / "datasets/10x_pbmc68k_reduced.h5ad"
-    with h5py.File(path) as file:
+    with h5py.File(OLD) as file:
         assert isinstance(file["obs"], h5py.Dataset)
-    old, bundled = fetch(path, tmp_path / "old.h5ad"), fetch(BUNDLED, tmp_path / "new.h5ad")
+    old, bundled = fetch(OLD, tmp_path / "old.h5ad"), fetch(BUNDLED, tmp_path / "new.h5ad")
     assert (old.X != bundled.X).nnz == 0
     assert list(old.var_names) == list(bundled.var_names)
 

@@ -25,6 +25,7 @@ from cell2text.annotation.pack_model import read_model
 from cell2text.annotation.predictions import read_predictions
 from cell2text.annotation.rank_query import rank_query
 from cell2text.annotation.score_query import score_query
+from cell2text.cells.counts import TOTALS
 from cell2text.cells.filter_cells import flag_cells
 from cell2text.contracts import TERMS
 from cell2text.errors import InputError
@@ -82,7 +83,7 @@ def annotate(
     """
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
         query = Path(folder, "query.h5ad")
-        wanted = ("donor_id", "organism_ontology_term_id", clusters, own_labels)
+        wanted = ("donor_id", "organism_ontology_term_id", *TOTALS, clusters, own_labels)
         columns = adata.obs[[name for name in adata.obs if name in wanted]]
         slim = ad.AnnData(adata.X, columns, adata.var, layers=dict(adata.layers))
         if adata.raw is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import scanpy as sc
+from scipy import sparse
 
 from cell2text.annotation.predictions import read_predictions
 from cell2text.cells.formats import BUNDLED, find_kind
+from cell2text.cells.studies import open_study
 from cell2text.contracts import CLUSTERS, TERM_SLOTS, TERMS
 from cell2text.files import read_json, whole_file, write_jsonl
 from cell2text.provenance import versions
@@ -152,9 +155,11 @@ def _add_in_place(path: Path, columns: pd.DataFrame, facts: Mapping[str, Any]) -
         key = PREFIX.rstrip("_")
         if "uns" in file and key in file["uns"]:
             del file["uns"][key]
-        ad.io.write_elem(file.require_group("uns"), key, dict(facts))
+        if "uns" not in file:
+            ad.io.write_elem(file, "uns", {})
+        ad.io.write_elem(file["uns"], key, dict(facts))
         names = ad.io.read_elem(obs[obs.attrs["_index"]])
-    return pd.Index(names).astype(str)
+    return pd.Index([name.decode() if isinstance(name, bytes) else str(name) for name in names])
 
 
 def replace(obs: pd.DataFrame, columns: pd.DataFrame) -> pd.DataFrame:
@@ -172,11 +177,13 @@ def read_any(source: str) -> ad.AnnData:
     path, kind = Path(source), find_kind(Path(source))
     if kind == "zarr":
         return ad.read_zarr(path)
-    if kind == "10x folder":
-        return sc.read_10x_mtx(path, make_unique=True)
-    with h5py.File(path, "r") as file:
-        if "obs" in file:
-            return ad.read_h5ad(path)
-    cells = sc.read_10x_h5(path)
-    cells.var_names_make_unique()
-    return cells
+    if kind == "hdf5":
+        with h5py.File(path, "r") as file:
+            if "obs" in file:
+                return ad.read_h5ad(path)
+    with open_study(source) as study, tempfile.TemporaryDirectory() as scratch:
+        matrix, genes = study.matrices["X"]
+        counts = sparse.vstack(list(matrix.blocks(Path(scratch, "entries"))), format="csr")
+        return ad.AnnData(
+            counts, study.obs.rename_axis(None), genes.set_axis(genes.index.astype(str)).rename_axis(None)
+        )

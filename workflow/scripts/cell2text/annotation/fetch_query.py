@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from cell2text.annotation.clusters import check_clusters
+from cell2text.cells.counts import TOTALS
 from cell2text.cells.fetch_dataset import check_species, write_counts
 from cell2text.cells.studies import Study, open_study
 from cell2text.errors import InputError
@@ -44,7 +45,7 @@ def fetch_query(
     InputError
         If the file, its counts, genes or clusters are invalid, or they are not human.
     """
-    wanted = [name for name in ("donor_id", clusters, own_labels) if name]
+    wanted = [name for name in ("donor_id", *TOTALS, clusters, own_labels) if name]
     with open_study(row["source"], wanted) as study:
         check_species(study)
         obs = _name_cells(study.obs, row["dataset"])
