@@ -235,8 +235,12 @@ def test_a_killed_run_keeps_finished_shards_and_resumes_to_the_same_bytes(with_g
     assert len(kept) >= len(done) - 1  # the job of one shard may have been killed after it wrote the file
 
 
-def test_a_model_annotates_new_cells_with_and_without_the_workflow(finished, tmp_path):
-    """Cells without labels, from a copy of the packed model and of its language model, in folders of their own."""
+@pytest.fixture
+def to_annotate(finished, tmp_path):
+    """Cells without labels, and a folder with copies of the packed model and of its language model.
+
+    Returns the folder, the cells, and the arguments of Snakemake.
+    """
     study = scanpy.datasets.pbmc68k_reduced()[::20]
     query = anndata.AnnData(study.raw.X.copy(), study.obs[[]], study.raw.var[[]])
     query.X.data = np.rint(np.expm1(query.X.data) * 2)
@@ -248,7 +252,11 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(finished, tmp
     shutil.copytree(finished / "results/tiny/model", work / "packed")
     (work / "mine.yaml").write_text("run: mine\nannotate: {shards: 2}\n")
     named = [f"query={tmp_path / 'mine.h5ad'}", f"model={work / 'packed'}"]
-    arguments = ("annotate", "--configfile", work / "mine.yaml", "--config", *named, "--cores", "2")
+    return work, query, ("annotate", "--configfile", work / "mine.yaml", "--config", *named, "--cores", "2")
+
+
+def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, tmp_path):
+    work, query, arguments = to_annotate
     code, output = snakemake(work, *arguments)
     assert code == 0, output
     found = anndata.read_h5ad(work / "annotated/mine/annotated.h5ad")
@@ -273,6 +281,38 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(finished, tmp
     (work / "packed/projector.safetensors").write_bytes(b"others")
     code, output = snakemake(work, *arguments)
     assert code != 0 and "projector.safetensors: has changed" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_killed_annotation_resumes_to_the_same_bytes(to_annotate):
+    work, _, arguments = to_annotate
+    folder = work / "annotated/mine"
+    assert snakemake(work, *arguments)[0] == 0
+    results = ("annotated.h5ad", "cells.tsv.gz", "clusters.tsv", "descriptions.jsonl")
+    uninterrupted = {name: (folder / name).read_bytes() for name in results}
+    for last in ("tokens/mine.parquet", "scores/0.safetensors", "clusters.tsv"):
+        shutil.rmtree(folder)
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--snakefile",
+            ROOT / "Snakefile",
+            "--directory",
+            work,
+            *arguments,
+        ]
+        run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not (folder / last).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        assert (folder / last).exists() and not (folder / "annotated.h5ad").exists()
+        assert snakemake(work, "--configfile", work / "mine.yaml", "--unlock")[0] == 0
+        code, output = snakemake(work, *arguments, "--rerun-incomplete")
+        assert code == 0, output
+        assert {name: (folder / name).read_bytes() for name in results} == uninterrupted
 
 
 def test_the_slurm_profile_plans_the_same_jobs(fresh):
