@@ -1,0 +1,1 @@
+"""Annotation of new cells: what a description rests on."""
