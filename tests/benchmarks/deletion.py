@@ -9,8 +9,8 @@ shares of its other genes grow. For comparison, as many other expressed genes ar
 nearest in rank. Printed is the share of cells whose call loses more log-probability by the first than by the second,
 with its exact binomial 95% interval, and the mean drop of the probability by each. Chance is half of the cells.
 
-``--kept`` compares starts of the path: 0 is a cell without counts. ``--text`` also scores the names with the language
-model: about a second per cell on one core.
+``--kept`` compares starts of the path of pooled vectors: 0 is a cell without counts. ``--text`` also scores the names
+with the language model: three times per cell, about half a second each on one core.
 """
 
 import argparse

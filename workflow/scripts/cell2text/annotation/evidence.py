@@ -3,13 +3,16 @@
 Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) of the projector's log-probability of the cell type.
 The language model names the type from the same soft tokens.
 
-The path starts at the cell with all its genes at half their expression: what is left of it, on average, if each of
-its genes is removed with a probability of one half. Genes are removed, not set to their mean, so a gene that the cell
-lacks is no evidence. A path from a cell without any counts leads through places where no cells are, and its sum is
-mostly what tells any cell from none. Removing the ten genes listed from there fails to hurt the call more than
-removing ten others in up to one in eight cells of a study; with half the path in hardly any
-(``tests/benchmarks/deletion.py``). The gradient at the cell itself would do as well, but its products with the genes
-sum to no difference of log-probabilities.
+Pooled vectors: the path starts at the cell with all its genes at half their expression, what is left of it on average
+if each of its genes is removed with a probability of one half. Genes are removed, not set to their mean, so a gene that
+the cell lacks is no evidence. A path from a cell without any counts leads through places where no cells are, and its
+sum is mostly what tells any cell from none: in one in eight cells of a study, removing the ten genes listed from there
+hurts the call no more than removing ten others does. From half the expression it always hurts more
+(``tests/benchmarks/deletion.py``). The gradient at the cell itself does as well, but its products with the genes sum to
+no difference of log-probabilities.
+
+Gene vectors: the path starts at zero vectors. Soft tokens of single genes have equal norms, so half of a gene's vector
+still gives almost all of its token.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from cell2text.errors import InputError
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.cell2text import Cell2Text
 
-KEPT = 0.5  # share of its expression that each gene has where the path starts
+KEPT = 0.5  # share of its expression that each gene has where the path of a pooled vector starts
 STEPS = 32  # of the midpoint rule
 POINTS = 2048  # vectors that the projector reads at a time; more do not fit in the caches
 
@@ -89,7 +92,7 @@ def attribute(
     """Return the weight of each gene of each cell for the cell type that the cell is named.
 
     The weights of a cell sum to the difference of the projector's log-probability between the cell and the same cell
-    with ``KEPT`` of the expression of its genes, or of its gene vectors if the projector reads these.
+    with ``KEPT`` of the expression of its genes, or with zero gene vectors if the projector reads these.
 
     Parameters
     ----------
@@ -171,11 +174,11 @@ def _by_vectors(score: _Score, encoder: Encoder, cells: RankedCells, top_k: int)
     """Return the weight of each gene by its vector, float64 (total genes,); 0 for genes after the first ``top_k``."""
     tensors = encoder.embed(cells, top_k)
     vectors, lengths = torch.from_numpy(tensors["gene_vectors"]).float(), torch.from_numpy(tensors["lengths"]).long()
-    gradients = integrate(lambda points: score(points, lengths), KEPT * vectors, vectors)
+    gradients = integrate(lambda points: score(points, lengths), torch.zeros_like(vectors), vectors)
     rank = torch.arange(top_k)
     place, read = torch.from_numpy(cells.offsets[:-1, None]) + rank, rank < lengths[:, None]
     weights = torch.zeros(len(cells.tokens), dtype=torch.float64)
-    weights[place[read]] = (1 - KEPT) * (gradients * vectors).sum(-1)[read]
+    weights[place[read]] = (gradients * vectors).sum(-1)[read]
     return weights.numpy()
 
 
