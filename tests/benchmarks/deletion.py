@@ -10,7 +10,7 @@ nearest in rank. Printed is the share of cells whose call loses more log-probabi
 with its exact binomial 95% interval, and the mean drop of the probability by each. Chance is half of the cells.
 
 ``--kept`` compares starts of the path of pooled vectors: 0 is a cell without counts. ``--text`` also scores the names
-with the language model: three times per cell, about half a second each on one core.
+with the language model, which takes minutes for a hundred cells on one core.
 """
 
 import argparse

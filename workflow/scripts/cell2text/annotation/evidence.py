@@ -7,7 +7,7 @@ Pooled vectors: the path starts at the cell with all its genes at half their exp
 if each of its genes is removed with a probability of one half. Genes are removed, not set to their mean, so a gene that
 the cell lacks is no evidence. A path from a cell without any counts leads through places where no cells are, and its
 sum is mostly what tells any cell from none: in one in eight cells of a study, removing the ten genes listed from there
-hurts the call no more than removing ten others does. From half the expression it always hurts more
+hurts the call no more than removing ten others does. From half the expression it hurt more in every cell tried
 (``tests/benchmarks/deletion.py``). The gradient at the cell itself does as well, but its products with the genes sum to
 no difference of log-probabilities.
 
