@@ -149,6 +149,7 @@ def halves():
         "device",
         "processes",
         "training",
+        "annotation.evidence",
         "embedding.fit_encoder",
         "embedding.embed_genes",
         "embedding.vectors",

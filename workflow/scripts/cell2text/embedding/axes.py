@@ -58,10 +58,27 @@ class Axes:
         """
         coordinates = np.asarray(cells.matrix(self.expression(cells)) @ self.vectors, dtype=float)
         for number in np.unique(cells.panel):
-            vectors, mean = (values[cells.panels[number]] for values in (self.vectors, self.mean))
+            coordinates[cells.panel == number] -= (self.mean * cells.panels[number]) @ self.vectors
+        return self.solve(cells, coordinates)
+
+    def solve(self, cells: RankedCells, projections: np.ndarray) -> np.ndarray:
+        """Return the coordinates of cells, float64 (cells, dimensions), from V' (x - mean) over their measured genes.
+
+        The matrix between the two is symmetric, so this also takes derivatives by the coordinates to derivatives by
+        the projections.
+
+        Parameters
+        ----------
+        cells
+            Only their panels are used.
+        projections
+            float64 (cells, dimensions).
+        """
+        coordinates = np.empty_like(projections)
+        for number in np.unique(cells.panel):
+            vectors, own = self.vectors[cells.panels[number]], cells.panel == number
             products = vectors.T @ vectors + RIDGE * np.eye(vectors.shape[1])
-            own = cells.panel == number
-            coordinates[own] = np.linalg.solve(products, (coordinates[own] - mean @ vectors).T).T
+            coordinates[own] = np.linalg.solve(products, projections[own].T).T
         return coordinates * (1 + RIDGE)
 
     def first(self, dimensions: int) -> "Axes":

@@ -63,6 +63,11 @@ class RankedCells:
         """Number of ranked genes of each cell, int64 (cells,)."""
         return np.diff(self.offsets)
 
+    @property
+    def cell(self) -> np.ndarray:
+        """Row of the cell of each ranked gene, int64 (total genes,)."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
     def take(self, rows: np.ndarray) -> "RankedCells":
         """Return the cells of the given rows (int64), in that order."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])

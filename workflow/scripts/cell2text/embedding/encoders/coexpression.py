@@ -139,6 +139,28 @@ class Coexpression:
             "pooled": (self.axes.place(cells) / self.scale).astype(np.float32),
         }
 
+    def share_out(self, cells: RankedCells, gradients: np.ndarray) -> np.ndarray:
+        """Return what each ranked gene adds to the pooled vector, multiplied by a gradient with respect to that vector.
+
+        The pooled vector is linear in expression. The values of a cell sum to the product of the gradient with the
+        difference between the pooled vectors of this cell and of one without any counts in the same panel.
+
+        Parameters
+        ----------
+        cells
+            Ranked genes of the cells.
+        gradients
+            One gradient per cell, float (cells, dimensions).
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (total genes,), in the order of ``cells.tokens``. All genes of the vocabulary are in memory for each
+            cell meanwhile.
+        """
+        by_gene = self.axes.solve(cells, gradients / self.scale.astype(float)) @ self.axes.vectors.T
+        return self.axes.expression(cells) * by_gene[cells.cell, cells.tokens]
+
 
 def compare_candidates(
     train: RankedSplit,
