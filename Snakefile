@@ -79,6 +79,7 @@ rule annotate:
                 "annotated.h5ad",
                 "cells.tsv.gz",
                 "clusters.tsv",
+                "evidence.tsv",
                 "descriptions.jsonl",
             ],
         ),

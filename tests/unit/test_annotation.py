@@ -21,7 +21,7 @@ from cell2text.annotation.pack_model import FORMAT, pack_model, read_model
 from cell2text.annotation.predictions import NO_GENES, read_predictions
 from cell2text.annotation.rank_query import match_genes, rank_query
 from cell2text.cells.filter_cells import flag_cells
-from cell2text.contracts import CELLS, CLUSTERS, GENES, PREDICTIONS, QC, TERMS
+from cell2text.contracts import CELLS, CLUSTERS, EVIDENCE, GENES, PREDICTIONS, QC, TERMS
 from cell2text.errors import InputError
 from cell2text.files import read_jsonl, seal, write_json, write_jsonl
 from default_settings import qc_settings
@@ -213,7 +213,10 @@ def run_steps(folder, source, packed):
     write_jsonl(rows, folder / "described.jsonl")
     CLUSTERS.write(pd.DataFrame({"cell_id": ids, "cluster": "0"}, dtype=object), folder / "clusters.parquet")
     (folder / "clusters.tsv").write_text("cluster\ttext\n0\tCluster 0.\n")
-    made = (tokens, qc, fit, folder / "clusters.parquet", folder / "clusters.tsv")
+    explained = pd.DataFrame({"cell_id": ids, "for_genes": [["AAA", "BBB"], [], [], ["AAA"]][: len(ids)]})
+    explained["against_genes"] = explained["for_genes"]
+    EVIDENCE.write(explained, folder / "evidence.parquet")
+    made = (tokens, qc, fit, *(folder / name for name in ("clusters.parquet", "clusters.tsv", "evidence.parquet")))
     return [str(folder / "described.jsonl")], *map(str, made)
 
 
@@ -232,6 +235,7 @@ def test_every_cell_comes_back_in_place_and_nothing_else_changes(packed, tmp_pat
     assert found.obs["cell2text_cell_type"].to_list() == ["B cell", "not determined", "not determined", "B cell"]
     assert found.obs["cell2text_cell_type_guess_id"].to_list() == ["CL:0000236", "", "", "CL:0000236"]
     assert found.obs["cell2text_flag"].to_list() == ["too few counts (7 < 8)", NO_GENES, NO_GENES, ""]
+    assert found.obs["cell2text_evidence_for"].to_list() == ["AAA, BBB", "", "", "AAA"]
     assert found.obs["cell2text_description"].to_list() == ["This is a B cell.", "", "", "This is a B cell."]
     with h5py.File(outputs[0]) as new, h5py.File(source) as old:
         for name in ("X/data", "X/indices", "X/indptr", "layers/twice/data", "obsm/X_umap", "obs/mine/codes"):
@@ -247,15 +251,15 @@ def test_every_cell_comes_back_in_place_and_nothing_else_changes(packed, tmp_pat
 def test_an_earlier_annotation_is_replaced(packed, tmp_path, caplog):
     source = write_study(tmp_path / "mine.h5ad", COUNTS)
     steps = run_steps(tmp_path, source, packed)
-    cells, clusters = read_predictions(*steps[:3], small_table()), steps[4]
+    cells, files = read_predictions(*steps[:3], small_table()), (steps[4], steps[6])
     first, second = str(tmp_path / "first.h5ad"), str(tmp_path / "second.h5ad")
-    add_columns(source, annotation_columns(cells, clusters).assign(cell2text_old=1), {"run": 1}, first)
+    add_columns(source, annotation_columns(cells, *files).assign(cell2text_old=1), {"run": 1}, first)
     with caplog.at_level("INFO"):
-        add_columns(first, annotation_columns(cells, clusters), {"run": 2}, second)
-    assert "37 columns of an earlier annotation are replaced" in caplog.text
+        add_columns(first, annotation_columns(cells, *files), {"run": 2}, second)
+    assert "39 columns of an earlier annotation are replaced" in caplog.text
     found = ad.read_h5ad(second)
     assert "cell2text_old" not in found.obs and found.uns["cell2text"] == {"run": 2}
-    assert len(found.obs.columns) == len(set(found.obs.columns)) == 37
+    assert len(found.obs.columns) == len(set(found.obs.columns)) == 39
 
 
 def test_a_file_with_other_genes_is_refused_before_anything_is_written(packed, tmp_path):

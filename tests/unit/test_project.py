@@ -156,7 +156,7 @@ def halves():
     }
     language |= {f"evaluation.baselines.{name}" for name in ("aligned", "greedy", "shuffled")}
     language |= {"models.check_language_model", "models.fetch_language_model"}
-    language |= {f"annotation.{name}" for name in ("embed_query", "score_query", "describe_query")}
+    language |= {f"annotation.{name}" for name in ("embed_query", "score_query", "describe_query", "explain_query")}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
     both = {"models.fetch_encoder", "models.sources", "models.gene_dictionaries"}
     both |= {f"annotation.{name}" for name in ("pack_model", "fetch_model", "language_models")}

@@ -2,7 +2,8 @@
 A trained model, packed with all that describing new cells takes, and put to work on the cells of new files.
 
 Inputs: the stages of a run for `pack_model`; a packed model and the files of `query` for the other rules.
-Outputs: <results>/model/; <annotated>/{query}/annotated.h5ad, cells.tsv.gz, clusters.tsv and descriptions.jsonl.
+Outputs: <results>/model/; <annotated>/{query}/annotated.h5ad, cells.tsv.gz, clusters.tsv,
+evidence.tsv and descriptions.jsonl.
 """
 
 
@@ -239,6 +240,39 @@ rule cluster_query:
         "../scripts/cluster_query.py"
 
 
+rule explain_query:
+    input:
+        model=MODEL,
+        language_model=LANGUAGE_MODEL,
+        tokens="<annotated>/{query}/tokens/{query}.parquet",
+        genes="<annotated>/{query}/genes.parquet",
+        descriptions=collect(
+            "<annotated>/{{query}}/descriptions/{shard}.jsonl", shard=QUERY_SHARDS
+        ),
+        clusters="<annotated>/{query}/clusters.parquet",
+    output:
+        table="<annotated>/{query}/evidence.tsv",
+        cells="<annotated>/{query}/evidence.parquet",
+    log:
+        "<annotated>/{query}/logs/explain_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/llm.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=hours(4),
+    params:
+        each_cell=config["annotate"]["evidence"],
+        seed=lookup("seed", within=config),
+        library=library_version("explain_query.py"),
+    message:
+        "Finding the genes that argue for the cell types of {wildcards.query}"
+    script:
+        "../scripts/explain_query.py"
+
+
 rule annotate_query:
     input:
         files=lambda wildcards: local_files(QUERIES[wildcards.query]),
@@ -250,6 +284,7 @@ rule annotate_query:
         fit="<annotated>/{query}/fit.json",
         clusters="<annotated>/{query}/clusters.parquet",
         cluster_table="<annotated>/{query}/clusters.tsv",
+        evidence="<annotated>/{query}/evidence.parquet",
         model=MODEL,
     output:
         annotated="<annotated>/{query}/annotated.h5ad",

@@ -14,6 +14,7 @@ def main(snakemake):
         snakemake.input.fit,
         snakemake.input.clusters,
         snakemake.input.cluster_table,
+        snakemake.input.evidence,
         snakemake.input.model,
         snakemake.output.annotated,
         snakemake.output.table,

@@ -17,6 +17,7 @@ from cell2text.annotation.annotate_query import annotate_query, annotation_colum
 from cell2text.annotation.cluster_query import cluster_query
 from cell2text.annotation.describe_query import describe_query
 from cell2text.annotation.embed_query import embed_query
+from cell2text.annotation.explain_query import explain_query
 from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.fetch_query import fetch_query
 from cell2text.annotation.find_queries import name_query
@@ -35,7 +36,7 @@ from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.annotation")
 
-OUTPUTS = ("clusters.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+OUTPUTS = ("clusters.tsv", "evidence.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
 SEED = 42  # the default of the workflow
 
 
@@ -46,6 +47,7 @@ def annotate(
     gene_table: str | Path | None = None,
     clusters: str | None = None,
     own_labels: str | None = None,
+    evidence: bool = False,
 ) -> ad.AnnData:
     """Describe the cells of an object in memory.
 
@@ -65,6 +67,8 @@ def annotate(
         Column of ``obs`` with the clusters to describe; None to find clusters.
     own_labels
         Column of ``obs`` with labels to compare the clusters with; None if there are none.
+    evidence
+        Whether to list the genes that argue for and against the cell type of each cell, not only of each cluster.
 
     Returns
     -------
@@ -90,11 +94,11 @@ def annotate(
             slim.raw = ad.AnnData(adata.raw.X, columns, adata.raw.var)
         slim.write_h5ad(query)
         del slim
-        given = (clusters, own_labels)
+        given = (clusters, own_labels, evidence)
         steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table, *given)
         cells = read_predictions([steps["descriptions"]], steps["tokens"], steps["qc"], TERMS.read(steps["terms"]))
         facts = facts_of(steps["model"], steps["fit"], steps["cluster_table"], "an object in memory")
-        added = annotation_columns(cells, steps["clusters"])
+        added = annotation_columns(cells, steps["clusters"], steps["evidence"])
     adata.obs = replace(adata.obs, added.set_axis(adata.obs_names))
     adata.uns["cell2text"] = facts
     return adata
@@ -108,6 +112,7 @@ def annotate_file(
     gene_table: str | Path | None = None,
     clusters: str | None = None,
     own_labels: str | None = None,
+    evidence: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Describe the cells of a file and write ``OUTPUTS`` to a folder.
@@ -116,7 +121,7 @@ def annotate_file(
     ----------
     source
         An h5ad file, an AnnData Zarr folder, a 10x HDF5 file or a 10x folder. It is only read.
-    model, models, gene_table, clusters, own_labels
+    model, models, gene_table, clusters, own_labels, evidence
         See :func:`annotate`.
     out
         Folder to write.
@@ -133,13 +138,13 @@ def annotate_file(
     if present and not overwrite:
         raise InputError(out / present[0], "exists already", "Choose another folder, or add --overwrite")
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
-        given = (model, models, gene_table, clusters, own_labels)
+        given = (model, models, gene_table, clusters, own_labels, evidence)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
-        table, *written = [str(out / name) for name in OUTPUTS]
-        inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "model")]
-        annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
-        with whole_file(table) as unfinished:
-            shutil.copyfile(steps["cluster_table"], unfinished)
+        for name, table in zip(OUTPUTS[:2], ("cluster_table", "evidence_table"), strict=True):
+            with whole_file(out / name) as unfinished:
+                shutil.copyfile(steps[table], unfinished)
+        inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "evidence", "model")]
+        annotate_query(str(source), [steps["descriptions"]], *inputs, *(str(out / name) for name in OUTPUTS[2:]))
 
 
 def _run_steps(
@@ -151,6 +156,7 @@ def _run_steps(
     gene_table: str | Path | None,
     clusters: str | None,
     own_labels: str | None,
+    evidence: bool,
 ) -> dict[str, str]:
     """Run the steps from counts to descriptions and return the paths of their files."""
     models = Path(models) if models else _models_folder()
@@ -163,9 +169,10 @@ def _run_steps(
         fetch_language_model(found["source"], language_model)
     names = ("counts.h5ad", "qc.parquet", "genes.parquet", f"{name}.parquet", "fit.json")
     names += ("embeddings.safetensors", "scores.safetensors", "descriptions.jsonl", "clusters.parquet", "clusters.tsv")
+    names += ("evidence.tsv", "evidence.parquet")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / one) for one in names]
-    counts, qc, genes, tokens, fit, embeddings, scores, descriptions, of_cells, cluster_table = paths
+    counts, qc, genes, tokens, fit, embeddings, scores, descriptions, of_cells, cluster_table, *explained = paths
     fetch_query({"dataset": name, "source": source}, counts, gene_table, 0.5, clusters, own_labels)
     rank_query(counts, packed, source, genes, tokens, fit, threads=os.cpu_count() or 1)
     flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]), SEED)
@@ -173,10 +180,15 @@ def _run_steps(
     score_query(packed, str(language_model), embeddings, scores)
     describe_query(packed, scores, embeddings, descriptions)
     cluster_query(counts, [descriptions], tokens, qc, [embeddings], packed, of_cells, cluster_table, SEED)
+    explain_query(
+        packed, str(language_model), tokens, genes, [descriptions], of_cells, *explained, each_cell=evidence, seed=SEED
+    )
     found = {"descriptions": descriptions, "tokens": tokens, "qc": qc, "fit": fit, "model": packed}
     return found | {
         "clusters": of_cells,
         "cluster_table": cluster_table,
+        "evidence_table": explained[0],
+        "evidence": explained[1],
         "terms": str(Path(packed) / "terms.parquet"),
     }
 
@@ -205,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--gene-table", help="Ensembl ids and symbols, to match genes by either")
     one.add_argument("--clusters", help="column of obs with the clusters to describe; without it, clusters are found")
     one.add_argument("--own-labels", help="column of obs with labels to compare the clusters with")
+    one.add_argument("--evidence", action="store_true", help="list the genes behind the cell type of each cell")
     one.add_argument("--overwrite", action="store_true", help="replace earlier outputs")
     given = vars(parser.parse_args(arguments))
     given.pop("command")

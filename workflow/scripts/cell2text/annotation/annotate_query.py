@@ -17,7 +17,7 @@ from scipy import sparse
 from cell2text.annotation.predictions import read_predictions
 from cell2text.cells.formats import BUNDLED, find_kind
 from cell2text.cells.studies import open_study
-from cell2text.contracts import CLUSTERS, TERM_SLOTS, TERMS
+from cell2text.contracts import CLUSTERS, EVIDENCE, TERM_SLOTS, TERMS
 from cell2text.files import read_json, whole_file, write_jsonl
 from cell2text.provenance import versions
 
@@ -35,6 +35,7 @@ def annotate_query(
     fit: str,
     clusters: str,
     cluster_table: str,
+    evidence: str,
     model: str,
     annotated: str,
     table: str,
@@ -52,13 +53,15 @@ def annotate_query(
         Files written by ``rank_query`` and ``flag_query``.
     clusters, cluster_table
         Files written by ``cluster_query``.
+    evidence
+        File written by ``explain_query``, with the genes of each cell if they were asked for.
     model
         Folder of a packed model.
     annotated, table, texts
         The h5ad, the gzipped TSV and the JSONL file to write. Each has one row per cell of the source, in its order.
     """
     cells = read_predictions(descriptions, tokens, qc, TERMS.read(Path(model) / "terms.parquet"))
-    columns = annotation_columns(cells, clusters)
+    columns = annotation_columns(cells, clusters, evidence)
     names = add_columns(source, columns, facts_of(model, fit, cluster_table, source), annotated)
     columns.index = names
     with whole_file(table) as unfinished:
@@ -76,22 +79,23 @@ def facts_of(model: str, fit: str, cluster_table: str, source: str) -> dict[str,
     return facts | {"versions": versions("cell2text", "anndata")}
 
 
-def annotation_columns(cells: pd.DataFrame, clusters: str) -> pd.DataFrame:
+def annotation_columns(cells: pd.DataFrame, clusters: str, evidence: str) -> pd.DataFrame:
     """Return the columns that are added to the user's ``obs``, all with the prefix ``cell2text_``.
 
     Parameters
     ----------
     cells
         From ``read_predictions``.
-    clusters
-        File of ``contracts.CLUSTERS``.
+    clusters, evidence
+        Files of ``contracts.CLUSTERS`` and ``contracts.EVIDENCE``.
 
     Returns
     -------
     DataFrame
         For each slot the reported term (``cell_type``, ``_id``, ``_confidence``; "not determined" where none is
         probable enough) and the most specific guess (``_guess``, ``_guess_id``, ``_guess_confidence``), then
-        ``programmes``, ``novelty``, ``novel``, ``flag`` (QC's reason, or empty), ``cluster`` and ``description``.
+        ``programmes``, ``novelty``, ``novel``, ``flag`` (QC's reason, or empty), ``cluster``, ``description`` and, if
+        cells were explained, ``evidence_for`` and ``evidence_against``.
     """
     columns: dict[str, Any] = {}
     for slot in TERM_SLOTS:
@@ -107,6 +111,13 @@ def annotation_columns(cells: pd.DataFrame, clusters: str) -> pd.DataFrame:
     columns["flag"] = _text(cells["flag"])
     columns["cluster"] = pd.Categorical(CLUSTERS.read(clusters)["cluster"])
     columns["description"] = _text(cells["text"])
+    explained = EVIDENCE.read(evidence).set_index("cell_id").reindex(cells["cell_id"])
+    if explained["for_genes"].notna().any():
+        for side in ("for", "against"):
+            genes = [
+                ", ".join(one) if isinstance(one, Sequence | np.ndarray) else "" for one in explained[f"{side}_genes"]
+            ]
+            columns[f"evidence_{side}"] = np.array(genes, dtype=object)
     return pd.DataFrame(columns).add_prefix(PREFIX)
 
 

@@ -151,6 +151,12 @@ PREDICTIONS = TableContract(
     key="cell_id",
 )
 CLUSTERS = TableContract("the clusters of cells", {"cell_id": TEXT, "cluster": TEXT}, key="cell_id")
+# Symbols of genes, the weightiest first.
+EVIDENCE = TableContract(
+    "the evidence for the cell types of cells",
+    {"cell_id": TEXT, "for_genes": TEXTS, "against_genes": TEXTS},
+    key="cell_id",
+)
 HISTORY = TableContract(
     "the training history",
     {
