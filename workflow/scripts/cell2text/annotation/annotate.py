@@ -24,6 +24,7 @@ from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_model
 from cell2text.annotation.predictions import read_predictions
 from cell2text.annotation.rank_query import rank_query
+from cell2text.annotation.render_query import render_query
 from cell2text.annotation.score_query import score_query
 from cell2text.cells.filter_cells import flag_cells
 from cell2text.contracts import TERMS
@@ -34,7 +35,7 @@ from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.annotation")
 
-OUTPUTS = ("clusters.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+OUTPUTS = ("annotate.html", "clusters.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
 SEED = 42  # the default of the workflow
 
 
@@ -134,11 +135,13 @@ def annotate_file(
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
         given = (model, models, gene_table, clusters, own_labels)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
-        table, *written = [str(out / name) for name in OUTPUTS]
+        page, table, *written = [str(out / name) for name in OUTPUTS]
         inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "model")]
         annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
         with whole_file(table) as unfinished:
             shutil.copyfile(steps["cluster_table"], unfinished)
+        inputs = [steps[name] for name in ("qc", "fit", "cluster_table")]
+        render_query(str(source), written[0], *inputs, [steps["embeddings"]], steps["model"], page, SEED)
 
 
 def _run_steps(
@@ -176,6 +179,7 @@ def _run_steps(
     return found | {
         "clusters": of_cells,
         "cluster_table": cluster_table,
+        "embeddings": embeddings,
         "terms": str(Path(packed) / "terms.parquet"),
     }
 
