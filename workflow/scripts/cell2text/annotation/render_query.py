@@ -129,7 +129,7 @@ def read_annotated(path: str) -> tuple[pd.DataFrame, str | None, np.ndarray | No
         wanted = (*TEXT_COLUMNS, *FLOAT_COLUMNS, "novel")
         cells = pd.DataFrame({name: ad.io.read_elem(obs[PREFIX + name]) for name in wanted}, index=names)
         own, places = find_map(file.get("obsm", {}))
-    cells = cells.astype({name: "category" for name in TEXT_COLUMNS})
+    cells = cells.astype(dict.fromkeys(TEXT_COLUMNS, "category"))
     # reasons name the values of each cell, which are too many to count
     cells["flag"] = cells["flag"].map(lambda reason: re.sub(r" \([^()]*\)$", "", reason)).astype("category")
     return cells, own, places
@@ -151,7 +151,7 @@ def find_map(obsm: Any) -> tuple[str | None, np.ndarray | None]:
 
 
 def lay_out_sample(pooled: np.ndarray, seed: int) -> np.ndarray:
-    """Return coordinates as ``lay_out`` does; beyond ``MOST_LAID_OUT``, a cell is placed amid its nearest neighbours."""
+    """Return coordinates as ``lay_out`` does; beyond ``MOST_LAID_OUT``, a cell is placed amid its neighbours."""
     some = sample_cells(len(pooled), seed, MOST_LAID_OUT)
     log.info("laying out the map of %d cells", len(some))
     places = lay_out(pooled[some], seed)

@@ -202,7 +202,7 @@
   for (const button of document.querySelectorAll("[data-cluster]")) {
     button.addEventListener("click", () => {
       const code = Number(button.dataset.cluster);
-      select((i) => columns.cluster.codes[i] === code, `cluster ${button.textContent}`, button);
+      select((i) => columns.cluster.codes[i] === code, `cluster ${columns.cluster.names[code]}`, button);
       showMap();
     });
   }
@@ -244,10 +244,8 @@
 
   function list(found) {
     byId("found").replaceChildren();
-    if (found === null) {
-      byId("matches").textContent = "";
-      return;
-    }
+    byId("results").hidden = found === null;
+    if (found === null) return;
     const cells = found ? `${format(found)} of ${format(count)} cells match` : "No cell matches";
     byId("matches").textContent = found > MOST_LISTED ? `${cells}; the first ${MOST_LISTED} are listed.` : `${cells}.`;
     for (let i = 0, listed = 0; i < count && listed < MOST_LISTED && found; i++) {
@@ -256,7 +254,7 @@
       const item = document.createElement("li"), button = document.createElement("button");
       const about = document.createElement("span"), words = document.createElement("p");
       button.type = "button";
-      button.className = "plain";
+      button.className = "pick";
       button.textContent = data.cells[i];
       button.addEventListener("click", () => { choose(i); showMap(); });
       about.className = "note";

@@ -32,7 +32,7 @@ def write_page(
     path
         The HTML file to write.
     template, styles, script
-        Names of files in this folder. The template gets ``style``, ``script`` and ``script_hash`` besides its variables.
+        Names of files in this folder. The template also gets ``style``, ``script`` and ``script_hash``.
     variables
         Variables of the template, all of which are escaped.
     filters
