@@ -212,7 +212,9 @@ def test_the_files_own_map_is_preferred(render, obsm, chosen):
 
 def test_an_embedding_that_lacks_cells_is_no_map(render):
     umap = np.full((CELLS, 2), np.nan)
-    _, page, _ = render(obsm={"X_umap": umap, "X_table": pd.DataFrame(umap, [f"cell-{i}" for i in range(CELLS)], ["a", "b"])})
+    _, page, _ = render(
+        obsm={"X_umap": umap, "X_table": pd.DataFrame(umap, [f"cell-{i}" for i in range(CELLS)], ["a", "b"])}
+    )
     assert "The file has no embedding" in " ".join(page.text.split())
 
 

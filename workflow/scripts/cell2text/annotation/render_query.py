@@ -159,6 +159,9 @@ def lay_out_sample(pooled: np.ndarray, seed: int) -> np.ndarray:
         return places
     near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(pooled[some]).kneighbors(pooled, return_distance=False)
     found = np.median(places[near], axis=1)  # the mean would lie between groups
+    # cells with the same neighbours would hide each other
+    spread = np.median(np.abs(places[near] - found[:, None]), axis=1)
+    found += spread * np.random.default_rng(seed).normal(size=found.shape)
     found[some] = places
     return on_grid(found)
 

@@ -82,14 +82,12 @@
     for (let i = 0; i < count; i++) members.get(groupOf(i)).push(i);
     // rare groups on top of frequent ones, selected cells on top of the others
     const order = groups().sort((a, b) => b.size - a.size);
-    for (const wanted of selected ? [0, 1] : [0]) {
-      for (const group of order) {
-        pen.globalAlpha = !selected || wanted ? (group.key < 0 ? 0.5 : 0.85) : 0.08;
-        pen.fillStyle = pen.strokeStyle = group.colour;
-        for (const i of members.get(group.key)) {
-          if (!selected || selected[i] === wanted) mark(pen, group.shape, i, radius);
-        }
-      }
+    pen.fillStyle = colourOf("--line");
+    for (let i = 0; selected && i < count; i++) if (!selected[i]) mark(pen, "disc", i, radius);
+    for (const group of order) {
+      pen.globalAlpha = group.key < 0 ? 0.5 : 0.85;
+      pen.fillStyle = pen.strokeStyle = group.colour;
+      for (const i of members.get(group.key)) if (reachable(i)) mark(pen, group.shape, i, radius);
     }
     ring();
   }
