@@ -117,6 +117,7 @@ def test_the_page_shows_what_is_known_of_the_file(render):
     assert "Caution: only 40% of the counts are in genes of the model" in text
     assert "The file measures 1,200 of the model’s 2,400 genes" in text and "at least 700 counts" in text
     assert "1 cells have no counts" not in text and "1 cell has no counts in genes of the model" in text
+    assert "for yours they are probably too high" in text  # no confidences of new studies
     assert "a confidence of 80% was requested" in text and "“Not determined” means" in text
     assert (
         'Cluster "b" (24 cells): B cell (90% of the cells; also the most frequent guess, 90%). Markers: CD79A' in text

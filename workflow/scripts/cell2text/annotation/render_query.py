@@ -81,12 +81,14 @@ def render_query(
     columns = colour_columns(cells, rows)
     number = {name: i for i, name in enumerate(columns["cluster"]["names"])}
     markers = dict(zip(table["cluster"], table["markers"], strict=True))
-    about, folder = read_json(Path(model) / "cell2text.json"), Path(model)
+    folder = Path(model)
+    confidence = Confidence.load(folder / "calibration.json")
+    threshold = confidence.of_new_study.thresholds.get("cell_type")  # none without cell types
     judged = cells["novelty"].notna()
     variables = {
         "file": Path(source).name,
         "model": name_model(folder),
-        "about": about,
+        "about": read_json(folder / "cell2text.json"),
         "fit": read_json(fit),
         "cells": len(cells),
         "shown": len(rows),
@@ -98,7 +100,8 @@ def render_query(
         "flagged": (cells["flag"] != "").mean(),
         "reasons": count_reasons(cells),
         "chart": confidence_chart(cells),
-        "requested": requested_confidence(folder),
+        "requested": threshold and threshold.confidence,
+        "for_new_studies": confidence.new_studies is not None,
         "clusters": [row | {"number": number.get(row["cluster"], -1)} for row in table.to_dict("records")],
         "modes": {name: column["title"] for name, column in columns.items() if column["title"]},
         "data": {
@@ -312,12 +315,6 @@ def confidence_chart(cells: pd.DataFrame) -> dict[str, Any]:
             {"level": level} | {kind: int((value >= level).sum()) for kind, value in values.items()} for level in LEVELS
         ],
     }
-
-
-def requested_confidence(model: Path) -> float | None:
-    """Return the confidence that was requested of reported cell types; None if the model has no cell types."""
-    threshold = Confidence.load(model / "calibration.json").of_new_study.thresholds.get("cell_type")
-    return threshold and threshold.confidence
 
 
 def name_model(model: Path) -> str:

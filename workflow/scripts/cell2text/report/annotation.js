@@ -200,7 +200,7 @@
   for (const button of document.querySelectorAll("[data-cluster]")) {
     button.addEventListener("click", () => {
       const code = Number(button.dataset.cluster);
-      select((i) => columns.cluster.codes[i] === code, `cluster ${columns.cluster.names[code]}`, button);
+      select((i) => columns.cluster.codes[i] === code, button.textContent, button);
       showMap();
     });
   }
