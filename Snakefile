@@ -76,6 +76,7 @@ rule annotate:
             "<annotated>/{query}/{file}",
             query=QUERIES,
             file=[
+                "annotate.html",
                 "annotated.h5ad",
                 "cells.tsv.gz",
                 "clusters.tsv",

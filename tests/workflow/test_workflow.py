@@ -272,6 +272,8 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, 
     assert run.returncode == 0, run.stderr
     for name in ("cells.tsv.gz", "descriptions.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (work / "annotated/mine" / name).read_bytes(), name
+    for page in (tmp_path / "out/annotate.html", work / "annotated/mine/annotate.html"):
+        assert "The map is" not in page.read_text() and "mine.h5ad" in page.read_text()
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 1 and run.stderr.splitlines()[-1].endswith("or add --overwrite")
     here = cell2text.annotate(query, work / "packed", models=work / "resources/models")

@@ -2,8 +2,8 @@
 A trained model, packed with all that describing new cells takes, and put to work on the cells of new files.
 
 Inputs: the stages of a run for `pack_model`; a packed model and the files of `query` for the other rules.
-Outputs: <results>/model/; <annotated>/{query}/annotated.h5ad, cells.tsv.gz, clusters.tsv,
-evidence.tsv and descriptions.jsonl.
+Outputs: <results>/model/; <annotated>/{query}/annotate.html, annotated.h5ad, cells.tsv.gz, clusters.tsv, evidence.tsv
+and descriptions.jsonl.
 """
 
 
@@ -309,3 +309,35 @@ rule annotate_query:
         "Adding the descriptions to {wildcards.query}"
     script:
         "../scripts/annotate_query.py"
+
+
+rule render_query:
+    input:
+        annotated="<annotated>/{query}/annotated.h5ad",
+        qc="<annotated>/{query}/qc.parquet",
+        fit="<annotated>/{query}/fit.json",
+        cluster_table="<annotated>/{query}/clusters.tsv",
+        embeddings=collect(
+            "<annotated>/{{query}}/embeddings/{shard}.safetensors", shard=QUERY_SHARDS
+        ),
+        model=MODEL,
+    output:
+        page="<annotated>/{query}/annotate.html",
+    log:
+        "<annotated>/{query}/logs/render_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=hours(1),
+    params:
+        source=lambda wildcards: QUERIES[wildcards.query]["source"],
+        seed=lookup("seed", within=config),
+        library=library_version("render_query.py"),
+    message:
+        "Rendering the page of {wildcards.query}"
+    script:
+        "../scripts/render_query.py"

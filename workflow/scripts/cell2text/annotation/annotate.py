@@ -25,6 +25,7 @@ from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_model
 from cell2text.annotation.predictions import read_predictions
 from cell2text.annotation.rank_query import rank_query
+from cell2text.annotation.render_query import render_query
 from cell2text.annotation.score_query import score_query
 from cell2text.cells.counts import TOTALS
 from cell2text.cells.filter_cells import flag_cells
@@ -36,7 +37,7 @@ from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.annotation")
 
-OUTPUTS = ("clusters.tsv", "evidence.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+OUTPUTS = ("annotate.html", "clusters.tsv", "evidence.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
 SEED = 42  # the default of the workflow
 
 
@@ -140,11 +141,15 @@ def annotate_file(
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
         given = (model, models, gene_table, clusters, own_labels, evidence)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
-        for name, table in zip(OUTPUTS[:2], ("cluster_table", "evidence_table"), strict=True):
+        for name, table in zip(OUTPUTS[1:3], ("cluster_table", "evidence_table"), strict=True):
             with whole_file(out / name) as unfinished:
                 shutil.copyfile(steps[table], unfinished)
         inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "evidence", "model")]
-        annotate_query(str(source), [steps["descriptions"]], *inputs, *(str(out / name) for name in OUTPUTS[2:]))
+        written = [str(out / name) for name in OUTPUTS[3:]]
+        annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
+        inputs = [steps[name] for name in ("qc", "fit", "cluster_table")]
+        page = str(out / OUTPUTS[0])
+        render_query(str(source), written[0], *inputs, [steps["embeddings"]], steps["model"], page, SEED)
 
 
 def _run_steps(
@@ -189,6 +194,7 @@ def _run_steps(
         "cluster_table": cluster_table,
         "evidence_table": explained[0],
         "evidence": explained[1],
+        "embeddings": embeddings,
         "terms": str(Path(packed) / "terms.parquet"),
     }
 

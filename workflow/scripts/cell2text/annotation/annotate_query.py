@@ -74,8 +74,9 @@ def annotate_query(
 def facts_of(model: str, fit: str, cluster_table: str, source: str) -> dict[str, Any]:
     """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, a text per cluster, and versions."""
     seal = read_json(Path(model) / "cell2text.json")["seal"]
-    texts = pd.read_csv(cluster_table, sep="\t", dtype=str).set_index("cluster")["text"].to_dict()
-    facts = {"model": seal, "source": source, "fit": read_json(fit), "clusters": texts}
+    table = pd.read_csv(cluster_table, sep="\t", dtype=str, keep_default_na=False)  # a cluster may be named NA
+    texts = {name: table[name].to_numpy(dtype=object) for name in ("cluster", "text")}
+    facts = {"model": seal, "source": Path(source).name, "fit": read_json(fit), "clusters": texts}
     return facts | {"versions": versions("cell2text", "anndata")}
 
 

@@ -58,7 +58,12 @@ def lay_out(pooled: np.ndarray, seed: int) -> np.ndarray:
             reduced = PCA(components, svd_solver="full").fit_transform(pooled.astype(np.float64))
             neighbours = min(30, (cells - 1) / 3)
             places = TSNE(perplexity=neighbours, init="pca", random_state=seed).fit_transform(reduced)
-    places -= places.min(axis=0)
+    return on_grid(places)
+
+
+def on_grid(places: np.ndarray) -> np.ndarray:
+    """Return coordinates as integers from 0, int64 (cells, 2); the longer side has length ``GRID``."""
+    places = places - places.min(axis=0)
     return np.rint(places / (places.max() or 1) * GRID).astype(np.int64)
 
 

@@ -1,19 +1,14 @@
 """The report of a run: one self-contained HTML page, byte-identical for the same inputs."""
 
 import base64
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from cell2text.contracts import SPLITS, TERM_SLOTS
 from cell2text.evaluation.methods import GREEDY, title_of
-from cell2text.files import whole_file
 from cell2text.progress import clock
 from cell2text.report.cell_map import MOST_CELLS, map_data
 from cell2text.report.charts import reliability, training_curve
@@ -21,6 +16,7 @@ from cell2text.report.confidence import LIKE_VALIDATION, count_novel, rate_slots
 from cell2text.report.examples import choose_examples
 from cell2text.report.limits import describe_intervals, list_limits
 from cell2text.report.model_card import write_model_card
+from cell2text.report.page import percent, write_page
 from cell2text.report.results import METHOD, Results, RunFiles, read_results, slot_name
 from cell2text.report.tables import (
     COLUMNS,
@@ -38,7 +34,6 @@ from cell2text.report.timings import rule_costs
 
 log = logging.getLogger("cell2text.report")
 
-FOLDER = Path(__file__).parent
 SEPARATOR = " · "
 HASH = re.compile("[0-9a-f]{64}")
 STATUSES = {"parsed": "text parsed", "partial": "text partly parsed", "failed": "text not parsed"}
@@ -97,32 +92,15 @@ def render_report(
     """
     results = read_results(files)
     log.info("laying out the map of %d test cells", len(results.cells))
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
+    filters = {
         "points": points,
-        "count": lambda value: f"{value:,.0f}",
         "clock": clock,
         "words": lambda name: name.replace("_", " "),
         "slot": slot_name,
         "picture": picture,
     }
-    script = (FOLDER / "page.js").read_text()
-    page = environment.get_template("page.html.j2").render(
-        **_sections(results, files, run, seed, benchmarks, notes),
-        style=Markup((FOLDER / "page.css").read_text()),  # noqa: S704 - file of this package
-        script=Markup(script),  # noqa: S704 - file of this package
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
-    with whole_file(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
-    log.info("%s: %.1f MB", path, len(page.encode()) / 1e6)
+    variables = _sections(results, files, run, seed, benchmarks, notes)
+    write_page(path, "page.html.j2", ["page.css"], "page.js", variables, filters)
     write_model_card(results, run, notes, card)
 
 
@@ -192,17 +170,6 @@ def _headline(results: Results) -> Iterator[dict[str, Any]]:
         if own:
             baseline = best_baseline(results, slot, metric)
             yield {"title": title, "note": note.format(**numbers), "own": own, "baseline": baseline}
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """Return a share as a percentage, without the percent sign.
-
-    Examples
-    --------
-    >>> percent(0.7536), percent(float("nan"))
-    ('75.4', '–')
-    """
-    return f"{100 * value:.{digits}f}" if value == value else "–"
 
 
 def picture(path: str | Path) -> str:
