@@ -13,7 +13,7 @@ from cell2text.annotation.annotate_query import annotation_columns
 from cell2text.annotation.cluster_text import clusters_table
 from cell2text.annotation.clusters import Cluster, TermShare
 from cell2text.annotation.render_query import lay_out_sample, pack_percent, pack_texts, render_query
-from cell2text.contracts import CLUSTERS, EMBEDDINGS, PREDICTIONS, QC, TERM_SLOTS
+from cell2text.contracts import CLUSTERS, EVIDENCE, EMBEDDINGS, PREDICTIONS, QC, TERM_SLOTS
 from cell2text.files import write_json
 from cell2text.report import page as page_module
 from report_run import HOSTILE, Page
@@ -65,7 +65,8 @@ def render(tmp_path):
         rows["text"] = [f"This is a cell{text}. Its number is {i % 4}." for i in range(cells)]
         of_cells = [f"{'b' if i % 5 else 'NA'}{text}" for i in range(cells)]
         CLUSTERS.write(pd.DataFrame({"cell_id": ids, "cluster": of_cells}, dtype=object), tmp_path / "clusters.parquet")
-        columns = annotation_columns(rows, str(tmp_path / "clusters.parquet"))
+        EVIDENCE.write(pd.DataFrame(columns=list(EVIDENCE.columns)), tmp_path / "evidence.parquet")
+        columns = annotation_columns(rows, *(str(tmp_path / f"{name}.parquet") for name in ("clusters", "evidence")))
         columns.index = names or [f"{text}cell-{i}" for i in range(cells)]
         annotated = ad.AnnData(np.zeros((cells, 1), dtype=np.float32), obs=columns)
         for name, values in (obsm or {}).items():

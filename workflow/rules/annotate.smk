@@ -156,7 +156,7 @@ rule embed_query:
 rule score_query:
     input:
         model=MODEL,
-        language_model=LANGUAGE_MODEL,
+        language_model=QUERY_LANGUAGE_MODEL,
         embeddings="<annotated>/{query}/embeddings/{shard}.safetensors",
     output:
         scores="<annotated>/{query}/scores/{shard}.safetensors",
@@ -243,7 +243,7 @@ rule cluster_query:
 rule explain_query:
     input:
         model=MODEL,
-        language_model=LANGUAGE_MODEL,
+        language_model=QUERY_LANGUAGE_MODEL,
         tokens="<annotated>/{query}/tokens/{query}.parquet",
         genes="<annotated>/{query}/genes.parquet",
         descriptions=collect(

@@ -31,11 +31,16 @@ try:
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     check_files(config, CONFIG_FILE)
     QUERIES, MODEL = find_queries(config, WORKFLOW / "schemas/datasets.schema.yaml")
+    QUERY_LANGUAGE_MODEL = []
     if MODEL:
-        models = workflow.pathvars.apply("<resources>/models")
-        config["language_model"] = locate_language_model(
-            read_json(f"{MODEL}/cell2text.json"), models
-        )
+        models = Path(workflow.pathvars.apply("<resources>/models"))
+        found = locate_language_model(read_json(f"{MODEL}/cell2text.json"), models)
+        if (models / found["name"]).exists():
+            # absolute, like the model: it is used as it is, and its source may be gone
+            QUERY_LANGUAGE_MODEL = str((models / found["name"]).resolve())
+        else:
+            config["language_model"] = found
+            QUERY_LANGUAGE_MODEL = "<resources>/models/{}".format(found["name"])
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
     PIECES = cut_census(SHEET, config["shards"])
 except InputError as error:
