@@ -13,7 +13,7 @@ from cell2text.annotation.annotate_query import annotation_columns
 from cell2text.annotation.cluster_text import clusters_table
 from cell2text.annotation.clusters import Cluster, TermShare
 from cell2text.annotation.render_query import lay_out_sample, pack_percent, pack_texts, render_query
-from cell2text.contracts import CLUSTERS, EVIDENCE, EMBEDDINGS, PREDICTIONS, QC, TERM_SLOTS
+from cell2text.contracts import CLUSTERS, EMBEDDINGS, EVIDENCE, PREDICTIONS, QC, TERM_SLOTS
 from cell2text.files import write_json
 from cell2text.report import page as page_module
 from report_run import HOSTILE, Page
@@ -91,7 +91,10 @@ def render(tmp_path):
         write_json(about, tmp_path / "model/cell2text.json")
         write_json(CALIBRATION, tmp_path / "model/calibration.json")
         write_json(FIT, tmp_path / "fit.json")
-        inputs = [str(tmp_path / name) for name in ("annotated.h5ad", "qc.parquet", "fit.json", "clusters.tsv")]
+        evidence = f"cluster\tcell_type\tside\trank\tgene\tshare\nNA{text}\tB cell\tfor\t1\tMS4A1{text}\t0.5\n"
+        (tmp_path / "evidence.tsv").write_text(evidence)
+        files = ("annotated.h5ad", "qc.parquet", "fit.json", "clusters.tsv", "evidence.tsv")
+        inputs = [str(tmp_path / name) for name in files]
         last = [str(tmp_path / "0.safetensors")], str(tmp_path / "model"), str(tmp_path / "annotate.html")
         render_query(f"folder/my{text.replace('/', '')}.h5ad", *inputs, *last, seed=1)
         html = (tmp_path / "annotate.html").read_text(encoding="utf-8")
@@ -123,6 +126,7 @@ def test_the_page_shows_what_is_known_of_the_file(render):
     assert (
         'Cluster "b" (24 cells): B cell (90% of the cells; also the most frequent guess, 90%). Markers: CD79A' in text
     )
+    assert "Genes that argue most for B cell: MS4A1; against it: none." in text
     assert text.index('Cluster "b"') < text.index('Cluster "NA"')  # as in the file
     assert "95% 20 0" in text and "70% 20 20" in text  # reported, guessed
     assert "novel: far from the training cells 15" in text and "flagged: too few counts 3" in text

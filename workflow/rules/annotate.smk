@@ -317,6 +317,7 @@ rule render_query:
         qc="<annotated>/{query}/qc.parquet",
         fit="<annotated>/{query}/fit.json",
         cluster_table="<annotated>/{query}/clusters.tsv",
+        evidence_table="<annotated>/{query}/evidence.tsv",
         embeddings=collect(
             "<annotated>/{{query}}/embeddings/{shard}.safetensors", shard=QUERY_SHARDS
         ),

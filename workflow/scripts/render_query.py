@@ -12,6 +12,7 @@ def main(snakemake):
         snakemake.input.qc,
         snakemake.input.fit,
         snakemake.input.cluster_table,
+        snakemake.input.evidence_table,
         snakemake.input.embeddings,
         snakemake.input.model,
         snakemake.output.page,

@@ -147,7 +147,7 @@ def annotate_file(
         inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "evidence", "model")]
         written = [str(out / name) for name in OUTPUTS[3:]]
         annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
-        inputs = [steps[name] for name in ("qc", "fit", "cluster_table")]
+        inputs = [steps[name] for name in ("qc", "fit", "cluster_table", "evidence_table")]
         page = str(out / OUTPUTS[0])
         render_query(str(source), written[0], *inputs, [steps["embeddings"]], steps["model"], page, SEED)
 

@@ -170,7 +170,12 @@ def _add_in_place(path: Path, columns: pd.DataFrame, facts: Mapping[str, Any]) -
         if "uns" not in file:
             ad.io.write_elem(file, "uns", {})
         ad.io.write_elem(file["uns"], key, dict(facts))
-        names = ad.io.read_elem(obs[obs.attrs["_index"]])
+        return read_names(obs)
+
+
+def read_names(obs: h5py.Group) -> pd.Index:
+    """Return the names of the cells in ``obs`` of an open file, which may be stored as bytes."""
+    names = ad.io.read_elem(obs[obs.attrs["_index"]])
     return pd.Index([name.decode() if isinstance(name, bytes) else str(name) for name in names])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
-from cell2text.annotation.annotate_query import NOT_DETERMINED, PREFIX
+from cell2text.annotation.annotate_query import NOT_DETERMINED, PREFIX, read_names
 from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import EMBEDDINGS, QC
 from cell2text.files import read_json
@@ -48,6 +48,7 @@ def render_query(
     qc: str,
     fit: str,
     cluster_table: str,
+    evidence_table: str,
     embeddings: Sequence[str],
     model: str,
     page: str,
@@ -61,8 +62,8 @@ def render_query(
         The user's file, for its name.
     annotated
         Its copy written by ``annotate_query``, for the cells and the user's own map.
-    qc, fit, cluster_table, embeddings
-        Files written by ``flag_query``, ``rank_query``, ``cluster_query`` and ``embed_query``.
+    qc, fit, cluster_table, evidence_table, embeddings
+        Files written by ``flag_query``, ``rank_query``, ``cluster_query``, ``explain_query`` and ``embed_query``.
     model
         Folder of a packed model.
     page
@@ -78,6 +79,7 @@ def render_query(
         shown = QC.read(qc, ["cell_id"])["cell_id"].iloc[rows]
         places = lay_out_sample(EMBEDDINGS.read_cells(embeddings, shown, ["pooled"])["pooled"], seed)
     table = pd.read_csv(cluster_table, sep="\t", dtype=str, keep_default_na=False)
+    evidence = read_evidence(evidence_table)
     columns = colour_columns(cells, rows)
     number = {name: i for i, name in enumerate(columns["cluster"]["names"])}
     markers = dict(zip(table["cluster"], table["markers"], strict=True))
@@ -102,7 +104,10 @@ def render_query(
         "chart": confidence_chart(cells),
         "requested": threshold and threshold.confidence,
         "for_new_studies": confidence.new_studies is not None,
-        "clusters": [row | {"number": number.get(row["cluster"], -1)} for row in table.to_dict("records")],
+        "clusters": [
+            row | {"number": number.get(row["cluster"], -1), "evidence": evidence.get(row["cluster"])}
+            for row in table.to_dict("records")
+        ],
         "modes": {name: column["title"] for name, column in columns.items() if column["title"]},
         "data": {
             "cells": list(cells.index[rows]),
@@ -121,6 +126,16 @@ def render_query(
     write_page(page, "annotation.html.j2", ["page.css", "annotation.css"], "annotation.js", variables)
 
 
+def read_evidence(path: str) -> dict[str, dict[str, str]]:
+    """Return for each cluster the cell type that its evidence is about, and its genes on both sides."""
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    return {
+        cluster: {"cell_type": rows["cell_type"].iloc[0]}
+        | {side: ", ".join(rows.loc[rows["side"] == side, "gene"]) for side in ("for", "against")}
+        for cluster, rows in table.groupby("cluster")
+    }
+
+
 def read_annotated(path: str) -> tuple[pd.DataFrame, str | None, np.ndarray | None]:
     """Return the columns of annotation, and name and coordinates of the user's own map, if there is one.
 
@@ -128,7 +143,7 @@ def read_annotated(path: str) -> tuple[pd.DataFrame, str | None, np.ndarray | No
     """
     with h5py.File(path, "r") as file:
         obs = file["obs"]
-        names = pd.Index(ad.io.read_elem(obs[obs.attrs["_index"]])).astype(str)
+        names = read_names(obs)
         wanted = (*TEXT_COLUMNS, *FLOAT_COLUMNS, "novel")
         cells = pd.DataFrame({name: ad.io.read_elem(obs[PREFIX + name]) for name in wanted}, index=names)
         own, places = find_map(file.get("obsm", {}))
