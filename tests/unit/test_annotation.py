@@ -240,7 +240,7 @@ def test_every_cell_comes_back_in_place_and_nothing_else_changes(packed, tmp_pat
     with h5py.File(outputs[0]) as new, h5py.File(source) as old:
         for name in ("X/data", "X/indices", "X/indptr", "layers/twice/data", "obsm/X_umap", "obs/mine/codes"):
             assert new[name].dtype == old[name].dtype and (new[name][:] == old[name][:]).all()
-    assert found.uns["cell2text"]["clusters"] == {"NA": "Cluster NA."}
+    assert found.uns["cell2text"]["clusters"]["text"].tolist() == ["Cluster NA."]
     assert found.uns["mine"] == mine.uns["mine"] and found.uns["cell2text"]["fit"]["cells_without_genes"] == 2
     with gzip.open(outputs[1], "rt") as file:
         lines = file.read().splitlines()
