@@ -72,15 +72,4 @@ rule embeddings:
 
 rule annotate:
     input:
-        collect(
-            "<annotated>/{query}/{file}",
-            query=QUERIES,
-            file=[
-                "annotate.html",
-                "annotated.h5ad",
-                "cells.tsv.gz",
-                "clusters.tsv",
-                "evidence.tsv",
-                "descriptions.jsonl",
-            ],
-        ),
+        annotated_files,

@@ -281,18 +281,21 @@ def test_queries_are_files_or_sheets(packed, tmp_path):
     schema = Path(__file__).parents[2] / "workflow/schemas/datasets.schema.yaml"
     source = write_study(tmp_path / "my cells (1).h5ad", COUNTS)
     config = {"query": source, "model": str(packed)}
-    assert find_queries(config, schema) == ({"my_cells_1": {"dataset": "my_cells_1", "source": source}}, str(packed))
-    assert find_queries({"query": None, "model": None}, schema) == ({}, [])
+    assert find_queries(config, schema, tmp_path) == (
+        {"my_cells_1": {"dataset": "my_cells_1", "source": source}},
+        str(packed),
+    )
+    assert find_queries({"query": None, "model": None}, schema, tmp_path) == ({}, [])
     sheet = tmp_path / "sheet.tsv"
     sheet.write_text(f"dataset\tsource\none\t{source}\ntwo\t{source}\n")
-    assert list(find_queries(config | {"query": str(sheet)}, schema)[0]) == ["one", "two"]
+    assert list(find_queries(config | {"query": str(sheet)}, schema, tmp_path)[0]) == ["one", "two"]
     for changed, problem in (
         ({"model": None}, "config: model"),
         ({"query": None}, "config: query"),
         ({"query": "x"}, "no such file: x"),
     ):
         with pytest.raises(InputError, match=problem):
-            find_queries(config | changed, schema)
+            find_queries(config | changed, schema, tmp_path)
 
 
 @pytest.mark.parametrize(

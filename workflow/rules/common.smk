@@ -30,10 +30,12 @@ try:
     CONFIG_FILE = workflow.configfiles[-1]
     config |= check_config(config, WORKFLOW / "schemas/config.schema.yaml", CONFIG_FILE)
     check_files(config, CONFIG_FILE)
-    QUERIES, MODEL = find_queries(config, WORKFLOW / "schemas/datasets.schema.yaml")
+    models = Path(workflow.pathvars.apply("<resources>/models"))
+    QUERIES, MODEL = find_queries(
+        config, WORKFLOW / "schemas/datasets.schema.yaml", models
+    )
     QUERY_LANGUAGE_MODEL = []
     if MODEL:
-        models = Path(workflow.pathvars.apply("<resources>/models"))
         found = locate_language_model(read_json(f"{MODEL}/cell2text.json"), models)
         if (models / found["name"]).exists():
             # absolute, like the model: it is used as it is, and its source may be gone
@@ -215,6 +217,17 @@ def local_files(row):
         for key in ("source", "label_table", "cell_table")
         if key in row and "://" not in row[key]
     ]
+
+
+def annotated_files(wildcards):
+    """Return all results for the user of each query."""
+    if not QUERIES:
+        raise WorkflowError(
+            "config: query: is missing. Add query=my.h5ad model=results/pbmc68k/model to --config"
+        )
+    files = ("annotate.html", "annotated.h5ad", "cells.tsv.gz")
+    files += ("clusters.tsv", "evidence.tsv", "descriptions.jsonl")
+    return collect("<annotated>/{query}/{file}", query=QUERIES, file=files)
 
 
 def own_limits(wildcards):

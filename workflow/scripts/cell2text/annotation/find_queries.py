@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.pack_model import read_model
 from cell2text.config import check_file, read_datasets
 from cell2text.errors import InputError
@@ -11,7 +12,9 @@ from cell2text.errors import InputError
 SHEETS = (".tsv", ".csv")
 
 
-def find_queries(config: dict[str, Any], schema: Path) -> tuple[dict[str, dict[str, str]], str | list]:
+def find_queries(
+    config: dict[str, Any], schema: Path, models: str | Path
+) -> tuple[dict[str, dict[str, str]], str | list]:
     """Return the rows of the files to annotate by name, and the folder of the model; both empty without a query.
 
     Parameters
@@ -20,6 +23,8 @@ def find_queries(config: dict[str, Any], schema: Path) -> tuple[dict[str, dict[s
         The configuration: ``query`` is a study or a sheet of studies, ``model`` a folder or a source.
     schema
         Schema of the sheet of datasets.
+    models
+        Folder to which a model from Hugging Face Hub is downloaded, unless it is there.
 
     Raises
     ------
@@ -33,9 +38,10 @@ def find_queries(config: dict[str, Any], schema: Path) -> tuple[dict[str, dict[s
         absent, example = ("query", "my.h5ad") if query is None else ("model", "results/pbmc68k/model")
         raise InputError(f"config: {absent}", "is missing", f"Add {absent}={example} to --config")
     rows = read_queries(query, schema)
-    read_model(model)
+    folder = fetch_model(model, models)
+    read_model(folder)
     # The path is absolute so that no rule of a run makes the folder: it is used as it is.
-    return rows, str(Path(model).resolve())
+    return rows, str(folder.resolve())
 
 
 def read_queries(query: str, schema: Path) -> dict[str, dict[str, str]]:
