@@ -280,6 +280,15 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, 
     columns = [name for name in found.obs if name.startswith("cell2text_")]
     pd.testing.assert_frame_equal(here.obs[columns].astype(str), found.obs[columns].astype(str))
 
+    (work / "results/pbmc68k").mkdir(parents=True)
+    shutil.copytree(work / "packed", work / "results/pbmc68k/model")
+    shutil.copy(tmp_path / "mine.h5ad", work / "my.h5ad")
+    notebook = json.loads((ROOT / "docs/annotate.ipynb").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=work, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "Cluster 0" in run.stdout and "of the counts are in genes of the model" in run.stdout
+
     (work / "packed/projector.safetensors").write_bytes(b"others")
     code, output = snakemake(work, *arguments)
     assert code != 0 and "projector.safetensors: has changed" in output and "Traceback" not in output
