@@ -224,14 +224,14 @@ COUNTS = [[5, 1, 1, 0], [0, 0, 0, 3], [0, 0, 0, 0], [9, 0, 0, 0]]
 
 
 def test_every_cell_comes_back_in_place_and_nothing_else_changes(packed, tmp_path):
-    source = write_study(tmp_path / "mine.h5ad", COUNTS, names=["a", "a", "b", "c"])  # names may repeat
+    source = write_study(tmp_path / "mine.h5ad", COUNTS, names=["a", "a", "b", "=c"])  # names may repeat
     before = (tmp_path / "mine.h5ad").read_bytes()
     steps = run_steps(tmp_path, source, packed)
     outputs = [str(tmp_path / name) for name in ("annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")]
     annotate_query(source, *steps, str(packed), *outputs)
     assert (tmp_path / "mine.h5ad").read_bytes() == before
     found, mine = ad.read_h5ad(outputs[0]), ad.read_h5ad(source)
-    assert list(found.obs_names) == ["a", "a", "b", "c"] and list(found.obs)[0] == "mine"
+    assert list(found.obs_names) == ["a", "a", "b", "=c"] and list(found.obs)[0] == "mine"
     assert found.obs["cell2text_cell_type"].to_list() == ["B cell", "not determined", "not determined", "B cell"]
     assert found.obs["cell2text_cell_type_guess_id"].to_list() == ["CL:0000236", "", "", "CL:0000236"]
     assert found.obs["cell2text_flag"].to_list() == ["too few counts (7 < 8)", NO_GENES, NO_GENES, ""]
@@ -244,9 +244,10 @@ def test_every_cell_comes_back_in_place_and_nothing_else_changes(packed, tmp_pat
     assert found.uns["mine"] == mine.uns["mine"] and found.uns["cell2text"]["fit"]["cells_without_genes"] == 2
     with gzip.open(outputs[1], "rt") as file:
         lines = file.read().splitlines()
-    assert len(lines) == 5 and lines[1].startswith("a\tB cell\tCL:0000236\t0.9\t")
+    assert len(lines) == 5 and lines[4].startswith("'=c\t")  # no formula for a spreadsheet
+    assert lines[1].startswith("a\tB cell\tCL:0000236\t0.9\t")
     rows = list(read_jsonl(outputs[2]))
-    assert [row["cell"] for row in rows] == ["a", "a", "b", "c"] and [row["text"] for row in rows][1] is None
+    assert [row["cell"] for row in rows] == ["a", "a", "b", "=c"] and [row["text"] for row in rows][1] is None
 
 
 def test_an_earlier_annotation_is_replaced(packed, tmp_path, caplog):

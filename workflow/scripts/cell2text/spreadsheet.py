@@ -8,6 +8,7 @@ spreadsheet's own users write it; control characters become ``\x1b`` and the lik
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +20,9 @@ CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 ESCAPED = r"\\\\|\\x[0-9a-f]{2}|\\u202[89]"
 
 
-def write_tsv(table: pd.DataFrame, path: str | Path, float_format: str | None = None) -> None:
+def write_tsv(
+    table: pd.DataFrame, path: str | Path, float_format: str | None = None, compression: dict[str, Any] | None = None
+) -> None:
     """Write a table without its index, atomically; ``restore_text`` is the inverse for its text.
 
     Parameters
@@ -30,6 +33,8 @@ def write_tsv(table: pd.DataFrame, path: str | Path, float_format: str | None = 
         The file.
     float_format
         Format of floats, such as ``"%.6f"``; by default, all digits.
+    compression
+        As in ``DataFrame.to_csv``; none by default.
 
     Raises
     ------
@@ -37,7 +42,13 @@ def write_tsv(table: pd.DataFrame, path: str | Path, float_format: str | None = 
         If the disk is full or not writable.
     """
     with whole_file(path) as unfinished:
-        _map_text(table, _neutralise).to_csv(unfinished, sep="\t", index=False, float_format=float_format)
+        safe = _map_text(table, _neutralise)
+        safe.to_csv(unfinished, sep="\t", index=False, float_format=float_format, compression=compression)
+
+
+def read_tsv(path: str | Path) -> pd.DataFrame:
+    """Return a table of ``write_tsv``, all as the text that it was; a value may be named ``NA``."""
+    return restore_text(pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False))
 
 
 def restore_text(table: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +59,9 @@ def restore_text(table: pd.DataFrame) -> pd.DataFrame:
 def _map_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
     changed = {}
     for name, values in table.items():
-        if any(isinstance(value, str) for value in values):
+        if isinstance(values.dtype, pd.CategoricalDtype):  # few texts of many rows
+            changed[name] = values.cat.rename_categories(lambda one: change(one) if isinstance(one, str) else one)
+        elif any(isinstance(value, str) for value in values):
             changed[name] = [change(value) if isinstance(value, str) else value for value in values]
     return table.assign(**changed)
 

@@ -20,6 +20,7 @@ from cell2text.cells.studies import open_study
 from cell2text.contracts import CLUSTERS, EVIDENCE, TERM_SLOTS, TERMS
 from cell2text.files import read_json, whole_file, write_jsonl
 from cell2text.provenance import versions
+from cell2text.spreadsheet import read_tsv, write_tsv
 
 log = logging.getLogger("cell2text.annotation")
 
@@ -63,9 +64,8 @@ def annotate_query(
     cells = read_predictions(descriptions, tokens, qc, TERMS.read(Path(model) / "terms.parquet"))
     columns = annotation_columns(cells, clusters, evidence)
     names = add_columns(source, columns, facts_of(model, fit, cluster_table, source), annotated)
-    columns.index = names
-    with whole_file(table) as unfinished:
-        columns.rename_axis("cell").to_csv(unfinished, sep="\t", compression={"method": "gzip", "mtime": 0})
+    listed = pd.concat([pd.Series(names, name="cell"), columns], axis=1)
+    write_tsv(listed, table, compression={"method": "gzip", "mtime": 0})
     rows = cells.drop(columns=["split"]).assign(cell=np.asarray(names))
     write_jsonl(({"cell": row.pop("cell")} | row for row in rows.to_dict("records")), texts)
     log.info("%d cells: %d with a reported cell type", len(cells), cells["cell_type_reported_id"].notna().sum())
@@ -74,7 +74,7 @@ def annotate_query(
 def facts_of(model: str, fit: str, cluster_table: str, source: str) -> dict[str, Any]:
     """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, a text per cluster, and versions."""
     seal = read_json(Path(model) / "cell2text.json")["seal"]
-    table = pd.read_csv(cluster_table, sep="\t", dtype=str, keep_default_na=False)  # a cluster may be named NA
+    table = read_tsv(cluster_table)
     texts = {name: table[name].to_numpy(dtype=object) for name in ("cluster", "text")}
     facts = {"model": seal, "source": Path(source).name, "fit": read_json(fit), "clusters": texts}
     return facts | {"versions": versions("cell2text", "anndata")}

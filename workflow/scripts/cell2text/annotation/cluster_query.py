@@ -13,7 +13,8 @@ from cell2text.annotation.fetch_query import CLUSTER, OWN_LABEL
 from cell2text.annotation.predictions import read_predictions
 from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import CLUSTERS, EMBEDDINGS, TERMS
-from cell2text.files import read_json, whole_file
+from cell2text.files import read_json
+from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.annotation")
 
@@ -59,5 +60,4 @@ def cluster_query(
     labels = read_json(folder / "cell2text.json")["labels"]["cell_type"]
     own = study.obs.get(OWN_LABEL)
     found = describe_clusters(cells, study, of_cells, terms, own, threshold.confidence, labels)
-    with whole_file(table) as unfinished:
-        clusters_table(found).to_csv(unfinished, sep="\t", index=False)
+    write_tsv(clusters_table(found), table)

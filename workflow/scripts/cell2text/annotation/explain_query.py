@@ -16,9 +16,10 @@ from cell2text.embedding.embed_genes import read_rows
 from cell2text.embedding.encoders import load_encoder
 from cell2text.embedding.ranked_cells import RankedCells, read_measured
 from cell2text.errors import InputError
-from cell2text.files import read_jsonl, whole_file
+from cell2text.files import read_jsonl
 from cell2text.model.alignment import LabelTargets, order_slots
 from cell2text.model.bundle import load_projector
+from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.annotation")
 
@@ -86,8 +87,7 @@ def explain_query(
         log.warning("no evidence: %s", error)
         tables = rows = []
     summed = _sum_by_cluster(tables, drawn, named, terms)
-    with whole_file(table) as unfinished:
-        summed.to_csv(unfinished, sep="\t", index=False, float_format="%.4f")
+    write_tsv(summed, table, float_format="%.4f")
     EVIDENCE.write(pd.DataFrame(rows, columns=list(EVIDENCE.columns)), cells)
 
 

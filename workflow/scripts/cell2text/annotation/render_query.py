@@ -20,6 +20,7 @@ from cell2text.files import read_json
 from cell2text.report.cell_map import COLOURS, lay_out, on_grid, sample_cells
 from cell2text.report.charts import Axis
 from cell2text.report.page import write_page
+from cell2text.spreadsheet import read_tsv
 
 log = logging.getLogger("cell2text.annotation")
 
@@ -78,7 +79,7 @@ def render_query(
     else:
         shown = QC.read(qc, ["cell_id"])["cell_id"].iloc[rows]
         places = lay_out_sample(EMBEDDINGS.read_cells(embeddings, shown, ["pooled"])["pooled"], seed)
-    table = pd.read_csv(cluster_table, sep="\t", dtype=str, keep_default_na=False)
+    table = read_tsv(cluster_table)
     evidence = read_evidence(evidence_table)
     columns = colour_columns(cells, rows)
     number = {name: i for i, name in enumerate(columns["cluster"]["names"])}
@@ -128,7 +129,7 @@ def render_query(
 
 def read_evidence(path: str) -> dict[str, dict[str, str]]:
     """Return for each cluster the cell type that its evidence is about, and its genes on both sides."""
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    table = read_tsv(path)
     return {
         cluster: {"cell_type": rows["cell_type"].iloc[0]}
         | {side: ", ".join(rows.loc[rows["side"] == side, "gene"]) for side in ("for", "against")}
