@@ -276,6 +276,7 @@ def test_shallow_files_and_few_known_genes_are_warned_about(packed, tmp_path):
     run_steps(tmp_path, source, packed)
     warnings = json.loads((tmp_path / "fit.json").read_text())["warnings"]
     assert warnings[0].startswith("only 25% of the counts") and "fewer than 4 counts" in warnings[1]
+    assert "fewer than three studies" in warnings[2]
 
 
 def test_queries_are_files_or_sheets(packed, tmp_path):

@@ -13,7 +13,7 @@ from cell2text.contracts import GENES
 from cell2text.embedding.measure_genes import write_genes
 from cell2text.embedding.rank_genes import rank_genes
 from cell2text.errors import InputError
-from cell2text.files import write_json
+from cell2text.files import read_json, write_json
 
 log = logging.getLogger("cell2text.annotation")
 
@@ -50,6 +50,10 @@ def rank_query(counts: str, model: str, source: str, genes: str, tokens: str, fi
     about = read_model(model)
     matched = match_genes(GENES.read(Path(model) / "genes.parquet"), read_genes(counts), Path(tokens).stem)
     found = _measure_fit(counts, matched, about)
+    if not read_json(Path(model) / "calibration.json").get("new_studies"):
+        found["warnings"].append(
+            "the model was trained on fewer than three studies, so its confidences are probably too high here"
+        )
     if found["counts_in_model"] < LEAST_SHARE:
         raise InputError(
             f"{source}: var",
