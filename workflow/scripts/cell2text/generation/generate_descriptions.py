@@ -29,7 +29,7 @@ def generate_descriptions(
     """Describe the cells of a file of scores.
 
     The text names the most specific guess of the cell type, and of the sample only what is probable enough to be
-    reported: a tissue, disease, sex or stage that is not determined is left out.
+    reported: a tissue, disease, sex or stage that is not determined is omitted.
 
     Parameters
     ----------
