@@ -15,10 +15,11 @@ sys.executable = shlex.quote(sys.executable)
 
 from cell2text.annotation.find_queries import find_queries
 from cell2text.annotation.language_models import locate_language_model
+from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import BASELINES, GREEDY
-from cell2text.files import check_ours, read_json
+from cell2text.files import check_ours
 from cell2text.job import INVOCATION
 from cell2text.models import fetch_encoder, fetch_language_model
 from cell2text.models.sources import check_target, fingerprint
@@ -36,7 +37,7 @@ try:
     )
     QUERY_LANGUAGE_MODEL = []
     if MODEL:
-        found = locate_language_model(read_json(f"{MODEL}/cell2text.json"), models)
+        found = locate_language_model(read_facts(MODEL), models)
         if (models / found["name"]).exists():
             # absolute, like the model: it is used as it is, and its source may be gone
             QUERY_LANGUAGE_MODEL = str((models / found["name"]).resolve())

@@ -14,6 +14,7 @@ import pandas as pd
 import scanpy as sc
 from scipy import sparse
 
+from cell2text.annotation.pack_model import read_facts
 from cell2text.annotation.predictions import read_predictions
 from cell2text.cells.formats import BUNDLED, find_kind
 from cell2text.cells.studies import open_study
@@ -73,7 +74,7 @@ def annotate_query(
 
 def facts_of(model: str, fit: str, cluster_table: str, source: str) -> dict[str, Any]:
     """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, a text per cluster, and versions."""
-    seal = read_json(Path(model) / "cell2text.json")["seal"]
+    seal = read_facts(model)["seal"]
     table = read_tsv(cluster_table)
     texts = {name: table[name].to_numpy(dtype=object) for name in ("cluster", "text")}
     facts = {"model": seal, "source": Path(source).name, "fit": read_json(fit), "clusters": texts}

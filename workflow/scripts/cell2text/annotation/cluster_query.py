@@ -10,10 +10,10 @@ from cell2text.annotation.cluster_text import clusters_table
 from cell2text.annotation.clusters import describe_clusters
 from cell2text.annotation.communities import find_clusters
 from cell2text.annotation.fetch_query import CLUSTER, OWN_LABEL
+from cell2text.annotation.pack_model import read_facts
 from cell2text.annotation.predictions import read_predictions
 from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import CLUSTERS, EMBEDDINGS, TERMS
-from cell2text.files import read_json
 from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.annotation")
@@ -57,7 +57,7 @@ def cluster_query(
         log.info("%d clusters found", of_cells.nunique())
     CLUSTERS.write(cells[["cell_id"]].assign(cluster=of_cells.astype(str).to_numpy(dtype=object)), clusters)
     threshold = Confidence.load(folder / "calibration.json").of_new_study.thresholds["cell_type"]
-    labels = read_json(folder / "cell2text.json")["labels"]["cell_type"]
+    labels = read_facts(model)["labels"]["cell_type"]
     own = study.obs.get(OWN_LABEL)
     found = describe_clusters(cells, study, of_cells, terms, own, threshold.confidence, labels)
     write_tsv(clusters_table(found), table)

@@ -1,6 +1,5 @@
 """One paragraph per cluster: what most of its cells are reported to be, and how well they agree."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cell2text.annotation.markers import find_markers
+from cell2text.annotation.order import natural
 from cell2text.confidence.back_off import TermsAbove
 from cell2text.errors import InputError
 from cell2text.grammar import PATHWAY, Terms
@@ -319,12 +319,7 @@ def _order(clusters: pd.Series, names: pd.Series) -> list[str]:
     present = set(names)
     if isinstance(clusters.dtype, pd.CategoricalDtype):
         return [name for name in dict.fromkeys(map(_as_text, clusters.cat.categories)) if name in present]
-    return sorted(present, key=_natural)
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    # text and numbers alternate, beginning with text, so parts in the same place have the same type
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
+    return sorted(present, key=natural)
 
 
 def _known_labels(labels: pd.Series) -> pd.Series:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cell2text.annotation.pack_model import read_model
+from cell2text.annotation.pack_model import read_facts
 from cell2text.embedding.embed_genes import embed_genes
 
 
@@ -20,5 +20,5 @@ def embed_query(model: str, tokens: str, genes: str, embeddings: str, shard: int
     shard, shards
         Index of the shard, from 0, and number of shards.
     """
-    top_k = read_model(model)["settings"]["top_k"]
+    top_k = read_facts(model)["settings"]["top_k"]
     embed_genes(str(Path(model) / "encoder"), tokens, genes, embeddings, shard, shards, top_k, views=0, seed=0)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import torch
 
 from cell2text.annotation.evidence import attribute, explain_cells
-from cell2text.annotation.pack_model import read_model
+from cell2text.annotation.order import natural
+from cell2text.annotation.pack_model import read_facts
 from cell2text.contracts import CLUSTERS, EVIDENCE, GENES, TERMS
 from cell2text.embedding.embed_genes import read_rows
 from cell2text.embedding.encoders import load_encoder
@@ -61,7 +62,7 @@ def explain_query(
     seed
         Seed of the draw of cells.
     """
-    about, folder = read_model(model), Path(model)
+    about, folder = read_facts(model), Path(model)
     labels, terms = order_slots(about["labels"]), TERMS.read(folder / "terms.parquet")
     loaded = load_projector(model, language_model, torch.device("cpu"))
     given = loaded, LabelTargets.of_model(labels, terms, loaded), load_encoder(folder / "encoder")
@@ -135,7 +136,5 @@ def _sum_by_cluster(
     table = pd.concat(parts)
     names = terms[terms["slot"] == "cell_type"].set_index("id")["name"]
     table["cell_type"] = table["cluster"].map(named).map(names)
-    # 2 before 10
-    names = sorted(named.index, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    order = pd.Categorical(table["cluster"], names).codes
+    order = pd.Categorical(table["cluster"], sorted(named.index, key=natural)).codes
     return table.iloc[np.lexsort((table["rank"], table["side"] == "against", order))][columns]

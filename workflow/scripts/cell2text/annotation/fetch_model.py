@@ -1,19 +1,17 @@
 """A packed model from Hugging Face Hub, downloaded once."""
 
 import logging
-import re
 import shutil
 from pathlib import Path
 
 from cell2text.annotation.pack_model import read_model
 from cell2text.errors import InputError
 from cell2text.files import writing
-from cell2text.models.sources import download, is_local
+from cell2text.models.sources import HUB, download, is_local
 
 log = logging.getLogger("cell2text.annotation")
 
 FILES = ["*.json", "*.safetensors", "*.parquet", "README.md"]  # no pickled file is ever read
-_HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 def fetch_model(source: str, folder: str | Path) -> Path:
@@ -33,7 +31,7 @@ def fetch_model(source: str, folder: str | Path) -> Path:
     """
     if is_local(source):
         return Path(source)
-    match = _HUB.fullmatch(source)
+    match = HUB.fullmatch(source)
     if match is None:
         raise InputError("model", f"cannot read {source}", "Write hf://organisation/name@revision, or give a folder")
     name = f"{match['repository']}@{match['revision']}".replace("/", "--")

@@ -75,6 +75,11 @@ def pack_model(
     log.info("%s is complete: %.1f MB, to be used with %s", model, size / 1e6, about["language_model"]["source"])
 
 
+def read_facts(model: str | Path) -> dict[str, Any]:
+    """Return the facts about a packed model that :func:`read_model` has checked, without hashing its files again."""
+    return read_json(Path(model) / "cell2text.json", COPY_AGAIN)
+
+
 def read_model(model: str | Path) -> dict[str, Any]:
     """Return the facts about a packed model after checking all of its files.
 

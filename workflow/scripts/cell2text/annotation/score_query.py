@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from cell2text.annotation.pack_model import read_model
+from cell2text.annotation.pack_model import read_facts
 from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import EMBEDDINGS, SCORES
 from cell2text.embedding.vectors import Embeddings
@@ -27,7 +27,7 @@ def score_query(model: str, language_model: str, embeddings: str, scores: str) -
     scores
         Output file (``contracts.SCORES``).
     """
-    about, folder = read_model(model), Path(model)
+    about, folder = read_facts(model), Path(model)
     confidence = Confidence.load(folder / "calibration.json").of_new_study
     scorer = Scorer(model, language_model, str(folder / "terms.parquet"))
     cells = EMBEDDINGS.read(embeddings, [])[1]

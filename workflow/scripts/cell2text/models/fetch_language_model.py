@@ -13,13 +13,12 @@ The source of an encoder, which is in a folder of its repository, has one of two
 """
 
 import logging
-import re
 import shutil
 from pathlib import Path
 
 from cell2text.errors import InputError
 from cell2text.files import read_json, reading, whole_folder, write_json
-from cell2text.models.sources import WHERE, Fetched, check_target, download, fetch_wheel, is_local, licence_of
+from cell2text.models.sources import HUB, WHERE, Fetched, check_target, download, fetch_wheel, is_local, licence_of
 from cell2text.weights import check_weights
 
 log = logging.getLogger("cell2text.models")
@@ -35,7 +34,6 @@ MODEL_FILES = [
     "README.md",
 ]
 ANOTHER_COPY = "Get another copy of the model"
-_HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 def fetch_language_model(source: str, directory: str | Path) -> None:
@@ -89,7 +87,7 @@ def _fetch(source: str, downloads: Path) -> Fetched:
 
 
 def _fetch_repository(source: str, downloads: Path) -> Fetched:
-    match = _HUB.fullmatch(source)
+    match = HUB.fullmatch(source)
     if match is None:
         raise InputError(WHERE, f"cannot read {source}", "Write hf://organisation/name@revision")
     download(match["repository"], match["revision"], MODEL_FILES, downloads, WHERE)

@@ -21,6 +21,7 @@ log = logging.getLogger("cell2text.models")
 
 WHERE = "config: language_model.source"
 BLOCK = 1 << 16  # bytes
+HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 _PYPI = re.compile(
     r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)/(?P<path>[^#]+)"
     r"#sha256=(?P<sha256>[0-9a-f]{64})"
