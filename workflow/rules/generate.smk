@@ -72,7 +72,7 @@ rule score_left_out_studies:
         on_the_fly=on_the_fly,
         library=library_version("score_left_out_studies.py"),
     message:
-        "Scoring the names for studies left out of alignment"
+        "Scoring the names for studies held out of alignment"
     script:
         "../scripts/score_left_out_studies.py"
 

@@ -102,7 +102,7 @@ def limits_of_confidence(results: Results) -> Iterator[str]:
         studies = {study for found in confidence.studies.values() for study in found}
         yield (
             f"Cells of a new study have confidences of their own. These rest on {cells:,} cells of the "
-            f"{len(studies):,} training studies, left out of alignment one after the other, and vary from "
+            f"{len(studies):,} training studies, held out of alignment one after the other, and vary from "
             "study to study."
         )
     unfitted = [slot_name(slot) for slot, fitted in confidence.slots.items() if not fitted.cells]
