@@ -41,7 +41,7 @@ def random_encoder(genes, dimensions, seed=0):
     """Return a coexpression encoder with random axes."""
     random = np.random.default_rng(seed)
     vectors, _ = np.linalg.qr(random.normal(size=(genes, dimensions)))
-    axes = vectors, random.random(genes), np.full(genes, 1 / genes)
+    axes = vectors, random.random(genes), np.full(genes, 1 / genes), np.full(dimensions, 9), np.full(genes, 0.5)
     return Coexpression(Axes(*(part.astype(np.float32) for part in axes)), np.ones(dimensions, dtype=np.float32))
 
 

@@ -71,7 +71,7 @@ def main() -> None:
 
     texts = DESCRIPTIONS.read(given.results / "corpus/descriptions.parquet")
     embeddings = Embeddings(sorted(map(str, given.results.glob("embeddings/*/*.safetensors"))))
-    nothing = build(given.language_model, embeddings.dimensions(), "nothing")
+    nothing = build(given.language_model, embeddings.dimensions("pooled"), "nothing")
     cells = read_cells(
         texts, "train", embeddings, find_classes(texts), torch.empty(len(texts), 0, dtype=torch.long), nothing
     )
@@ -95,7 +95,7 @@ def main() -> None:
     print(f"{torch.cpu.get_capabilities()['cpu_name']}, {torch.get_num_threads()} threads, "
           f"{nothing.language_model.dtype}, {given.batch_cells} cells per step")  # fmt: skip
     for name in given.off:
-        model = build(given.language_model, embeddings.dimensions(), name)
+        model = build(given.language_model, embeddings.dimensions("pooled"), name)
         pairs = []
         for number in range(given.rounds + 1):  # the first pair warms up
             rows = steps[number % len(steps)]

@@ -122,7 +122,7 @@ def main() -> None:
     projector = projector_settings()
     settings = finetune_settings(opening_epochs=0, epochs=1, batch_cells=arguments.batch_cells, checkpoint_steps=10**9)
     embeddings = Embeddings(sorted(map(str, arguments.results.glob("embeddings/*/*.safetensors"))))
-    model = build(arguments.language_model, projector, embeddings.dimensions(), settings, CPU)
+    model = build(arguments.language_model, projector, embeddings.dimensions("pooled"), settings, CPU)
     fast.speed_up(model)
     cells = read_cells(
         texts, "train", embeddings, {"cell_type": classes}, torch.empty(len(texts), 0, dtype=torch.long), model

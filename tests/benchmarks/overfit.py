@@ -29,6 +29,7 @@ from cell2text.grammar import PATHWAY, Terms
 from cell2text.model import fast
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.bundle import build
+from cell2text.model.projectors import PROJECTORS
 from cell2text.processes import Team
 from default_settings import finetune_settings, projector_settings
 
@@ -52,7 +53,9 @@ def main() -> None:
     projector = projector_settings(kind=given.projector, hidden=1024 if given.projector == "pooled" else 256)
     settings = finetune_settings(opening_epochs=0, epochs=given.epochs, patience=10**9, checkpoint_steps=10**9)
     device = pick_device()
-    model = build(given.language_model, projector, embeddings.dimensions(), settings, device)
+    model = build(
+        given.language_model, projector, embeddings.dimensions(PROJECTORS[given.projector].reads), settings, device
+    )
     fast.speed_up(model)
     cells = read_cells(texts, "train", embeddings, classes, numbers[texts.index.to_numpy()], model)
     model.about["longest_text"] = int(cells.text_lengths.max())

@@ -47,7 +47,7 @@ def placed(request, tmp_path_factory):
         rank_genes(corpus, folder / f"{path.stem}.h5ad", folder / "genes.parquet", path)
     measured = read_measured(folder / "genes.parquet", tokens)
     training, test = (RankedSplit(tokens, corpus, split, measured) for split in ("train", "test"))
-    axes, _ = find_axes(training, 30, 0)
+    axes = find_axes(training, 30, 0)
     types = pd.Series(types, index=ids)
 
     def place(parts):

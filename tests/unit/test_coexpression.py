@@ -74,11 +74,13 @@ def test_gene_vectors_minus_the_centre_sum_to_the_pooled_vector(tmp_path, monkey
     (cells,) = train
     vectors = encoder.embed(cells, 21)
     centre = encoder.axes.mean @ encoder.axes.vectors / encoder.scale
-    np.testing.assert_allclose(vectors["gene_vectors"].astype(float).sum(axis=1) - centre, vectors["pooled"], atol=0.05)
-    assert vectors["pooled"].dtype == np.float32
+    placed, expected = np.hsplit(vectors["pooled"], 2)
+    np.testing.assert_allclose(vectors["gene_vectors"].astype(float).sum(axis=1) - centre, placed, atol=0.05)
+    np.testing.assert_allclose(expected, encoder.axes.expect(cells) / encoder.scale, atol=1e-4)
+    assert placed.dtype == np.float32
     # whitened: the axes of the training cells have unit variance and are uncorrelated
-    np.testing.assert_allclose(vectors["pooled"].mean(axis=0), 0, atol=1e-3)
-    np.testing.assert_allclose(np.cov(vectors["pooled"].T), np.eye(16), atol=1e-3)
+    np.testing.assert_allclose(placed.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(placed.T), np.eye(16), atol=1e-3)
 
 
 def test_a_saved_encoder_can_be_loaded(tmp_path):
@@ -181,7 +183,7 @@ def test_candidates_are_compared_on_a_sample_of_the_cells(tmp_path, monkeypatch)
 def test_coordinates_and_types_belong_to_the_same_cells(tmp_path):
     expression, types, splits = of_types(1, [1] * 40)
     train, _ = write_cells(tmp_path, expression, types, splits, ends=[33, 100])
-    axes = Axes(np.eye(41), np.ones(41), np.full(41, 1 / 41))
+    axes = Axes(np.eye(41), np.ones(41), np.full(41, 1 / 41), np.ones(41), np.ones(41))
     chosen = pd.Series({"a|100": "CL:7", "a|3": "CL:8", "a|34": "CL:9"})
     coordinates, found = coexpression._project(train, chosen, axes)
     assert found.tolist() == ["CL:8", "CL:9", "CL:7"]
@@ -190,10 +192,11 @@ def test_coordinates_and_types_belong_to_the_same_cells(tmp_path):
 
 def test_embed_keeps_the_highest_ranked_genes():
     vectors = np.array([[0.6, 0], [0.8, 0], [0, 0.6], [0, 0.8]], dtype=np.float32)
-    axes = Axes(vectors, np.array([1, 0, 0, 1], dtype=np.float32), np.full(4, 0.25, dtype=np.float32))
+    axes = Axes(vectors, np.array([1, 0, 0, 1]), np.full(4, 0.25), np.array([1, 2]), np.ones(4))
     cells = ranked_cells([[3, 0, 2], [1]], [[2, 1, 1], [4]], 4)
     found = Coexpression(axes, np.array([0.2, 0.4], dtype=np.float32)).embed(cells, 2)
     np.testing.assert_allclose(found["gene_vectors"], [[[0, 4], [3, 0]], [[16, 0], [0, 0]]], rtol=1e-3)
     assert found["lengths"].tolist() == [2, 1]
-    # every expressed gene counts: (1 * 0.6, 2 * 0.8 + 1 * 0.6) and (4 * 0.8, 0), minus (0.6, 0.8), over (0.2, 0.4)
-    np.testing.assert_allclose(found["pooled"], [[0, 3.5], [13, -2]], atol=1e-5)
+    # every expressed gene counts: (1 * 0.6, 2 * 0.8 + 1 * 0.6) and (4 * 0.8, 0), minus (0.6, 0.8), over (0.2, 0.4);
+    # expected are 1 / (1 + 1 / variance) of it
+    np.testing.assert_allclose(found["pooled"], [[0, 3.5, 0, 3.5 / 1.5], [13, -2, 6.5, -2 / 1.5]], atol=1e-5)

@@ -210,7 +210,8 @@ def test_an_encoder_that_is_not_finite_is_refused(encoders, tmp_path, kind, valu
             load_encoder(folder)
 
 
-AXES = {"vectors": torch.ones(7, 3), "mean": torch.ones(7), "profile": torch.ones(7), "scale": torch.ones(3)}
+AXES = {"vectors": torch.ones(7, 3)} | {name: torch.ones(7) for name in ("mean", "profile", "noise")}
+AXES |= {name: torch.ones(3) for name in ("variance", "scale")}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,9 @@ def test_axes_that_do_not_fit_together_are_refused(encoders, tmp_path, tensors):
     folder = shutil.copytree(encoders / "results/coexpression", tmp_path / "encoder")
     save_file(tensors, folder / "coexpression.safetensors")
     seal(folder, "encoder.json")
-    with pytest.raises(InputError, match=r"coexpression.safetensors: not axes with mean, profile and scale: found "):
+    with pytest.raises(
+        InputError, match=r"coexpression.safetensors: not axes with mean, profile, noise, variance and scale"
+    ):
         load_encoder(folder)
 
 
@@ -298,7 +301,7 @@ def test_a_full_disk_is_reported_by_all_writers(encoders, fetched, tmp_path, mon
     for kind in ("coexpression", "pretrain"):
         encoder = load_encoder(encoders / "results" / kind)
         if kind == "coexpression":
-            encoder.axes = Axes(np.ones((1000, 3), np.float32), *np.ones((2, 1000), np.float32))
+            encoder.axes = Axes(np.ones((1000, 3)), *np.ones((2, 1000)), np.ones(3), np.ones(1000))
         monkeypatch.setattr(fitting, "encoder_class", lambda _, made=encoder: type("", (), {"fit": lambda *_: made}))
         checkpoints = tmp_path / f"{kind}.checkpoints"
         checkpoints.mkdir()

@@ -96,7 +96,7 @@ def test_panels_are_shared_by_neighbours_and_have_measured_genes_only(monkeypatc
     assert np.array_equal(found, seen)
     assert np.array_equal(view.n_counts, seen.sum(axis=1))
     entire = (panels == measured[panel]).all(axis=1)
-    assert not (panels & ~measured[panel]).any() and 0 < entire.sum() < 300
+    assert not (panels & ~measured[panel]).any() and 0 < entire.sum() < 400
     share = panels.sum(axis=1) / measured[panel].sum(axis=1)
     assert share.min() < 0.12 and np.median(share) < 0.5 and share[~entire].max() > 0.7
     blocks = np.arange(1000) // PANEL_CELLS
@@ -114,8 +114,8 @@ def test_panels_are_shared_by_neighbours_and_have_measured_genes_only(monkeypatc
 def test_the_shares_of_panels_are_even_on_a_logarithmic_scale():
     cells = cells_with(np.full((400 * PANEL_CELLS, 50), 9))
     shares = np.log(own_panels(draw_view(cells, np.ones(50), [4]))[::PANEL_CELLS].mean(axis=1))
-    assert SMALLEST_PANEL == 0.05
-    # panels of fewer than 20 of 50 genes are not used, and a third of the logarithmic scale is above them
+    assert SMALLEST_PANEL == 0.02
+    # panels of fewer than 20 of 50 genes are not used, and a quarter of the logarithmic scale is above them
     used = np.exp(shares) < 1
     expected = np.log(1 / 0.4) / np.log(1 / SMALLEST_PANEL)
     assert abs(used.mean() - expected) < 0.1
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_view():
 def test_no_cells_have_a_view():
     view = draw_view(ranked_cells([], [], GENES), np.ones(GENES), [0])
     assert len(view) == 0 and view.offsets.tolist() == [0] and view.panels.shape[1] == GENES
-    assert random_encoder(GENES, 4).embed(view, 3)["pooled"].shape == (0, 4)
+    assert random_encoder(GENES, 4).embed(view, 3)["pooled"].shape == (0, 8)
 
 
 def test_special_tokens_have_no_median():
@@ -206,7 +206,7 @@ def test_views_are_stored_next_to_their_cells(embedded):
     read = [EMBEDDINGS.read(file, NAMES) for file in files]
     assert [cell for _, ids in read for cell in ids] == IDS
     tensors = {name: np.concatenate([own[name] for own, _ in read]) for name in NAMES}
-    assert tensors["view_gene_vectors"].shape == (150, 3, 5, 8) and tensors["view_pooled"].shape == (150, 3, 8)
+    assert tensors["view_gene_vectors"].shape == (150, 3, 5, 8) and tensors["view_pooled"].shape == (150, 3, 16)
     # embedded again, or with another number of shards
     assert all(
         np.array_equal(EMBEDDINGS.read(file, NAMES)[0][name], own[name])
@@ -218,9 +218,9 @@ def test_views_are_stored_next_to_their_cells(embedded):
     other = EMBEDDINGS.read_cells(embedded.embed("other", seed=1), IDS, ["pooled", "view_pooled"])
     np.testing.assert_allclose(other["pooled"], own, rtol=1e-5)
     assert not np.allclose(other["view_pooled"], tensors["view_pooled"])
-    # the views of a cell differ, and each is that of the cell
+    # the views of a cell differ, unless it is seen as it is in both, and each is that of the cell
     seen = tensors["view_pooled"]
-    assert all((np.abs(seen[:, one] - seen[:, two]).max(axis=1) > 1e-3).all() for one, two in ((0, 1), (1, 2)))
+    assert all((np.abs(seen[:, one] - seen[:, two]).max(axis=1) > 1e-3).mean() > 0.8 for one, two in ((0, 1), (1, 2)))
     measured = read_measured(embedded.genes, [embedded.folder / "b.parquet"])[0]
     start = 25  # the second shard of b
     for part in read_rows(embedded.folder / "b.parquet", measured, 25, 50):

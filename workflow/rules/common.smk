@@ -121,6 +121,7 @@ DIMENSIONS = (
     if config["encoder"]["kind"] == "coexpression"
     else 1152
 )
+POOLED = DIMENSIONS * (2 if config["encoder"]["kind"] == "coexpression" else 1)
 GENE_VECTORS = (
     0
     if config["projector"]["kind"] == "pooled"
@@ -172,7 +173,7 @@ def mem_embeddings(wildcards, input, attempt):
     cells = min(config["sample"]["cells"], os.path.getsize(input.tokens) / 1000)
     top_k = config["encoder"]["top_k"] if config["encoder"]["cache"] else 0
     views = 1 + config["encoder"]["views"]
-    vectors = cells / config["shards"] * views * (2 * top_k + 8) * DIMENSIONS
+    vectors = cells / config["shards"] * views * (2 * top_k * DIMENSIONS + 8 * POOLED)
     return int(4000 + vectors / 1e6) * attempt
 
 

@@ -75,7 +75,7 @@ rule baseline_knn:
     threads: 2
     resources:
         # copies of the pooled vectors, and the votes for each class
-        mem_mb=mem(4000, 1.5 + DIMENSIONS / 64),
+        mem_mb=mem(4000, 1.5 + POOLED / 64),
         runtime=hours(1),
     params:
         library=library_version("baseline_knn.py"),
@@ -99,7 +99,7 @@ rule baseline_nearest_text:
         "../../envs/report.yaml"
     threads: 2
     resources:
-        mem_mb=mem(4000, 7 + DIMENSIONS / 64),
+        mem_mb=mem(4000, 7 + POOLED / 64),
         runtime=hours(1),
     params:
         library=library_version("baseline_nearest_text.py"),

@@ -101,7 +101,7 @@ rule calibrate:
     threads: 2
     resources:
         # the pooled vectors of one file at a time
-        mem_mb=mem(4000, DIMENSIONS / 64),
+        mem_mb=mem(4000, POOLED / 64),
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),

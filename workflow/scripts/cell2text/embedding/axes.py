@@ -3,7 +3,9 @@
 A gene that a study does not measure is missing, not zero:
 
 - A gene's mean is that of the studies that measure it, and missing values are replaced by it.
-- A cell is placed by ridge regression of its measured genes on their rows of the axes.
+- A cell is placed by regression of its measured genes on their rows of the axes, in two ways: with equal weights,
+  which keeps everything that the axes have of a cell, and with less weight for noisy genes, which agrees better between
+  studies and gene panels.
 - Counts per 10,000 are those that the cell would have if all genes were measured: they are multiplied by the share of
   the counts that the measured genes have in an average training cell.
 
@@ -12,6 +14,7 @@ those between the cells of a study.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from cell2text.progress import Progress
 PASSES = 6  # over the training cells: with five, the last axes of real cells are still a few degrees off
 OVERSAMPLING = 10  # columns of the start block beyond the requested axes
 NEGLIGIBLE = 1e-8  # share of the first axis' variance; whitening an axis below it would amplify rounding errors
-RIDGE = 0.05  # penalty of the ridge regression; each axis has a squared length of 1 over all genes
+RIDGE = 0.05  # penalty of the regression with equal weights; each axis has a squared length of 1 over all genes
 BETWEEN_STUDIES = 0.3  # weight of the differences between studies, relative to those within a study
 PROFILE_STEPS = 50  # of the mean profile; the shares of genes that only some studies measure change by less each time
 
@@ -39,11 +42,23 @@ class Axes:
         Mean expression of each gene over the cells whose study measures it, (genes,).
     profile
         Share of each gene in the counts of an average cell, summing to 1, (genes,).
+    variance
+        Variance of the cells along each axis, (dimensions,).
+    noise
+        Variance of each gene that the axes leave over, (genes,).
     """
 
     vectors: np.ndarray
     mean: np.ndarray
     profile: np.ndarray
+    variance: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        """1 over the noise of each gene, which is taken to be at least average, float64 (genes,)."""
+        noise, least = self.noise.astype(float), NEGLIGIBLE * self.variance.max(initial=0)
+        return 1 / np.maximum(noise, noise[noise > least].mean() if (noise > least).any() else 1)
 
     def expression(self, cells: RankedCells) -> np.ndarray:
         """Return the expression of the ranked genes as if all genes were measured, float32 (total genes,)."""
@@ -56,37 +71,68 @@ class Axes:
         Solves min ||V z - (x - mean)||^2 + RIDGE ||z||^2 over the measured genes; the coordinates of a cell with all
         genes, which the penalty shrinks by 1 / (1 + RIDGE), are brought back to their length.
         """
-        coordinates = np.asarray(cells.matrix(self.expression(cells)) @ self.vectors, dtype=float)
-        for number in np.unique(cells.panel):
-            coordinates[cells.panel == number] -= (self.mean * cells.panels[number]) @ self.vectors
-        return self.solve(cells, coordinates)
+        return self._regress(cells, *self._equal) * (1 + RIDGE)
 
-    def solve(self, cells: RankedCells, projections: np.ndarray) -> np.ndarray:
-        """Return the coordinates of cells, float64 (cells, dimensions), from V' (x - mean) over their measured genes.
+    def expect(self, cells: RankedCells) -> np.ndarray:
+        """Return the coordinates that factor analysis expects of cells, float64 (cells, dimensions).
 
-        The matrix between the two is symmetric, so this also takes derivatives by the coordinates to derivatives by
-        the projections.
+        They are the mean of z given the measured genes of x = mean + V z + noise, where coordinates and noise are
+        independent and normal, with the variances of the axes and of the genes' noise.
+        """
+        return self._regress(cells, *self._by_noise)
+
+    def by_gene(self, cells: RankedCells, placed: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Return derivatives by the expression of each gene, float64 (cells, genes), also of those not measured.
 
         Parameters
         ----------
         cells
             Only their panels are used.
-        projections
-            float64 (cells, dimensions).
+        placed, expected
+            Derivatives by the coordinates of :meth:`place` and :meth:`expect`, (cells, dimensions).
         """
-        coordinates = np.empty_like(projections)
+        found = 0
+        for part, (weights, penalty) in ((placed * (1 + RIDGE), self._equal), (expected, self._by_noise)):
+            # the matrix between projections and coordinates is symmetric
+            found = found + self._solve(cells, part, weights, penalty) @ (self.vectors * weights[:, None]).T
+        return found
+
+    @property
+    def _equal(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of the genes and penalties of the axes for :meth:`place`."""
+        return np.ones(len(self.vectors)), np.full(len(self.variance), RIDGE)
+
+    @property
+    def _by_noise(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.weights, 1 / self.variance.astype(float)
+
+    def _regress(self, cells: RankedCells, weights: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+        weighted = self.vectors * weights[:, None]
+        projections = np.asarray(cells.matrix(self.expression(cells)) @ weighted, dtype=float)
         for number in np.unique(cells.panel):
-            vectors, own = self.vectors[cells.panels[number]], cells.panel == number
-            products = vectors.T @ vectors + RIDGE * np.eye(vectors.shape[1])
+            projections[cells.panel == number] -= (self.mean * cells.panels[number]) @ weighted
+        return self._solve(cells, projections, weights, penalty)
+
+    def _solve(
+        self, cells: RankedCells, projections: np.ndarray, weights: np.ndarray, penalty: np.ndarray
+    ) -> np.ndarray:
+        """Return the coordinates z from V' W (x - mean) over the measured genes, float64 (cells, dimensions)."""
+        coordinates = np.empty(projections.shape)
+        for number in np.unique(cells.panel):
+            measured, own = cells.panels[number], cells.panel == number
+            vectors = self.vectors[measured].astype(float)
+            products = vectors.T @ (vectors * weights[measured, None]) + np.diag(penalty)
             coordinates[own] = np.linalg.solve(products, projections[own].T).T
-        return coordinates * (1 + RIDGE)
+        return coordinates
 
     def first(self, dimensions: int) -> "Axes":
-        """Return the first axes alone."""
-        return replace(self, vectors=self.vectors[:, :dimensions])
+        """Return the first axes alone; the variance along the others is noise."""
+        rest = self.vectors[:, dimensions:] ** 2 @ self.variance[dimensions:]
+        kept = {"vectors": self.vectors[:, :dimensions], "variance": self.variance[:dimensions]}
+        return replace(self, **kept, noise=self.noise + rest)
 
 
-def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[Axes, np.ndarray]:
+def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> Axes:
     """Return the principal axes of cells read in parts, by randomised block Krylov iteration.
 
     Only matrices with one row per gene are in memory. After Musco & Musco, NeurIPS 2015, and Halko et al., SIAM Review
@@ -104,11 +150,9 @@ def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[Axes, np.
 
     Returns
     -------
-    axes
-        Axes by decreasing variance, signed so that the entry with the largest magnitude is positive; float64.
-    deviations
-        Standard deviation of the cells along each axis, float64 (dimensions,); differences between studies are
-        weighted by ``BETWEEN_STUDIES``.
+    Axes
+        Axes by decreasing variance, signed so that the entry with the largest magnitude is positive; float64. In all
+        variances, differences between studies are weighted by ``BETWEEN_STUDIES``.
 
     Raises
     ------
@@ -119,25 +163,29 @@ def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> tuple[Axes, np.
     columns = min(PASSES * width, cells.genes)
     starts = range(0, columns, width)
     progress = Progress((1 + len(starts)) * len(cells), "cells read")
-    no_axes = Axes(np.empty((cells.genes, 0)), np.zeros(cells.genes), find_profile(cells, progress))
+    nothing = np.zeros(cells.genes)
+    no_axes = Axes(np.empty((cells.genes, 0)), nothing, find_profile(cells, progress), np.empty(0), nothing)
     basis, products = np.empty((2, cells.genes, columns))
     block = np.random.default_rng(seed).standard_normal((cells.genes, width))
     for start in starts:
         here = slice(start, start + width)
         basis[:, here] = _orthonormalise(block[:, : columns - start], basis[:, :start])
-        block, mean, count = _multiply_covariance(cells, no_axes, basis[:, here], progress)
+        block, found = _multiply_covariance(cells, no_axes, basis[:, here], progress)
         products[:, here] = block
     projected = basis.T @ products
     variances, vectors = np.linalg.eigh((projected + projected.T) / 2)
     variances, vectors = variances[::-1], vectors[:, ::-1]
     # the mean sets the scale of the rounding errors that remain if cells do not vary at all
-    vary = np.count_nonzero(variances > NEGLIGIBLE * max(variances[0], mean @ mean))
-    kept = min(dimensions, count - 1, cells.genes - 1, vary)
+    vary = np.count_nonzero(variances > NEGLIGIBLE * max(variances[0], found.mean @ found.mean))
+    kept = min(dimensions, found.cells - 1, cells.genes - 1, vary)
     if kept < 1:
         raise InputError(cells.corpus, "all training cells have the same expression", "Add cells")
     axes = basis @ vectors[:, :kept]
     axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(kept)])
-    return Axes(axes, mean, no_axes.profile), np.sqrt(variances[:kept])
+    left = np.maximum(found.variance - axes**2 @ variances[:kept], 0)
+    # the variance of a gene is that over all cells, and 0 where it is not measured
+    noise = left * found.cells / np.maximum(found.measuring, 1)
+    return Axes(axes, found.mean, no_axes.profile, variances[:kept], noise)
 
 
 def find_profile(cells: RankedSplit, progress: Progress | None = None) -> np.ndarray:
@@ -176,27 +224,41 @@ def _orthonormalise(block: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return block
 
 
+class Moments(NamedTuple):
+    """Mean and variance of each gene, (genes,), the number of cells whose study measures it, and of all cells."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    measuring: np.ndarray
+    cells: int
+
+
 def _multiply_covariance(
     cells: RankedSplit, axes: Axes, block: np.ndarray, progress: Progress
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return covariance @ block, (genes, columns), the mean of each gene, (genes,), and the number of cells.
+) -> tuple[np.ndarray, Moments]:
+    """Return covariance @ block, (genes, columns), with the diagonal of the covariance among the moments.
 
     Within a study, unmeasured genes are zero, and so is their mean: they add nothing. Of the arrays, only ``sums``
     grows with the number of studies: 0.5 GB for 1,000 studies of 60,000 genes.
     """
     product, sums, sizes = np.zeros(block.shape), np.zeros((len(cells.files), cells.genes)), np.zeros(len(cells.files))
+    squares = np.zeros(cells.genes)
     for number in range(len(cells.files)):
         for part in cells.of_file(number):
             expression = part.matrix(axes.expression(part))
             product += expression.T @ (expression @ block)
             sums[number] += expression.T @ np.ones(len(part))
+            squares += np.bincount(expression.indices, expression.data.astype(float) ** 2, minlength=cells.genes)
             sizes[number] += len(part)
             progress.advance(len(part))
-    mean = sums.sum(axis=0) / np.maximum(_count_measured(cells, sizes), 1)
+    measuring = _count_measured(cells, sizes)
+    mean = sums.sum(axis=0) / np.maximum(measuring, 1)
     for number in np.flatnonzero(sizes):
         own = sums[number] / sizes[number]
         apart = (own - mean * cells.measured[number]) * BETWEEN_STUDIES
         product -= np.outer(sums[number], own @ block)
         product += np.outer(sizes[number] * apart, apart @ block)
+        squares += sizes[number] * (apart**2 - own**2)
     count = int(sizes.sum())
-    return product / max(count - 1, 1), mean, count
+    free = max(count - 1, 1)
+    return product / free, Moments(mean, np.maximum(squares, 0) / free, measuring, count)

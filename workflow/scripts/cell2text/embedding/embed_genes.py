@@ -50,7 +50,7 @@ def embed_genes(
     loaded, (measured,), median = load_encoder(encoder), read_measured(genes, [tokens]), read_medians(genes)
     cells = pq.read_metadata(tokens).num_rows
     first, last = (cells * edge // shards for edge in (shard, shard + 1))
-    stored = (last - first) * bytes_per_cell(loaded.dimensions, top_k, views)
+    stored = (last - first) * bytes_per_cell(loaded, top_k, views)
     log.info("embedding %d of %d cells, %.1f MB on disk", last - first, cells, stored / 1e6)
     progress = Progress((last - first) * (1 + views), "cells and views")
     ids, tensors = [], {}

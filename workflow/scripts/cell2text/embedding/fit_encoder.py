@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from cell2text.embedding.encoders import encoder_class
+from cell2text.embedding.encoders import Encoder, encoder_class
 from cell2text.embedding.ranked_cells import RankedSplit, read_measured
 from cell2text.files import whole_folder
 from cell2text.settings import EncoderSettings
@@ -48,11 +48,11 @@ def fit_encoder(
         encoder.save(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     cells = sum(pq.read_metadata(path).num_rows for path in tokens)
-    stored = cells * bytes_per_cell(encoder.dimensions, settings.top_k if settings.cache else 0, settings.views)
+    stored = cells * bytes_per_cell(encoder, settings.top_k if settings.cache else 0, settings.views)
     log.info("%s encoder with %d dimensions", settings.kind, encoder.dimensions)
     log.info("the vectors of %d cells will take %.3g GB on disk", cells, stored / 1e9)
 
 
-def bytes_per_cell(dimensions: int, top_k: int, views: int) -> int:
+def bytes_per_cell(encoder: Encoder, top_k: int, views: int) -> int:
     """Return the bytes per cell on disk: float16 gene vectors and a float32 pooled vector, also of each view."""
-    return (1 + views) * (2 * top_k + 4) * dimensions
+    return (1 + views) * (2 * top_k * encoder.dimensions + 4 * encoder.pooled_dimensions)

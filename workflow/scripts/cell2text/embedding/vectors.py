@@ -199,9 +199,12 @@ class Embeddings:
             store_ranked(self.tokens, read_measured(self.genes, self.tokens), folder)
             yield replace(self, store=Path(folder))
 
-    def dimensions(self) -> int:
-        """Return the number of dimensions of a vector."""
-        return EMBEDDINGS.read(self.files[0], ["pooled"])[0]["pooled"].shape[1]
+    def dimensions(self, reads: str) -> int:
+        """Return the number of dimensions of a vector, ``pooled`` or ``gene_vectors``."""
+        if reads == "gene_vectors" and self.encoder is not None:
+            return load_encoder(self.encoder).dimensions
+        with reading(self.files[0]), safe_open(self.files[0], framework="pt") as file:
+            return file.get_slice(reads).get_shape()[-1]
 
     def count_views(self) -> int:
         """Return the number of views of each cell."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from cell2text.embedding.ranked_cells import SCALE, RankedCells
 
-SMALLEST_PANEL = 0.05  # share of the measured genes; panels are drawn evenly on a logarithmic scale up to all genes
+SMALLEST_PANEL = 0.02  # share of the measured genes; panels are drawn evenly on a logarithmic scale up to all genes
 LEAST_DEPTH = 0.1  # share of a cell's counts; drawn evenly up to all counts
 PANEL_CELLS = 64  # neighbouring cells share a panel, so that panels take little memory
 LEAST_GENES = 20  # a cell with fewer genes in a view is seen as it is

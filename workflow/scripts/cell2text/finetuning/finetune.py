@@ -27,6 +27,7 @@ from cell2text.model import fast
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.bundle import build, save
 from cell2text.model.cell2text import Cell2Text
+from cell2text.model.projectors import PROJECTORS
 from cell2text.model.prompt import INSTRUCTION
 from cell2text.processes import Team, run_in_processes
 from cell2text.provenance import hash_config, hash_file, versions
@@ -105,7 +106,9 @@ def _finetune(
 
     def build_model() -> Cell2Text:
         torch.manual_seed(seed)
-        return build(language_model, projector, embeddings.dimensions(), settings, device)
+        return build(
+            language_model, projector, embeddings.dimensions(PROJECTORS[projector.kind].reads), settings, device
+        )
 
     model = build_model()
     classes = find_classes(training_rows)

@@ -23,6 +23,7 @@ from cell2text.generation.score_candidates import score_by_projector
 from cell2text.grammar import PATHWAY
 from cell2text.model.alignment import LabelTargets
 from cell2text.model.bundle import build
+from cell2text.model.projectors import PROJECTORS
 from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 log = logging.getLogger("cell2text.finetuning")
@@ -76,7 +77,9 @@ def score_left_out_studies(
         SCORES.write({}, [], scores)
         return
     torch.manual_seed(seed)
-    model = build(language_model, projector, embeddings.dimensions(), settings, pick_device())
+    model = build(
+        language_model, projector, embeddings.dimensions(PROJECTORS[projector.kind].reads), settings, pick_device()
+    )
     classes, (programmes, numbers) = find_classes(training), find_programmes(descriptions)
     labels = classes | ({PATHWAY: programmes} if programmes else {})
     train, table = read_cells(texts, "train", embeddings, classes, numbers, model), TERMS.read(terms)

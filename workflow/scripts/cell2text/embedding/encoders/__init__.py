@@ -19,7 +19,8 @@ from cell2text.settings import EncoderSettings
 class Encoder(Protocol):
     """Interface of the encoders."""
 
-    dimensions: int  # of a vector
+    dimensions: int  # of a gene vector
+    pooled_dimensions: int  # of the pooled vector
 
     @classmethod
     def fit(

@@ -4,6 +4,10 @@ A gene's vector is its row of the right singular vectors of the centred log-norm
 the gene's expression. If all genes are measured, the sum over the cell's genes minus a constant gives the cell's PCA
 coordinates, so a linear model on these vectors has all the information in the principal components. The number of axes
 and whether to whiten them are chosen by how well they predict the cell types of validation cells.
+
+The pooled vector has these coordinates, and after them the ones that factor analysis expects (see ``Axes``). With both,
+a projector names more cells of held-out studies rightly, above all where few genes are measured. On cells of the
+training studies it loses nothing; with the expected coordinates alone, gene programmes are named worse.
 """
 
 import logging
@@ -46,7 +50,7 @@ class Coexpression:
 
     def __init__(self, axes: Axes, scale: np.ndarray, candidates: Sequence[dict[str, Any]] = ()):
         self.axes, self.scale, self.candidates = axes, scale, list(candidates)
-        self.dimensions = len(scale)
+        self.dimensions, self.pooled_dimensions = len(scale), 2 * len(scale)
 
     @classmethod
     def fit(
@@ -76,7 +80,8 @@ class Coexpression:
         InputError
             If all training cells have the same expression.
         """
-        axes, deviations = find_axes(train, settings.dimensions, seed)
+        axes = find_axes(train, settings.dimensions, seed)
+        deviations = np.sqrt(axes.variance)
         candidates = compare_candidates(train, validation, axes, deviations, seed)
         chosen = choose_candidate(candidates) if candidates else {"dimensions": len(deviations), "whitened": False}
         dimensions, whitened = chosen["dimensions"], chosen["whitened"]
@@ -105,8 +110,10 @@ class Coexpression:
         tensors, metadata = read_weights(file, fix, "numpy"), read_json(directory / "encoder.json", fix)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         genes, dimensions = (*shapes.get("vectors", ()), None, None)[:2]
-        if shapes != {"vectors": (genes, dimensions), "mean": (genes,), "profile": (genes,), "scale": (dimensions,)}:
-            raise InputError(file, f"not axes with mean, profile and scale: found {shapes}", fix)
+        of_genes = dict.fromkeys(("mean", "profile", "noise"), (genes,))
+        of_axes = dict.fromkeys(("variance", "scale"), (dimensions,))
+        if shapes != {"vectors": (genes, dimensions)} | of_genes | of_axes:
+            raise InputError(file, f"not axes with mean, profile, noise, variance and scale: found {shapes}", fix)
         scale = tensors.pop("scale")
         return cls(Axes(**tensors), scale, metadata.get("candidates", ()))
 
@@ -126,17 +133,17 @@ class Coexpression:
         -------
         dict
             ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,),
-            ``pooled`` float32 (cells, dimensions), over all expressed genes.
+            ``pooled`` float32 (cells, 2 * dimensions), over all expressed genes.
         """
         top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
         top_expression, _ = pad(self.axes.expression(cells), cells.offsets, top_k)
-        vectors = self.axes.vectors / self.scale
+        vectors, both = self.axes.vectors / self.scale, (self.axes.place(cells), self.axes.expect(cells))
         if progress:
             progress.advance(len(cells))
         return {
             "gene_vectors": (vectors[top_tokens] * top_expression[:, :, None]).astype(np.float16),
             "lengths": lengths,
-            "pooled": (self.axes.place(cells) / self.scale).astype(np.float32),
+            "pooled": np.hstack([places / self.scale for places in both], dtype=np.float32, casting="same_kind"),
         }
 
     def share_out(self, cells: RankedCells, gradients: np.ndarray) -> np.ndarray:
@@ -150,7 +157,7 @@ class Coexpression:
         cells
             Ranked genes of the cells.
         gradients
-            One gradient per cell, float (cells, dimensions).
+            One gradient per cell, float (cells, 2 * dimensions).
 
         Returns
         -------
@@ -158,7 +165,7 @@ class Coexpression:
             float64 (total genes,), in the order of ``cells.tokens``. All genes of the vocabulary are in memory for each
             cell meanwhile.
         """
-        by_gene = self.axes.solve(cells, gradients / self.scale.astype(float)) @ self.axes.vectors.T
+        by_gene = self.axes.by_gene(cells, *np.hsplit(gradients / np.tile(self.scale.astype(float), 2), 2))
         return self.axes.expression(cells) * by_gene[cells.cell, cells.tokens]
 
 

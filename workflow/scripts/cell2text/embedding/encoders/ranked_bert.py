@@ -66,7 +66,8 @@ class RankedBert:
     kind: ClassVar[str]
 
     def __init__(self, bert: BertModel, special: Special, layer: int):
-        self.special, self.layer, self.dimensions = special, layer, bert.config.hidden_size
+        self.special, self.layer = special, layer
+        self.dimensions = self.pooled_dimensions = bert.config.hidden_size
         self.max_genes = bert.config.max_position_embeddings - special.around
         layers = bert.encoder.layer
         check_layer(layer, len(layers))

@@ -49,7 +49,7 @@ def predict_pca_logistic(
     """
     described = _draw_training(read_slots(descriptions), seed)
     measured = read_measured(genes, tokens)
-    axes, _ = find_axes(RankedSplit(tokens, corpus, "train", measured), COMPONENTS, seed)
+    axes = find_axes(RankedSplit(tokens, corpus, "train", measured), COMPONENTS, seed)
     ids, coordinates = [np.empty(0, dtype=object)], [np.empty((0, axes.vectors.shape[1]))]
     for split in described["split"].unique():
         for part in RankedSplit(tokens, corpus, split, measured):
