@@ -69,7 +69,7 @@ def test_a_dataset_has_fewer_cells_than_shards_or_none(tmp_path, cells, top_k, v
     read = [EMBEDDINGS.read(path, names) for path in files]
     assert [cell for _, ids in read for cell in ids] == [f"study|{i}" for i in range(cells)]
     assert all(tensors["gene_vectors"].shape[1:] == (top_k, 6) for tensors, _ in read)
-    assert all(tensors["pooled"].shape[1:] == (6,) for tensors, _ in read)
+    assert all(tensors["pooled"].shape[1:] == (12,) for tensors, _ in read)
     assert all(tensors["view_gene_vectors"].shape[1:] == (2, top_k, 6) for tensors, _ in read if views)
 
 

@@ -41,7 +41,7 @@ def new_folder(folder, tiny_model):
 def finished(tmp_path_factory, tiny_model):
     """A folder with the finished tiny run."""
     folder = new_folder(tmp_path_factory.mktemp("tiny") / "work", tiny_model)
-    code, output = snakemake(folder, "--cores", "2", "--configfile", folder / "tiny.yaml")
+    code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml")
     assert code == 0, output
     return folder
 
@@ -188,7 +188,7 @@ def with_geneformer(finished, tmp_path_factory):
 
 def test_a_run_with_geneformer_and_without_cached_vectors(with_geneformer):
     folder = with_geneformer
-    code, output = snakemake(folder, "--cores", "2", "--configfile", folder / "tiny.yaml")
+    code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml")
     assert code == 0, output
     results = folder / "results/tiny"
     assert sorted(path.name for path in (folder / "resources/models").iterdir()) == ["Geneformer-tiny", "tiny"]
@@ -252,7 +252,7 @@ def to_annotate(finished, tmp_path):
     shutil.copytree(finished / "results/tiny/model", work / "packed")
     (work / "mine.yaml").write_text("run: mine\nannotate: {shards: 2}\n")
     named = [f"query={tmp_path / 'mine.h5ad'}", f"model={work / 'packed'}"]
-    return work, query, ("annotate", "--configfile", work / "mine.yaml", "--config", *named, "--cores", "2")
+    return work, query, ("annotate", "--configfile", work / "mine.yaml", "--config", *named, "--cores", "1")
 
 
 def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, tmp_path):
