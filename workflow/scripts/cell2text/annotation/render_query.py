@@ -124,7 +124,7 @@ def render_query(
             **pack_texts(cells["description"].iloc[rows]),
         },
     }
-    write_page(page, "annotation.html.j2", ["page.css", "annotation.css"], "annotation.js", variables)
+    write_page(page, "annotation.html.j2", ["page.css", "annotation.css"], ["map.js", "annotation.js"], variables)
 
 
 def read_evidence(path: str) -> dict[str, dict[str, str]]:

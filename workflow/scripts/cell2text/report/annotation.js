@@ -5,21 +5,20 @@
   const unpack = (text) => new Uint16Array(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
   const format = (number) => number.toLocaleString("en");
   const count = data.cells.length;
-  const x = unpack(data.x), y = unpack(data.y), text = unpack(data.text);
+  const text = unpack(data.text);
   const confidence = unpack(data.confidence), guessConfidence = unpack(data.guess_confidence);
   const columns = data.columns;
   for (const column of Object.values(columns)) column.codes = unpack(column.codes);
-  const BOX = 16; // side of a box of the lookup grid, in CSS pixels
-  const MARGIN = 22;
   const MOST_LISTED = 50;
 
   // --- the map: points on one canvas, the ring around the chosen cell on another
 
   const field = byId("cells"), cursor = byId("cursor"), legend = byId("legend");
-  const px = new Float32Array(count), py = new Float32Array(count);
-  let mode = "cell_type", selected = null, chosen = 0, boxes = new Map(), radius = 4;
+  let mode = "cell_type", selected = null;
+  const reachable = (i) => !selected || selected[i];
+  const places = { x: unpack(data.x), y: unpack(data.y), width: data.width, height: data.height };
+  const map = pointMap({ ...places, field, cursor, smallest: 1, reachable, choose });
 
-  const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const nameOf = (column, i) => columns[column].names[columns[column].codes[i]] ?? columns[column].none;
   const textOf = (i) => data.texts[text[i]].map((number) => data.sentences[number]).join(" ");
   const percent = (value) => (value > 100 ? "" : `${value}%`);
@@ -40,63 +39,32 @@
     ].filter((group) => group.size);
   }
 
-  function prepare(canvas) {
-    const ratio = window.devicePixelRatio || 1;
-    canvas.width = Math.round(canvas.clientWidth * ratio);
-    canvas.height = Math.round(canvas.clientHeight * ratio);
-    const pen = canvas.getContext("2d");
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    return pen;
-  }
-
-  function place() {
-    const width = field.clientWidth - 2 * MARGIN, height = field.clientHeight - 2 * MARGIN;
-    const scale = Math.min(width / data.width, height / data.height);
-    const left = MARGIN + (width - data.width * scale) / 2, top = MARGIN + (height - data.height * scale) / 2;
-    radius = Math.max(1, Math.min(6, (width / 10) / Math.sqrt(count)));
-    boxes = new Map();
-    for (let i = 0; i < count; i++) {
-      px[i] = left + x[i] * scale;
-      py[i] = top + (data.height - y[i]) * scale;
-      const key = (px[i] / BOX | 0) * 65536 + (py[i] / BOX | 0);
-      if (boxes.has(key)) boxes.get(key).push(i);
-      else boxes.set(key, [i]);
-    }
-  }
-
   function mark(pen, shape, i, size) {
     if (size < 2) { // small points are drawn faster as squares
-      pen.fillRect(px[i] - size, py[i] - size, 2 * size, 2 * size);
+      pen.fillRect(map.px[i] - size, map.py[i] - size, 2 * size, 2 * size);
       return;
     }
     pen.beginPath();
-    pen.arc(px[i], py[i], size, 0, 2 * Math.PI);
+    pen.arc(map.px[i], map.py[i], size, 0, 2 * Math.PI);
     if (shape === "ring") pen.stroke();
     else pen.fill();
   }
 
   function draw() {
-    const pen = prepare(field);
+    const pen = map.prepare(field);
     pen.lineWidth = 1.5;
     const members = new Map(groups().map((group) => [group.key, []]));
     for (let i = 0; i < count; i++) members.get(groupOf(i)).push(i);
     // rare groups on top of frequent ones, selected cells on top of the others
     const order = groups().sort((a, b) => b.size - a.size);
     pen.fillStyle = colourOf("--line");
-    for (let i = 0; selected && i < count; i++) if (!selected[i]) mark(pen, "disc", i, radius);
+    for (let i = 0; selected && i < count; i++) if (!selected[i]) mark(pen, "disc", i, map.radius);
     for (const group of order) {
       pen.globalAlpha = group.key < 0 ? 0.5 : 0.85;
       pen.fillStyle = pen.strokeStyle = group.colour;
-      for (const i of members.get(group.key)) if (reachable(i)) mark(pen, group.shape, i, radius);
+      for (const i of members.get(group.key)) if (reachable(i)) mark(pen, group.shape, i, map.radius);
     }
-    ring();
-  }
-
-  function ring() {
-    const pen = prepare(cursor);
-    pen.strokeStyle = colourOf("--ink");
-    pen.lineWidth = 2;
-    mark(pen, "ring", chosen, radius + 4);
+    map.ring();
   }
 
   function listGroups() {
@@ -133,41 +101,14 @@
     const all = count < data.total ? "cells of the map" : "cells";
     byId("status").textContent = wanted ? `${format(found)} of ${format(count)} ${all}: ${name}` : "";
     byId("clear").hidden = !wanted;
-    if (found && !selected[chosen]) choose(selected.indexOf(1));
+    if (found && !selected[map.chosen]) choose(selected.indexOf(1));
     draw();
     return found;
   }
 
-  const reachable = (i) => !selected || selected[i];
-
-  function nearest(left, top) {
-    let best = -1, least = BOX * BOX;
-    const column = left / BOX | 0, row = top / BOX | 0;
-    for (let a = column - 1; a <= column + 1; a++) {
-      for (let b = row - 1; b <= row + 1; b++) {
-        for (const i of boxes.get(a * 65536 + b) || []) {
-          const distance = (px[i] - left) ** 2 + (py[i] - top) ** 2;
-          if (distance < least && reachable(i)) { least = distance; best = i; }
-        }
-      }
-    }
-    return best;
-  }
-
-  function neighbour(dx, dy) {
-    let best = -1, least = Infinity;
-    for (let i = 0; i < count; i++) {
-      const along = (px[i] - px[chosen]) * dx + (py[i] - py[chosen]) * dy;
-      const across = Math.abs((px[i] - px[chosen]) * dy - (py[i] - py[chosen]) * dx);
-      if (along <= 0 || along < across || !reachable(i)) continue;
-      if (along + across < least) { least = along + across; best = i; }
-    }
-    return best;
-  }
-
   function choose(i) {
     if (i < 0) return;
-    chosen = i;
+    map.chosen = i;
     byId("card-cell").textContent = data.cells[i];
     for (const name of ["cell_type", "guess", "cluster", "novelty", "flag"]) byId(`card-${name}`).textContent = nameOf(name, i);
     const tissue = nameOf("tissue", i), guess = nameOf("tissue_guess", i);
@@ -176,21 +117,8 @@
     byId("card-confidence").textContent = percent(confidence[i]) || "none";
     byId("card-guess_confidence").textContent = percent(guessConfidence[i]);
     byId("card-text").textContent = textOf(i);
-    ring();
+    map.ring();
   }
-
-  function follow(event) {
-    const frame = cursor.getBoundingClientRect();
-    choose(nearest(event.clientX - frame.left, event.clientY - frame.top));
-  }
-  cursor.addEventListener("pointermove", follow);
-  cursor.addEventListener("pointerdown", follow);
-  const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  cursor.addEventListener("keydown", (event) => {
-    if (!(event.key in ARROWS)) return;
-    event.preventDefault();
-    choose(neighbour(...ARROWS[event.key]));
-  });
 
   function showMap() {
     byId("map").scrollIntoView();
@@ -293,11 +221,11 @@
   });
   const refresh = () => {
     listGroups();
-    place();
+    map.place();
     draw();
   };
   refresh();
   choose(0);
-  new ResizeObserver(() => { place(); draw(); }).observe(field);
+  new ResizeObserver(() => { map.place(); draw(); }).observe(field);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", refresh);
 })();

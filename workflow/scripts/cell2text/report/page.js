@@ -3,19 +3,15 @@
   const data = JSON.parse(document.getElementById("map-data").textContent);
   const byId = (id) => document.getElementById(id);
   const count = data.x.length;
-  const BOX = 16; // side of a box of the lookup grid, in CSS pixels
-  const MARGIN = 22;
 
   // --- the map: points on one canvas, the ring around the selected cell on another
 
   const field = byId("cells"), cursor = byId("cursor"), legend = byId("legend");
-  const px = new Float32Array(count), py = new Float32Array(count);
-  let mode = "truth", highlighted = null, chosen = 0, boxes = new Map(), radius = 4;
+  let mode = "truth", highlighted = null;
 
   const outcome = (i) =>
     data.truth[i] < 0 ? 3 : data.predicted[i] < 0 ? 2 : data.predicted[i] === data.truth[i] ? 0 : 1;
   const groupOf = (i) => (mode === "outcome" ? outcome(i) : data[mode][i]);
-  const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   function groups() {
     if (mode !== "outcome") {
@@ -33,29 +29,8 @@
     ];
   }
 
-  function prepare(canvas) {
-    const ratio = window.devicePixelRatio || 1;
-    canvas.width = Math.round(canvas.clientWidth * ratio);
-    canvas.height = Math.round(canvas.clientHeight * ratio);
-    const pen = canvas.getContext("2d");
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    return pen;
-  }
-
-  function place() {
-    const width = field.clientWidth - 2 * MARGIN, height = field.clientHeight - 2 * MARGIN;
-    const scale = Math.min(width / data.width, height / data.height);
-    const left = MARGIN + (width - data.width * scale) / 2, top = MARGIN + (height - data.height * scale) / 2;
-    radius = Math.max(1.4, Math.min(6, (width / 10) / Math.sqrt(count)));
-    boxes = new Map();
-    for (let i = 0; i < count; i++) {
-      px[i] = left + data.x[i] * scale;
-      py[i] = top + (data.height - data.y[i]) * scale;
-      const key = (px[i] / BOX | 0) * 65536 + (py[i] / BOX | 0);
-      if (boxes.has(key)) boxes.get(key).push(i);
-      else boxes.set(key, [i]);
-    }
-  }
+  const reachable = (i) => highlighted === null || groupOf(i) === highlighted;
+  const map = pointMap({ ...data, field, cursor, smallest: 1.4, reachable, choose });
 
   function mark(pen, shape, x, y, size) {
     pen.beginPath();
@@ -71,7 +46,7 @@
   }
 
   function draw() {
-    const pen = prepare(field);
+    const pen = map.prepare(field);
     pen.clearRect(0, 0, field.clientWidth, field.clientHeight);
     pen.lineWidth = 1.5;
     const members = new Map();
@@ -85,17 +60,9 @@
     for (const group of order) {
       pen.globalAlpha = highlighted === null || highlighted === group.key ? 0.85 : 0.1;
       pen.fillStyle = pen.strokeStyle = group.colour;
-      for (const i of members.get(group.key) || []) mark(pen, group.shape, px[i], py[i], radius);
+      for (const i of members.get(group.key) || []) mark(pen, group.shape, map.px[i], map.py[i], map.radius);
     }
-    ring();
-  }
-
-  function ring() {
-    const pen = prepare(cursor);
-    if (!count) return;
-    pen.strokeStyle = colourOf("--ink");
-    pen.lineWidth = 2;
-    mark(pen, "ring", px[chosen], py[chosen], radius + 4);
+    map.ring();
   }
 
   function listGroups() {
@@ -125,38 +92,11 @@
     }
   }
 
-  const reachable = (i) => highlighted === null || groupOf(i) === highlighted;
-
-  function nearest(x, y) {
-    let best = -1, least = BOX * BOX;
-    const column = x / BOX | 0, row = y / BOX | 0;
-    for (let a = column - 1; a <= column + 1; a++) {
-      for (let b = row - 1; b <= row + 1; b++) {
-        for (const i of boxes.get(a * 65536 + b) || []) {
-          const distance = (px[i] - x) ** 2 + (py[i] - y) ** 2;
-          if (distance < least && reachable(i)) { least = distance; best = i; }
-        }
-      }
-    }
-    return best;
-  }
-
-  function neighbour(dx, dy) {
-    let best = -1, least = Infinity;
-    for (let i = 0; i < count; i++) {
-      const along = (px[i] - px[chosen]) * dx + (py[i] - py[chosen]) * dy;
-      const across = Math.abs((px[i] - px[chosen]) * dy - (py[i] - py[chosen]) * dx);
-      if (along <= 0 || along < across || !reachable(i)) continue;
-      if (along + across < least) { least = along + across; best = i; }
-    }
-    return best;
-  }
-
   const nameOf = (number, none) => (number < 0 ? none : data.classes[number].name);
 
   function choose(i) {
     if (i < 0 || i >= count) return;
-    chosen = i;
+    map.chosen = i;
     const confidence = data.confidence[i], result = outcome(i), sign = byId("card-mark");
     sign.textContent = ["✓", "✗", "–", ""][result];
     sign.className = ["right", "wrong", "", ""][result];
@@ -166,21 +106,9 @@
     byId("card-bar").style.width = `${100 * (confidence || 0)}%`;
     byId("card-confidence").textContent = confidence === null ? "not available" : `${Math.round(100 * confidence)}%`;
     byId("card-text").textContent = data.texts[data.text[i]] || "";
-    ring();
+    map.ring();
   }
 
-  function follow(event) {
-    const frame = cursor.getBoundingClientRect();
-    choose(nearest(event.clientX - frame.left, event.clientY - frame.top));
-  }
-  cursor.addEventListener("pointermove", follow);
-  cursor.addEventListener("pointerdown", follow);
-  const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  cursor.addEventListener("keydown", (event) => {
-    if (!(event.key in ARROWS)) return;
-    event.preventDefault();
-    choose(neighbour(...ARROWS[event.key]));
-  });
   for (const button of document.querySelectorAll("[data-mode]")) {
     button.addEventListener("click", () => {
       mode = button.dataset.mode;
@@ -194,12 +122,12 @@
 
   function refresh() {
     listGroups();
-    place();
+    map.place();
     draw();
   }
   refresh();
   choose(0);
-  new ResizeObserver(() => { place(); draw(); }).observe(field);
+  new ResizeObserver(() => { map.place(); draw(); }).observe(field);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", refresh);
 
   // --- the confusion matrix: a readout of the field under the pointer or the keyboard focus

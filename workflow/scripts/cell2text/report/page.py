@@ -1,4 +1,4 @@
-"""Pages: one HTML file that opens offline, made of a template, style sheets and a script of this folder."""
+"""Pages: one HTML file that opens offline, made of a template, style sheets and scripts of this folder."""
 
 import base64
 import hashlib
@@ -21,17 +21,17 @@ def write_page(
     path: str | Path,
     template: str,
     styles: Sequence[str],
-    script: str,
+    scripts: Sequence[str],
     variables: Mapping[str, Any],
     filters: Mapping[str, Callable] | None = None,
 ) -> None:
-    """Write a page; its security policy allows no request, and no script but this one.
+    """Write a page; its security policy allows no request, and no scripts but these.
 
     Parameters
     ----------
     path
         The HTML file to write.
-    template, styles, script
+    template, styles, scripts
         Names of files in this folder. The template also gets ``style``, ``script`` and ``script_hash``.
     variables
         Variables of the template, all of which are escaped.
@@ -46,11 +46,11 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "count": lambda value: f"{value:,.0f}", **(filters or {})}
-    code = (FOLDER / script).read_text()
+    style, code = ("".join((FOLDER / name).read_text() for name in names) for names in (styles, scripts))
     page = environment.get_template(template).render(
         **variables,
-        style=Markup("".join((FOLDER / name).read_text() for name in styles)),  # noqa: S704 - files of this package
-        script=Markup(code),  # noqa: S704 - file of this package
+        style=Markup(style),  # noqa: S704 - files of this package
+        script=Markup(code),  # noqa: S704 - files of this package
         script_hash=base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
     )
     with whole_file(path) as unfinished:

@@ -100,7 +100,7 @@ def render_report(
         "picture": picture,
     }
     variables = _sections(results, files, run, seed, benchmarks, notes)
-    write_page(path, "page.html.j2", ["page.css"], "page.js", variables, filters)
+    write_page(path, "page.html.j2", ["page.css"], ["map.js", "page.js"], variables, filters)
     write_model_card(results, run, notes, card)
 
 
