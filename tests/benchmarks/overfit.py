@@ -53,9 +53,8 @@ def main() -> None:
     projector = projector_settings(kind=given.projector, hidden=1024 if given.projector == "pooled" else 256)
     settings = finetune_settings(opening_epochs=0, epochs=given.epochs, patience=10**9, checkpoint_steps=10**9)
     device = pick_device()
-    model = build(
-        given.language_model, projector, embeddings.dimensions(PROJECTORS[given.projector].reads), settings, device
-    )
+    dimensions = embeddings.dimensions(PROJECTORS[given.projector].reads)
+    model = build(given.language_model, projector, dimensions, settings, device)
     fast.speed_up(model)
     cells = read_cells(texts, "train", embeddings, classes, numbers[texts.index.to_numpy()], model)
     model.about["longest_text"] = int(cells.text_lengths.max())

@@ -115,7 +115,8 @@ TOKENS_ON_THE_FLY = (
 GENES_ON_THE_FLY = ["<results>/genes.parquet"] if TOKENS_ON_THE_FLY else []
 # Whether the encoder is a neural network; fitting and embedding by coexpression is numpy's work.
 ENCODER_GPU = int(config["encoder"]["kind"] in ("geneformer", "pretrain"))
-# Dimensions of a vector: at most the config's, or those of the largest Geneformer. Values in a cell's gene vectors.
+# Dimensions of a gene vector: at most the config's, or those of the largest Geneformer. Those of a pooled vector: the
+# coexpression encoder's holds two places of its cell. Values in a cell's gene vectors.
 DIMENSIONS = (
     config["encoder"]["dimensions"]
     if config["encoder"]["kind"] == "coexpression"

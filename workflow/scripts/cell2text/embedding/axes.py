@@ -62,24 +62,30 @@ class Axes:
 
     def expression(self, cells: RankedCells) -> np.ndarray:
         """Return the expression of the ranked genes as if all genes were measured, float32 (total genes,)."""
-        coverage = (cells.panels @ self.profile).astype(np.float32)[cells.panel]
-        return np.log1p(np.expm1(cells.expression) * np.repeat(coverage, cells.lengths))
+        return scale_to_all_genes(cells, self.profile)
 
-    def place(self, cells: RankedCells) -> np.ndarray:
+    def place(self, cells: RankedCells, expression: np.ndarray | None = None) -> np.ndarray:
         """Return the coordinates of cells, float64 (cells, dimensions); the PCA coordinates if all genes are measured.
 
         Solves min ||V z - (x - mean)||^2 + RIDGE ||z||^2 over the measured genes; the coordinates of a cell with all
         genes, which the penalty shrinks by 1 / (1 + RIDGE), are brought back to their length.
-        """
-        return self._regress(cells, *self._equal) * (1 + RIDGE)
 
-    def expect(self, cells: RankedCells) -> np.ndarray:
+        Parameters
+        ----------
+        cells
+            Ranked genes of the cells.
+        expression
+            What :meth:`expression` returns for them, if it is known.
+        """
+        return self._regress(cells, expression, *self._equal) * (1 + RIDGE)
+
+    def expect(self, cells: RankedCells, expression: np.ndarray | None = None) -> np.ndarray:
         """Return the coordinates that factor analysis expects of cells, float64 (cells, dimensions).
 
         They are the mean of z given the measured genes of x = mean + V z + noise, where coordinates and noise are
-        independent and normal, with the variances of the axes and of the genes' noise.
+        independent and normal, with the variances of the axes and of the genes' noise. Parameters as for :meth:`place`.
         """
-        return self._regress(cells, *self._by_noise)
+        return self._regress(cells, expression, *self._by_noise)
 
     def by_gene(self, cells: RankedCells, placed: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """Return derivatives by the expression of each gene, float64 (cells, genes), also of those not measured.
@@ -91,11 +97,12 @@ class Axes:
         placed, expected
             Derivatives by the coordinates of :meth:`place` and :meth:`expect`, (cells, dimensions).
         """
-        found = 0
-        for part, (weights, penalty) in ((placed * (1 + RIDGE), self._equal), (expected, self._by_noise)):
+
+        def back(derivatives: np.ndarray, weights: np.ndarray, penalty: np.ndarray) -> np.ndarray:
             # the matrix between projections and coordinates is symmetric
-            found = found + self._solve(cells, part, weights, penalty) @ (self.vectors * weights[:, None]).T
-        return found
+            return self._solve(cells, derivatives, weights, penalty) @ (self.vectors * weights[:, None]).T
+
+        return back(placed * (1 + RIDGE), *self._equal) + back(expected, *self._by_noise)
 
     @property
     def _equal(self) -> tuple[np.ndarray, np.ndarray]:
@@ -106,9 +113,12 @@ class Axes:
     def _by_noise(self) -> tuple[np.ndarray, np.ndarray]:
         return self.weights, 1 / self.variance.astype(float)
 
-    def _regress(self, cells: RankedCells, weights: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    def _regress(
+        self, cells: RankedCells, expression: np.ndarray | None, weights: np.ndarray, penalty: np.ndarray
+    ) -> np.ndarray:
+        expression = self.expression(cells) if expression is None else expression
         weighted = self.vectors * weights[:, None]
-        projections = np.asarray(cells.matrix(self.expression(cells)) @ weighted, dtype=float)
+        projections = np.asarray(cells.matrix(expression) @ weighted, dtype=float)
         for number in np.unique(cells.panel):
             projections[cells.panel == number] -= (self.mean * cells.panels[number]) @ weighted
         return self._solve(cells, projections, weights, penalty)
@@ -130,6 +140,20 @@ class Axes:
         rest = self.vectors[:, dimensions:] ** 2 @ self.variance[dimensions:]
         kept = {"vectors": self.vectors[:, :dimensions], "variance": self.variance[:dimensions]}
         return replace(self, **kept, noise=self.noise + rest)
+
+
+def scale_to_all_genes(cells: RankedCells, profile: np.ndarray) -> np.ndarray:
+    """Return the expression of the ranked genes as if all genes were measured, float32 (total genes,).
+
+    Parameters
+    ----------
+    cells
+        Ranked genes of the cells.
+    profile
+        See :class:`Axes`.
+    """
+    coverage = (cells.panels @ profile).astype(np.float32)[cells.panel]
+    return np.log1p(np.expm1(cells.expression) * np.repeat(coverage, cells.lengths))
 
 
 def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> Axes:
@@ -163,14 +187,13 @@ def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> Axes:
     columns = min(PASSES * width, cells.genes)
     starts = range(0, columns, width)
     progress = Progress((1 + len(starts)) * len(cells), "cells read")
-    nothing = np.zeros(cells.genes)
-    no_axes = Axes(np.empty((cells.genes, 0)), nothing, find_profile(cells, progress), np.empty(0), nothing)
+    profile = find_profile(cells, progress)
     basis, products = np.empty((2, cells.genes, columns))
     block = np.random.default_rng(seed).standard_normal((cells.genes, width))
     for start in starts:
         here = slice(start, start + width)
         basis[:, here] = _orthonormalise(block[:, : columns - start], basis[:, :start])
-        block, found = _multiply_covariance(cells, no_axes, basis[:, here], progress)
+        block, found = _multiply_covariance(cells, profile, basis[:, here], progress)
         products[:, here] = block
     projected = basis.T @ products
     variances, vectors = np.linalg.eigh((projected + projected.T) / 2)
@@ -185,7 +208,7 @@ def find_axes(cells: RankedSplit, dimensions: int, seed: int) -> Axes:
     left = np.maximum(found.variance - axes**2 @ variances[:kept], 0)
     # the variance of a gene is that over all cells, and 0 where it is not measured
     noise = left * found.cells / np.maximum(found.measuring, 1)
-    return Axes(axes, found.mean, no_axes.profile, variances[:kept], noise)
+    return Axes(axes, found.mean, profile, variances[:kept], noise)
 
 
 def find_profile(cells: RankedSplit, progress: Progress | None = None) -> np.ndarray:
@@ -234,7 +257,7 @@ class Moments(NamedTuple):
 
 
 def _multiply_covariance(
-    cells: RankedSplit, axes: Axes, block: np.ndarray, progress: Progress
+    cells: RankedSplit, profile: np.ndarray, block: np.ndarray, progress: Progress
 ) -> tuple[np.ndarray, Moments]:
     """Return covariance @ block, (genes, columns), with the diagonal of the covariance among the moments.
 
@@ -245,7 +268,7 @@ def _multiply_covariance(
     squares = np.zeros(cells.genes)
     for number in range(len(cells.files)):
         for part in cells.of_file(number):
-            expression = part.matrix(axes.expression(part))
+            expression = part.matrix(scale_to_all_genes(part, profile))
             product += expression.T @ (expression @ block)
             sums[number] += expression.T @ np.ones(len(part))
             squares += np.bincount(expression.indices, expression.data.astype(float) ** 2, minlength=cells.genes)

@@ -106,9 +106,8 @@ def _finetune(
 
     def build_model() -> Cell2Text:
         torch.manual_seed(seed)
-        return build(
-            language_model, projector, embeddings.dimensions(PROJECTORS[projector.kind].reads), settings, device
-        )
+        dimensions = embeddings.dimensions(PROJECTORS[projector.kind].reads)
+        return build(language_model, projector, dimensions, settings, device)
 
     model = build_model()
     classes = find_classes(training_rows)

@@ -77,9 +77,8 @@ def score_left_out_studies(
         SCORES.write({}, [], scores)
         return
     torch.manual_seed(seed)
-    model = build(
-        language_model, projector, embeddings.dimensions(PROJECTORS[projector.kind].reads), settings, pick_device()
-    )
+    dimensions = embeddings.dimensions(PROJECTORS[projector.kind].reads)
+    model = build(language_model, projector, dimensions, settings, pick_device())
     classes, (programmes, numbers) = find_classes(training), find_programmes(descriptions)
     labels = classes | ({PATHWAY: programmes} if programmes else {})
     train, table = read_cells(texts, "train", embeddings, classes, numbers, model), TERMS.read(terms)

@@ -81,12 +81,11 @@ class Coexpression:
             If all training cells have the same expression.
         """
         axes = find_axes(train, settings.dimensions, seed)
-        deviations = np.sqrt(axes.variance)
-        candidates = compare_candidates(train, validation, axes, deviations, seed)
-        chosen = choose_candidate(candidates) if candidates else {"dimensions": len(deviations), "whitened": False}
+        candidates = compare_candidates(train, validation, axes, seed)
+        chosen = choose_candidate(candidates) if candidates else {"dimensions": len(axes.variance), "whitened": False}
         dimensions, whitened = chosen["dimensions"], chosen["whitened"]
-        log.info("kept %d of %d dimensions, %s", dimensions, len(deviations), _scaling(whitened))
-        scale = deviations[:dimensions] if whitened else np.ones(dimensions)
+        log.info("kept %d of %d dimensions, %s", dimensions, len(axes.variance), _scaling(whitened))
+        scale = np.sqrt(axes.variance[:dimensions]) if whitened else np.ones(dimensions)
         parts = asdict(axes.first(dimensions))
         kept = Axes(**{name: np.ascontiguousarray(values, dtype=np.float32) for name, values in parts.items()})
         return cls(kept, scale.astype(np.float32), candidates)
@@ -135,9 +134,10 @@ class Coexpression:
             ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,),
             ``pooled`` float32 (cells, 2 * dimensions), over all expressed genes.
         """
+        expression, vectors = self.axes.expression(cells), self.axes.vectors / self.scale
         top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
-        top_expression, _ = pad(self.axes.expression(cells), cells.offsets, top_k)
-        vectors, both = self.axes.vectors / self.scale, (self.axes.place(cells), self.axes.expect(cells))
+        top_expression, _ = pad(expression, cells.offsets, top_k)
+        both = self.axes.place(cells, expression), self.axes.expect(cells, expression)
         if progress:
             progress.advance(len(cells))
         return {
@@ -173,7 +173,6 @@ def compare_candidates(
     train: RankedSplit,
     validation: RankedSplit,
     axes: Axes,
-    deviations: np.ndarray,
     seed: int,
 ) -> list[dict[str, Any]]:
     """Compare options for the axes by how well a logistic regression on them predicts cell types.
@@ -183,7 +182,7 @@ def compare_candidates(
     train, validation
         The regression is fitted on training cells and scored on validation cells of the same types; at most
         ``SELECTION_CELLS`` of each.
-    axes, deviations
+    axes
         Output of :func:`~cell2text.embedding.axes.find_axes`.
     seed
         Seed of the draw of cells.
@@ -203,10 +202,10 @@ def compare_candidates(
         return []
     splits = [_project(train, train_types, axes), _project(validation, validation_types, axes)]
     candidates, scores = [], []
-    dimensions = len(deviations)
+    dimensions = len(axes.variance)
     while not candidates or dimensions >= MIN_DIMENSIONS:
         for whitened in (False, True):
-            scale = deviations[:dimensions] if whitened else 1
+            scale = np.sqrt(axes.variance[:dimensions]) if whitened else 1
             scores.append(_score([(coordinates[:, :dimensions] / scale, types) for coordinates, types in splits]))
             candidates.append({"dimensions": dimensions, "whitened": whitened})
             log.info(
