@@ -92,7 +92,7 @@ def write_run(folder, scores, true, named, training=50, labels=LABELS):
     return folder
 
 
-def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0"), left_out=None):
+def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0"), left_out=None, agreement=None):
     """Calibrate, and return the paths of calibration and reference."""
     outputs = str(folder / "calibration.json"), str(folder / "reference.safetensors")
     calibrate(
@@ -105,5 +105,6 @@ def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0"), left_ou
         *outputs,
         confidence=confidence,
         seed=0,
+        agreement=agreement,
     )
     return outputs

@@ -1,5 +1,6 @@
 """Candidate names of each slot as tokens, and their prefix tree."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cell2text.generation.candidates import find_candidates
+from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.generation.tree import Tree
 from cell2text.grammar import Slots, Terms, pieces, render
 from tests_terms import two_names_per_slot
@@ -90,42 +91,42 @@ def test_tokens_of_pieces_are_those_of_the_whole_description(tokenizer):
         assert found == tokenizer(names, add_special_tokens=False)["input_ids"]
 
 
+def steps_of(*tokens):
+    return [Candidates(f"slot {i}", tuple(map(str, range(len(names)))), names) for i, names in enumerate(tokens)]
+
+
 def test_a_tree_has_each_shared_prefix_once():
-    tree = Tree.of([(1, 2, 9), (1, 2, 3, 9), (1, 4, 9), (1, 2, 3, 5, 6, 9)])
-    nodes = [1, 2, 4, 3, 5, 6]
-    assert tree.tokens[: len(nodes)].tolist() == nodes
-    assert tree.depths.tolist() == [1, 2, 2, 3, 4, 5]
-    above = [[nodes[i] for i in row.nonzero().squeeze(1)] for row in tree.ancestors]
-    assert above == [[1], [1, 2], [1, 4], [1, 2, 3], [1, 2, 3, 5], [1, 2, 3, 5, 6]]
-    edges = list(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True))
-    after_node = {(nodes[parent - 1] if parent else None, token) for parent, token in edges}
-    assert after_node == {
-        *((None, 1), (1, 2), (1, 4), (2, 3), (2, 9), (3, 9), (4, 9), (3, 5), (5, 6), (6, 9)),
-    }
-    assert [nodes[head] for head in tree.heads] == [1, 2, 4, 3, 5, 5]
-    assert tree.sizes.tolist() == [1, 1, 1, 1, 2, 0]
-    assert tree.stem.tolist() == [True, *[False] * 5]
-    assert tree.counts.tolist() == [4, 3, 1, 2, 1, 1]
+    steps = steps_of(((1, 2, 9), (1, 2, 3, 9), (1, 4, 9)), ((5,),), ((7, 1), (8, 1)))
+    tree = Tree.of(steps)
+    assert tree.tokens.tolist() == [0, 1, 2, 9, 3, 9, 4, 9, 5, 7, 1, 8, 1]
+    assert tree.steps.tolist() == [-1, *[0] * 7, 1, *[2] * 4]
+    assert tree.depths.tolist() == [0, 0, 1, 2, 2, 3, 1, 2, 0, 0, 1, 0, 1]
+    inside = [row.nonzero().squeeze(1).tolist() for row in tree.within]
+    assert inside[:8] == [[0], [1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 5], [1, 6], [1, 6, 7]]
+    assert tree.names.equal(tree.within[tree.ends]) and tree.ends.tolist() == [3, 5, 7, 8, 10, 12]
+    assert tree.sizes.tolist() == [3, 4, 3, 1, 2, 2]
+    # names part after 1, after 1 2, and at the beginning of the last step
+    assert tree.forks.tolist() == [1, 2, -1] and tree.steps_of_forks.tolist() == [0, 0, 2]
+    options = zip(tree.options.tolist(), tree.forks_of_options.tolist(), strict=True)
+    assert set(options) == {(2, 0), (6, 0), (3, 1), (4, 1), (9, 2), (11, 2)}
+    assert [row.nonzero().squeeze(1).tolist() for row in tree.before_forks] == [[1], [1, 2], []]
+    assert tree.earlier_forks.nonzero().tolist() == [[1, 0]]
+    assert [row.nonzero().squeeze(1).tolist() for row in tree.below_forks] == [[0, 1, 2], [0, 1], [4, 5]]
 
 
-@pytest.mark.parametrize(
-    ("sequences", "stem"), [([(1,), (2,)], []), ([(1, 2, 3)], [True, True]), ([(1, 2), (3, 2)], [False, False])]
-)
-def test_the_stem_is_what_all_sequences_begin_with(sequences, stem):
-    assert Tree.of(sequences).stem.tolist() == stem
+def test_shares_of_options_sum_to_one_at_every_fork():
+    tree = Tree.of(steps_of(((1, 2), (1, 3), (4,))))
+    logits = {1: 2.0, 4: 2.0, 2: 1000.0, 3: 1000.0 + math.log(3)}  # of tokens
+    scores = torch.tensor([[logits[int(tree.tokens[node])] for node in tree.options]])
+    shares = dict(zip(tree.tokens[tree.options].tolist(), tree.log_shares(scores)[0].exp().tolist(), strict=True))
+    assert shares == pytest.approx({1: 0.5, 4: 0.5, 2: 0.25, 3: 0.75}, abs=1e-4)  # float32 near 1,000
 
 
-def test_the_probability_of_a_sequence_is_the_product_along_its_path():
-    tree = Tree.of([(1, 2), (1, 3), (4,)])
-    probability = {(0, 1): 0.6, (0, 4): 0.3, (1, 2): 0.5, (1, 3): 0.1}
-    edges = [probability[edge] for edge in zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)]
-    found = tree.sum_paths(torch.tensor([edges]).log())[:, tree.ends].exp()
-    assert torch.allclose(found, torch.tensor([[0.3, 0.06, 0.3]]))
+def test_steps_without_a_choice_have_no_fork():
+    tree = Tree.of(steps_of(((1, 2),), ((3,),)))
+    assert len(tree.forks) == len(tree.options) == 0 and tree.log_shares(torch.empty(2, 0)).shape == (2, 0)
 
 
-def test_padding_of_candidates_is_on_the_left(tiny_model):
+def test_some_candidates_of_a_step(tiny_model):
     step = find_candidates(LABELS, 0, TERMS, AutoTokenizer.from_pretrained(tiny_model))[0]
-    tokens, mask = step.padded
-    assert [tuple(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)] == list(step.tokens)
-    assert bool(mask[:, -1].all()) and not bool(mask.all())
     assert replace(step, ids=step.ids[1:2], tokens=step.tokens[1:2]) == step.take([1])

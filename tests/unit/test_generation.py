@@ -15,7 +15,7 @@ from cell2text.files import read_json, read_jsonl, write_json
 from cell2text.generation.candidates import find_candidates
 from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.generation.score import score_names
-from cell2text.generation.score_candidates import Scorer, score_candidates
+from cell2text.generation.score_candidates import Scorer, draft_names, score_candidates
 from cell2text.grammar import Terms, parse, render_rows
 from cell2text.model.bundle import load, load_projector
 from finetune_run import finetune, write_files
@@ -69,17 +69,20 @@ def test_scores_are_those_of_the_model_and_of_its_projector_in_the_order_of_the_
     for tensor in scores.values():
         assert np.allclose(np.exp(tensor).sum(axis=-1), 1, atol=1e-5)
     assert scores["pathway"].shape == (4, 2, 3) and scores["cell_type"].shape == (4, 3)
-    first = scores["pathway"][:, 0].argmax(axis=1)
+    first = scores["projector_pathway"].argmax(axis=1)
     assert np.isneginf(scores["pathway"][np.arange(4), 1, first]).all()
     # the language model
     model, terms = load(*inputs[:2]).ready_to_write(), TERMS.read(inputs[3])
     steps = find_candidates(about["labels"], 2, Terms(terms), model.tokenizer)
     vectors = embeddings.vectors(cells, model.projector.reads)
-    (expected,) = score_names(model, vectors, steps, 64)
+    drafts = draft_names(steps, scores)
+    assert (drafts[:, 0] == scores["projector_cell_type"].argmax(axis=1)).all() and (drafts[:, 3] == first).all()
+    assert drafts[:, 4].tolist() == np.argsort(-scores["projector_pathway"], axis=1)[:, 1].tolist()
+    (expected,) = score_names(model, vectors, np.arange(4), steps, drafts, 64)
     found = [scores[slot] for slot in ("cell_type", "tissue", "disease")]
     found += [scores["pathway"][:, place] for place in range(2)]
     assert [step.slot for step in steps] == ["cell_type", "tissue", "disease", "pathway", "pathway"]
-    for one, other in zip(found, expected.log_probabilities, strict=True):
+    for one, other in zip(found, expected, strict=True):
         assert np.allclose(np.exp(one), other.exp(), atol=1e-3)
     assert scores["cell_type"].std(axis=0).max() > 0.01  # the cells differ
     # the projector, of which the slots have soft tokens of their own
@@ -109,10 +112,18 @@ def test_the_projector_alone_predicts_what_it_scores_highest(run):
         best = np.array(scorer.labels[slot])[scores[f"projector_{slot}"].argmax(axis=1)]
         assert predicted[f"{slot}_id"].to_list() == best.tolist()
         assert np.allclose(predicted[f"{slot}_confidence"], np.exp(scores[f"projector_{slot}"].max(axis=1)), atol=1e-5)
+    middle = np.median(scores["projector_cell_type"][:, 0])
+    read = scores["projector_cell_type"][:, 0] < middle
     order = np.argsort(-scores["projector_pathway"], axis=1)[:, :2]
     named = np.array(scorer.labels["pathway"])[order]
     assert [list(one) for one in predicted["pathway_ids"]] == named.tolist()
     assert set(predicted["cell_type_id"]) == set(scorer.labels["cell_type"])
+    # the language model reads the cells that need it, and no other
+    vectors = embeddings.vectors(cells, scorer.model.projector.reads)
+    some = scorer.score(vectors, 2, lambda given: given["projector_cell_type"][:, 0] < middle)
+    for name, found in some.items():
+        assert np.allclose(np.exp(found[read]), np.exp(scores[name][read]), atol=2e-3)
+        assert "projector" in name or np.ptp(found[~read]) == 0
     # a language model that was not trained is not asked
     scorer.model.about["finetune"]["epochs"] = 0
     alone = scorer.score(embeddings.vectors(cells, scorer.model.projector.reads), 2)

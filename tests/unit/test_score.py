@@ -3,6 +3,7 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cell2text.embedding.vectors import InMemoryVectors
 from cell2text.generation import packed
 from cell2text.generation.candidates import Candidates, find_candidates
-from cell2text.generation.score import Packed, Plain, can_pack, choose_names, score_names
+from cell2text.generation.score import Packed, Plain, can_pack, leave_out_named, score_names
 from cell2text.grammar import Terms
 from cell2text.model import bundle, language_model
 from cell2text.model.prompt import Prompt
@@ -23,8 +24,8 @@ TABLE = two_names_per_slot()
 LABELS = {slot: sorted(rows["id"]) for slot, rows in TABLE.groupby("slot")}
 VECTORS = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 LENGTHS = torch.full((6,), 7)
-# derives positions from the mask (ALiBi)
-PLAIN = {"bloom"}
+# bloom derives positions from the mask (ALiBi), gpt_neo lets each token read only those before it in its row
+PLAIN = {"bloom", "gpt_neo"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,31 +38,32 @@ def steps(tiny_model):
     return find_candidates(LABELS, 2, Terms(TABLE), AutoTokenizer.from_pretrained(tiny_model))
 
 
-def score_along(method, steps, chosen):
-    """Return the scores of each step in a context of given names, so that contexts of all lengths occur."""
-    scores = []
-    for step, best in zip(steps, chosen.T, strict=True):
-        scores.append(method.score(step))
-        method.append(step, best)
-    return scores
+def draft(steps, cells=6):
+    """Names at random, so that contexts of all lengths occur."""
+    random = torch.Generator().manual_seed(4)
+    return torch.stack([torch.randint(len(step.ids), (cells,), generator=random) for step in steps], 1)
+
+
+def score(model, steps, cells=6, drafts=None, batch=4):
+    drafts = (draft(steps, cells) if drafts is None else drafts).numpy()
+    vectors = InMemoryVectors(VECTORS[:cells, None], LENGTHS[:cells, None])
+    return list(score_names(model, vectors, np.arange(cells), steps, drafts, batch))
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mamba"}))
 def test_a_packed_tree_scores_as_each_name_in_a_sequence_of_its_own(tmp_path, tiny_model, steps, family, caplog):
     model = build(write_model(tmp_path, tiny_model, family, **FAMILIES[family][0]))
     with caplog.at_level(logging.INFO, logger="cell2text.generation"):
-        packs = can_pack(model, VECTORS[:2], LENGTHS[:2], steps)
+        packs = can_pack(model, VECTORS[:2], LENGTHS[:2], draft(steps, 2), steps)
     assert packs == (family not in PLAIN), caplog.text
     assert caplog.text.count("cannot be computed in one pass") == (family in PLAIN)
     if packs:
-        random = torch.Generator().manual_seed(4)
-        chosen = torch.stack([torch.randint(len(step.ids), (6,), generator=random) for step in steps], 1)
-        with torch.no_grad():
-            methods = Packed(model, VECTORS, LENGTHS, negligible=0), Plain(model, VECTORS, LENGTHS)
-            found, expected = (score_along(method, steps, chosen) for method in methods)
-        for one, other in zip(found, expected, strict=True):
-            assert torch.allclose(one, other, atol=1e-3)
-            assert float(other.std(0).max()) > 0.01  # the cells differ
+        found, expected = (
+            method.score(VECTORS, LENGTHS, draft(steps))
+            for method in (Packed(model, steps, negligible=0), Plain(model, steps))
+        )
+        assert torch.allclose(found, expected, atol=1e-3)
+        assert float(expected.std(0).max()) > 0.01  # the cells differ
 
 
 @pytest.mark.parametrize(
@@ -73,10 +75,12 @@ def test_names_are_scored_one_by_one_where_packing_would_change_them(
 ):
     model = build(write_model(tmp_path, tiny_model, family, **changes))
     with caplog.at_level(logging.INFO, logger="cell2text.generation"):
-        (found,) = score_names(model, InMemoryVectors(VECTORS[:2, None], LENGTHS[:2, None]), steps, 4)
+        (found,) = score(model, steps, 2)
     assert caplog.text.count("cannot be computed in one pass") == 1
-    expected = choose_names(Plain(model, VECTORS[:2], LENGTHS[:2]), steps)
-    assert all(one.equal(other) for one, other in zip(found.log_probabilities, expected.log_probabilities, strict=True))
+    expected = leave_out_named(
+        Plain(model, steps).score(VECTORS[:2], LENGTHS[:2], draft(steps, 2)), steps, draft(steps, 2)
+    )
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +90,25 @@ def model(tiny_model):
 
 
 def test_probabilities_sum_to_one_and_the_second_programme_is_never_the_first(model, steps):
-    vectors = InMemoryVectors(VECTORS[:, None], LENGTHS[:, None])
-    for found in score_names(model, vectors, steps, 4):
-        for scores in found.log_probabilities:
+    first = draft(steps)[:, 5]
+    for number, found in enumerate(score(model, steps)):
+        for scores in found:
             assert scores.dtype == torch.float32
             assert torch.allclose(scores.exp().sum(1), torch.ones(len(scores)), atol=1e-5)
-        assert bool(((found.mass >= 0) & (found.mass < 1)).all())
-        first, second = found.chosen[:, 5], found.chosen[:, 6]
-        assert not bool((first == second).any())
-        assert bool((found.log_probabilities[6].gather(1, first[:, None]) == -math.inf).all())
-        for number, scores in enumerate(found.log_probabilities):
-            assert scores.argmax(1).equal(found.chosen[:, number])
+        named = first[4 * number :][: len(found[6]), None]
+        assert bool((found[6].gather(1, named) == -math.inf).all())
+        assert int(found[6].isneginf().sum()) == len(named) and not found[5].isneginf().any()
+
+
+def test_a_name_is_scored_in_the_context_of_the_drafted_names_before_it(model, steps):
+    drafts = draft(steps)
+    (found,) = score(model, steps, batch=6)
+    for changed in (0, 3):
+        others = drafts.clone()
+        others[:, changed] = (others[:, changed] + 1) % len(steps[changed].ids)
+        (again,) = score(model, steps, drafts=others, batch=6)
+        for number, (one, other) in enumerate(zip(found, again, strict=True)):
+            assert torch.allclose(one.exp(), other.exp(), atol=1e-5) == (number <= changed)
 
 
 @pytest.mark.parametrize("method", [Packed, Plain])
@@ -105,25 +117,23 @@ def test_padding_and_the_other_cells_of_a_batch_change_nothing(tiny_model, steps
     settings = projector_settings(kind="mlp", hidden=16)  # one soft token per gene, so that cells need padding
     model = bundle.build(tiny_model, settings, 5, finetune_settings(), CPU).eval()
     vectors = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(3))
-    lengths = torch.tensor([6, 2, 4, 1])
-    together = choose_names(method(model, vectors, lengths), steps)
+    lengths, drafts, scorer = torch.tensor([6, 2, 4, 1]), draft(steps, 4), method(model, steps)
+    together = scorer.score(vectors, lengths, drafts)
     for cell, length in enumerate(lengths.tolist()):
-        alone = choose_names(method(model, vectors[cell : cell + 1, :length], lengths[cell : cell + 1]), steps)
-        for one, many in zip(alone.log_probabilities, together.log_probabilities, strict=True):
-            assert torch.allclose(one[0], many[cell], atol=1e-4)
-        assert alone.chosen[0].equal(together.chosen[cell])
+        one = slice(cell, cell + 1)
+        assert torch.allclose(
+            scorer.score(vectors[one, :length], lengths[one], drafts[one])[0], together[cell], atol=1e-4
+        )
 
 
 def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
-    vectors = InMemoryVectors(VECTORS[:, None], LENGTHS[:, None])
-    (together,) = score_names(model, vectors, steps, 64)
-    monkeypatch.setattr(packed, "LOGITS", 0)  # one run per cell and pass
-    monkeypatch.setattr(packed, "LOGITS_IN_FLOAT32", 0)
+    (together,) = score(model, steps, batch=64)
+    monkeypatch.setattr(packed, "LOGITS", 0)  # one cell at a time, and one fork per pass
     monkeypatch.setattr(packed, "CELLS_TOGETHER", 2)
-    batches = list(score_names(model, vectors, steps, 4))
-    assert [len(batch.chosen) for batch in batches] == [4, 2]
-    for number, scores in enumerate(together.log_probabilities):
-        apart = torch.cat([batch.log_probabilities[number] for batch in batches])
+    batches = score(model, steps)
+    assert [len(batch[0]) for batch in batches] == [4, 2]
+    for number, scores in enumerate(together):
+        apart = torch.cat([batch[number] for batch in batches])
         assert torch.allclose(apart.exp(), scores.exp(), atol=1e-4)
 
 
@@ -157,14 +167,14 @@ def test_what_stays_unread_changes_no_probability_by_more_than_is_negligible(tmp
         lambda _, args, kwargs: passed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     tokens, probabilities = [], []
-    for negligible in (0, 1e-4, 0.3, 0.5):
+    for negligible in (0, 1e-3, 0.2, 0.6, 0.9):
+        scorer = Packed(model, [names], negligible)
         passed.clear()
-        found = choose_names(Packed(model, VECTORS[:1], LENGTHS[:1], negligible), [names])
-        probabilities.append(found.log_probabilities[0].exp())
+        probabilities.append(scorer.score(VECTORS[:1], LENGTHS[:1], torch.tensor([[3]])).exp())  # the draft is "b"
         tokens.append(sum(passed))
         assert float((probabilities[-1] - probabilities[0]).abs().max()) <= negligible + 1e-5
-        assert bool((probabilities[-1] > 0).all())
-    assert tokens[0] == tokens[1] > tokens[2] > tokens[3]
+        assert bool((probabilities[-1] > 0).all()) and float(probabilities[-1].sum()) == pytest.approx(1, abs=1e-4)
+    assert tokens[0] == tokens[1] == tokens[2] > tokens[3] > tokens[4]
 
 
 def write_bigrams(folder, tiny_model, follows):
@@ -190,13 +200,14 @@ def test_probabilities_are_those_computed_by_hand(tmp_path, tiny_model, names, f
     model = build(write_bigrams(tmp_path, tiny_model, follows))
     programmes = ("x", "y"), ((X, STOP), (Y, STOP))
     steps = [names, Candidates("pathway", *programmes), Candidates("pathway", *programmes)]
-    (found,) = score_names(model, InMemoryVectors(VECTORS[:1, None], LENGTHS[:1, None]), steps, 1)
-    raw = [0.8 * 0.5 * 0.4, 0.8 * 0.25, 0.8 * 0.5 * 0.6 * 0.5 * 0.4, 0.1 * 0.4]  # 0.16, 0.2, 0.048, 0.04
-    assert found.log_probabilities[0].exp()[0].tolist() == pytest.approx([value / sum(raw) for value in raw], abs=1e-4)
-    assert found.log_probabilities[1].exp()[0].tolist() == pytest.approx([0.15 / 0.35, 0.2 / 0.35], abs=1e-4)
-    assert found.log_probabilities[2].exp()[0].tolist() == pytest.approx([1, 0], abs=1e-4)
-    assert found.mass[0].tolist() == pytest.approx([sum(raw), 0.35, 0.15], abs=1e-4)
-    assert found.chosen.tolist() == [[1, 1, 0]]
-    # the run "b ." that starts with 0.1 of 0.8 + 0.1 stays unread, the others do not
-    rough = choose_names(Packed(model, VECTORS[:1], LENGTHS[:1], negligible=0.3), steps[:1])
-    assert rough.mass[0].tolist() == pytest.approx([sum(raw) + 0.1 - 0.04], abs=1e-4)
+    # after the prompt A and B part, 0.8 to 0.1; after A B and STOP, 0.5 to 0.25; after A B, STOP and COMMA, 0.4 to 0.6
+    a, b = 8 / 9, 1 / 9
+    expected = [a * 2 / 3 * 0.4, a / 3, a * 2 / 3 * 0.6, b]
+    for best in range(4):
+        (found,) = score(model, steps, 1, torch.tensor([[best, 1, 0]]))
+        assert found[0].exp()[0].tolist() == pytest.approx(expected, abs=1e-4)
+        assert found[1].exp()[0].tolist() == pytest.approx([0.6, 0.4], abs=1e-4)  # X and Y after STOP, 0.3 to 0.2
+        assert found[2].exp()[0].tolist() == pytest.approx([1, 0], abs=1e-4)
+    # the names after A share its probability if the draft does not read them
+    rough = Packed(model, steps[:1], negligible=0.9).score(VECTORS[:1], LENGTHS[:1], torch.tensor([[3]])).exp()
+    assert rough[0].tolist() == pytest.approx([a / 3] * 3 + [b], abs=1e-4)

@@ -18,6 +18,12 @@ rule score_candidates:
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,
         genes=GENES_ON_THE_FLY,
+        # tells which cells the language model need not read
+        calibration=branch(
+            lambda wildcards: config["generate"]["by"] == "cascade"
+            and wildcards.split != "validation",
+            then="<results>/confidence/calibration.json",
+        ),
     output:
         # no rows if the shard has no cell of the split
         scores="<results>/scores/{split}/{shard}.safetensors",
@@ -34,6 +40,7 @@ rule score_candidates:
         gpu=1,
     params:
         batch_cells=lookup("generate/batch_cells", within=config),
+        by=lookup("generate/by", within=config),
         on_the_fly=on_the_fly,
         library=library_version("score_candidates.py"),
     message:
@@ -106,6 +113,11 @@ rule calibrate:
     params:
         seed=lookup("seed", within=config),
         confidence=lookup("generate/confidence", within=config),
+        agreement=(
+            config["generate"]["agreement"]
+            if config["generate"]["by"] == "cascade"
+            else None
+        ),
         library=library_version("calibrate.py"),
     message:
         "Calibrating confidences on the validation cells"

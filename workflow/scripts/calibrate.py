@@ -17,6 +17,7 @@ def main(snakemake):
         snakemake.output.reference,
         confidence=snakemake.params.confidence,
         seed=snakemake.params.seed,
+        agreement=snakemake.params.agreement,
     )
 
 

@@ -18,6 +18,8 @@ def main(snakemake):
             snakemake.output.scores,
             split=snakemake.wildcards.split,
             batch_cells=snakemake.params.batch_cells,
+            by=snakemake.params.by,
+            calibration=snakemake.input.calibration or None,
         )
 
 

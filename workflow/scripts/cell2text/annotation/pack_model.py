@@ -14,7 +14,7 @@ from cell2text.provenance import versions
 
 log = logging.getLogger("cell2text.annotation")
 
-FORMAT = 2  # raised by a change after which older folders cannot be read
+FORMAT = 3  # raised by a change after which older folders cannot be read
 COPY_AGAIN = "Copy the whole folder again, or train the model again with this version"
 PACKAGES = ("cell2text", "torch", "transformers", "peft", "numpy", "safetensors")
 IGNORED = {".snakemake_timestamp"}

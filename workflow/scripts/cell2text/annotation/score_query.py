@@ -32,7 +32,7 @@ def score_query(model: str, language_model: str, embeddings: str, scores: str) -
     scorer = Scorer(model, language_model, str(folder / "terms.parquet"))
     cells = EMBEDDINGS.read(embeddings, [])[1]
     vectors = Embeddings([embeddings]).vectors(cells, scorer.model.projector.reads)
-    found = scorer.score(vectors, about["settings"]["batch_cells"], confidence.reads_language_model)
-    SCORES.write(found, cells, scores)
-    by = "projector and language model" if confidence.reads_language_model else "the projector"
-    log.info("scored the names of %d cells by %s", len(cells), by)
+    SCORES.write(
+        scorer.score(vectors, about["settings"]["batch_cells"], confidence.needs_language_model), cells, scores
+    )
+    log.info("scored the names of %d cells", len(cells))

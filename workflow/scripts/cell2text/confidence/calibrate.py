@@ -16,6 +16,7 @@ from cell2text.confidence.calibration import (
     calibrate_programmes,
     calibrate_slot,
 )
+from cell2text.confidence.cascade import choose_least_lead, find_leads
 from cell2text.confidence.decisions import FIX, Confidence, rank_programmes, read_ancestors, score_places
 from cell2text.confidence.novelty import Reference, choose_limit, draw_cells
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS, datasets_of
@@ -37,6 +38,7 @@ def calibrate(
     reference: str,
     confidence: float,
     seed: int,
+    agreement: float | None = None,
 ) -> None:
     """Fit how scores become confidences, and write it.
 
@@ -61,6 +63,9 @@ def calibrate(
         The share of the reported terms that should be right.
     seed
         Seed of the draw of training cells.
+    agreement
+        Share of the cells described by the projector alone that both models should describe alike; None if no cell
+        is to be described by it alone.
 
     Raises
     ------
@@ -78,7 +83,11 @@ def calibrate(
     limit = choose_limit(compared.novelty(own))
     fitted = _fit(found, labels, ancestors, validation, confidence, limit)
     new = _fit_new_studies(left_out, labels, ancestors, descriptions, confidence, limit) if left_out else None
-    replace(fitted, studies=_find_studies(descriptions, labels), new_studies=new).save(calibration)
+    fitted = replace(fitted, studies=_find_studies(descriptions, labels), new_studies=new)
+    if agreement is not None:
+        alone = _fit_projector(found, labels, ancestors, validation, confidence, limit)
+        fitted = _add_cascade(fitted, alone, found, labels, ancestors, agreement)
+    fitted.save(calibration)
 
 
 def _fit(
@@ -127,14 +136,26 @@ def _fit_new_studies(
     if not ids:
         return None
     scores, ids = SCORES.read(left_out, [f"projector_{slot}" for slot in labels])
-    cells = _read_rows(descriptions, ids)
     log.info("new studies: %d cells of studies that the projector had not seen", len(ids))
-    places = cells["pathway_ids"].map(len).max()
+    return _fit_projector(scores, labels, ancestors, _read_rows(descriptions, ids), confidence, limit)
+
+
+def _fit_projector(
+    scores: dict[str, np.ndarray],
+    labels: dict[str, list[str]],
+    ancestors: dict[str, dict[str, Sequence[str]]],
+    cells: pd.DataFrame,
+    confidence: float,
+    limit: float | None,
+) -> Confidence:
+    """Fit calibrations and thresholds as :func:`_fit` does, on the projector's scores alone."""
+    alike, places = {}, cells["pathway_ids"].map(len).max()
     for slot in labels:
         projector = scores[f"projector_{slot}"]
-        shape = (len(ids), places, len(labels[slot])) if slot == PATHWAY else projector.shape
-        scores[slot] = np.zeros(shape, dtype=np.float32)
-    fitted = _fit(scores, labels, ancestors, cells, confidence, limit)
+        shape = (len(cells), places, len(labels[slot])) if slot == PATHWAY else projector.shape
+        alike[slot] = np.zeros(shape, dtype=np.float32)
+    log.info("the projector alone:")
+    fitted = _fit(scores | alike, labels, ancestors, cells, confidence, limit)
     alone = {slot: _projector_alone(one) for slot, one in fitted.slots.items()}
     return replace(fitted, slots=alone, ranking=_projector_alone(fitted.ranking))
 
@@ -143,6 +164,28 @@ def _projector_alone(calibration: SlotCalibration) -> SlotCalibration:
     # without a labelled cell, nothing supports any of the names
     none = calibration.none if calibration.cells else 1.0
     return replace(calibration, weights=(0.0, calibration.weights[1]), none=none)
+
+
+def _add_cascade(
+    fitted: Confidence,
+    alone: Confidence,
+    scores: dict[str, np.ndarray],
+    labels: dict[str, list[str]],
+    ancestors: dict[str, dict[str, Sequence[str]]],
+    agreement: float,
+) -> Confidence:
+    """Let the projector alone describe cells with a lead from which both confidences name the same on these cells."""
+    both, one = (confidence.describe(scores, labels, ancestors) for confidence in (fitted, alone))
+    named = [f"{slot}_id" for slot in TERM_SLOTS if slot in labels] + ["pathway_ids"]
+    same = (both[named] == one[named]).all(axis=1).to_numpy(bool)
+    leads = find_leads(scores, fitted.slots, fitted.ranking)
+    least = choose_least_lead(leads, same, agreement)
+    log.info(
+        "the projector alone names %d of %d validation cells as both models do; %s", same.sum(), len(same),
+        f"too few for an agreement of {agreement:.0%}: the language model reads all cells" if least is None
+        else f"from a lead of {least:.2f} nats, which {(leads >= least).sum()} cells have, it describes cells alone",
+    )  # fmt: skip
+    return fitted if least is None else replace(fitted, least_lead=least, projector_alone=alone)
 
 
 def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame]:

@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 
 from cell2text.confidence.back_off import TermsAbove, Threshold
 from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration
+from cell2text.confidence.cascade import find_leads
 from cell2text.contracts import PREDICTIONS, TERM_SLOTS, TERMS, datasets_of
 from cell2text.files import read_json, reading, write_json
 from cell2text.grammar import PATHWAY
@@ -40,6 +41,9 @@ class Confidence:
         Any other dataset is a new study for the slot.
     new_studies
         The confidence of cells of new studies; None if it could not be fitted: theirs is like that of the others.
+    least_lead, projector_alone
+        Cells with at least this lead (see ``cascade``) are described by the projector alone, with this confidence; None
+        if the language model reads all cells.
     """
 
     slots: dict[str, SlotCalibration]
@@ -49,6 +53,8 @@ class Confidence:
     limit: float | None
     studies: Mapping[str, Sequence[str]] = field(default_factory=dict)
     new_studies: "Confidence | None" = None
+    least_lead: float | None = None
+    projector_alone: "Confidence | None" = None
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
@@ -77,6 +83,8 @@ class Confidence:
             saved["limit"],
             saved["studies"],
             cls._from_dict(saved["new_studies"]) if saved["new_studies"] else None,
+            saved["least_lead"],
+            cls._from_dict(saved["projector_alone"]) if saved["projector_alone"] else None,
         )
 
     @property
@@ -84,10 +92,20 @@ class Confidence:
         """The confidence of a study without training cells."""
         return self.new_studies or self
 
-    @property
-    def reads_language_model(self) -> bool:
-        """Whether the language model's scores change anything."""
-        return any(one.weights[0] for one in (*self.slots.values(), self.ranking))
+    def needs_language_model(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return for which cells the language model's scores count, bool (cells,).
+
+        Parameters
+        ----------
+        scores
+            At least the projector's tensors of ``contracts.SCORES``.
+        """
+        cells = len(next(iter(scores.values())))
+        if not any(one.weights[0] for one in (*self.slots.values(), self.ranking)):
+            return np.zeros(cells, dtype=bool)
+        if self.least_lead is None:
+            return np.ones(cells, dtype=bool)
+        return find_leads(scores, self.slots, self.ranking) < self.least_lead
 
     def describe(
         self,
@@ -109,7 +127,7 @@ class Confidence:
         cells
             Cell ids, whose datasets tell which cells are of new studies; None if none is.
         """
-        table = self._describe_all(scores, labels, ancestors)
+        table = self._describe_by_both(scores, labels, ancestors)
         if cells is None:
             return table
         datasets = datasets_of(cells).reset_index(drop=True)
@@ -128,6 +146,18 @@ class Confidence:
                 reported = [f"{slot}_reported_id", f"{slot}_reported_confidence"]
                 table.loc[new & datasets.isin(trained).to_numpy(bool), reported] = None
         return table
+
+    def _describe_by_both(
+        self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
+    ) -> pd.DataFrame:
+        if self.projector_alone is None:
+            return self._describe_all(scores, labels, ancestors)
+        needed = self.needs_language_model(scores)
+        parts = []
+        for confidence, some in ((self, needed), (self.projector_alone, ~needed)):
+            part = confidence._describe_all({name: tensor[some] for name, tensor in scores.items()}, labels, ancestors)
+            parts.append(part.set_index(np.flatnonzero(some)))
+        return pd.concat(parts).sort_index()
 
     def _describe_all(
         self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
@@ -203,8 +233,8 @@ def rank_programmes(scores: Mapping[str, np.ndarray], ranking: SlotCalibration) 
 def score_places(scores: Mapping[str, np.ndarray], named: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the log-probabilities of language model and projector for each place, (cells, candidates).
 
-    The language model scored the second programme after the one that it chose itself as the first. Where another one
-    is named, its scores of the first programme are used, without this one.
+    The language model scored the second programme after a draft of the first, which has no probability as the second.
+    Where another one is named, its scores of the first programme are used, without this one.
 
     Parameters
     ----------
@@ -215,11 +245,11 @@ def score_places(scores: Mapping[str, np.ndarray], named: np.ndarray) -> Iterato
         one to score are read, so the caller may fill in each place after its scores.
     """
     steps, projector = scores[PATHWAY].astype(float), scores[f"projector_{PATHWAY}"].astype(float)
-    language, agreed = steps[:, 0], np.ones(len(steps), dtype=bool)
+    language, rows, agreed = steps[:, 0], np.arange(len(steps)), np.ones(len(steps), dtype=bool)
     for place in range(steps.shape[1]):
         if place:
             before = named[:, place - 1]
-            agreed &= before == steps[:, place - 1].argmax(axis=1)
+            agreed &= (before >= 0) & np.isneginf(steps[rows, place, before])
             language = np.where(agreed[:, None], steps[:, place], language)
             known = np.flatnonzero(before >= 0)
             for taken in (language, projector):

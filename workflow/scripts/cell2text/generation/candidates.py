@@ -2,14 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cell2text.generation.tree import Tree
 from cell2text.grammar import PATHWAY, Slots, Terms, pieces, render
 
 
@@ -30,19 +26,6 @@ class Candidates:
     slot: str
     ids: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def tree(self) -> Tree:
-        """The prefix tree of the tokens."""
-        return Tree.of(self.tokens)
-
-    @cached_property
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """The tokens padded on the left, int64 (candidates, longest), and their mask, bool; false at the padding."""
-        longest = max(len(tokens) for tokens in self.tokens)
-        padded = torch.tensor([(0,) * (longest - len(tokens)) + tokens for tokens in self.tokens])
-        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
-        return padded, torch.arange(longest) >= longest - lengths[:, None]
 
     def take(self, some: Sequence[int]) -> "Candidates":
         """Return the candidates with some indices."""

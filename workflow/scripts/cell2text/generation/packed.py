@@ -1,11 +1,12 @@
-"""The probabilities of candidate names under a language model, with their prefix tree packed into few forward passes.
+"""The probabilities of the candidate names of cells, in a few passes of the language model.
 
-All nodes that are read in a pass are in one row per cell. A mask lets each attend to the context and to its ancestors
-alone, and its position is that in its own text.
+A draft, one name for each step, is read in one pass together with the prompt; other probable names in one or two more,
+up to where they part for the last time. All nodes of the tree that are read in a pass are in one row per cell: a mask
+lets each attend to the prompt, to the draft's names of earlier steps, and to the nodes before it in its own step, and
+its position is that in its own text.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,206 +17,246 @@ from cell2text.generation.candidates import Candidates
 from cell2text.generation.tree import Tree
 from cell2text.model.cell2text import Cell2Text
 
-NEGLIGIBLE = 1e-4
-CELLS_TOGETHER = 16  # on a CPU, that read a tree together; those that must read much of it are with their like
-LOGITS = 1 << 27  # in memory at once, 256 MB in bfloat16
-LOGITS_IN_FLOAT32 = 1 << 24
+NEGLIGIBLE = 1e-3
+CELLS_TOGETHER = 32  # on a CPU
+LOGITS = 1 << 26  # in memory at once, 256 MB in float32
 
 
 class Packed:
-    """Scores of a batch of cells, in which shared prefixes are read once and improbable names not to their end.
+    """Scores of names, for which shared prefixes are read once and improbable names not to their end.
 
     Parameters
     ----------
-    model, vectors, lengths
-        The model, and the input of its projector for the cells.
+    model
+        Model in evaluation mode.
+    steps
+        The candidates of each step.
     negligible
-        Greatest share of the probability of a step that may stay unread, see :meth:`score`; 0 to read everything.
+        Probability up to which the names after a fork may stay unread; 0 to read everything.
     """
 
-    def __init__(self, model: Cell2Text, vectors: Tensor, lengths: Tensor, negligible: float = NEGLIGIBLE):
+    @torch.inference_mode()
+    def __init__(self, model: Cell2Text, steps: Sequence[Candidates], negligible: float = NEGLIGIBLE):
         self.model, self.negligible = model, negligible
-        self.cache = DynamicCache()  # without the model's config: sliding windows could not be cut
-        self.unread, self.mask = model.read_cells(vectors, lengths)  # embeddings, and the mask of the whole context
+        self.tree = Tree.of(steps).to(model.device)
+        self.first_names = torch.tensor([0, *(len(step.ids) for step in steps[:-1])], device=model.device).cumsum(0)
+        self.beginning = DynamicCache()  # without the model's config: sliding windows could not be extended
+        if len(model.prompt.before):
+            before = model.embed_tokens(model.prompt.before.to(model.device))[None]
+            model.base_model.get_decoder()(inputs_embeds=before, past_key_values=self.beginning, use_cache=True)
 
-    def score(self, step: Candidates, excluded: Sequence[Tensor] = ()) -> Tensor:
-        """Return the log-probability of each candidate in the context so far, float32 (cells, candidates).
+    @torch.inference_mode()
+    def score(self, vectors: Tensor, lengths: Tensor, draft: Tensor) -> Tensor:
+        """Return the log-probability of each name of the tree, float32 (cells, names).
 
-        The probable runs of the tree are read, each after the one that leads to it. The others have a share of at
-        most ``negligible`` of the probability of all candidates, and those that begin with them get equal parts of
-        it. So no probability changes by more than ``negligible``.
+        Those of a step share 1 among them, in the context of the draft's names of the steps before. Names that part at
+        an unread fork get equal shares, so that no probability is off by more than ``negligible``.
 
         Parameters
         ----------
-        step
-            The candidates.
-        excluded
-            Candidates of each cell that have probability 0, each int64 (cells,).
+        vectors, lengths
+            Input of the projector.
+        draft
+            Index of a candidate of each step, int64 (cells, steps).
         """
-        tree = step.tree.to(self.mask.device)
-        possible = torch.ones(len(self.mask), len(tree.ends), dtype=torch.bool, device=self.mask.device)
-        possible = ~mark(excluded, possible)
-        together = Reading(self.model, tree, self.cache, self.mask, possible)
-        together.read(tree.stem.expand(len(possible), -1), self.unread)
-        self.unread = self.unread[:, :0]
-        cells = together.choose(self.negligible).sum(1).argsort()
-        scores = torch.empty(possible.shape, device=cells.device)
-        for rows in cells.split(len(cells) if cells.is_cuda else CELLS_TOGETHER):
-            part = together.take(rows)
-            while bool((reading := part.choose(self.negligible)).any()):
-                part.read(reading)
-            scores[rows] = part.scores()
-        if together.nodes.shape[1]:
-            self.cache.crop(-together.nodes.shape[1])
+        model, tree, names = self.model, self.tree, self.first_names + draft
+        beginning = len(model.prompt.before)
+        prompt, mask = model.read_cells(vectors, lengths, beginning)
+        mask = functional.pad(mask, (beginning, 0), value=True)
+        forks = tree.below_forks.sum(0)[names].sum(1)  # on the way of the draft
+        scores = torch.empty(len(draft), len(tree.names), device=draft.device)
+        for rows in self._split(tree.sizes[names].sum(1), int(forks.max())):
+            reading = Reading(model, tree, self.beginning, mask[rows], names[rows])
+            reading.read(reading.on_draft.gather(1, reading.sources), prompt[rows])
+            scores[rows] = self._read_probable(reading)
         return scores
 
-    def append(self, step: Candidates, chosen: Tensor) -> None:
-        """Add the chosen candidate of each cell, int64 (cells,), to the context."""
-        tokens, mask = (part.to(chosen.device)[chosen] for part in step.padded)
-        self.unread = torch.cat([self.unread, self.model.embed_tokens(tokens)], dim=1)
-        self.mask = torch.cat([self.mask, mask], dim=1)
+    def _read_probable(self, reading: "Reading") -> Tensor:
+        """Read on at probable forks, and return the log-probability of each name."""
+        scores, forks = reading.scores(), reading.probable_forks(self.negligible)
+        cells = forks.any(1).nonzero()[:, 0]
+        for rows in self._split(reading.nodes_up_to(forks).sum(1)[cells]):
+            part, some = reading.take(cells[rows]), forks[cells[rows]]
+            part.read(some & (some.cumsum(1) <= self._count_cells(len(rows))))  # as many forks of each cell
+            scores[cells[rows]] = self._read_probable(part)
+        return scores
+
+    def _split(self, tokens: Tensor, forks: int = 0) -> Iterator[Tensor]:
+        """Yield the rows of cells that are read together, those with many tokens together with their like."""
+        most = self._count_cells(forks) if tokens.is_cuda else min(self._count_cells(forks), CELLS_TOGETHER)
+        return iter(tokens.argsort(stable=True).split(most) if len(tokens) else ())
+
+    def _count_cells(self, outputs: int) -> int:
+        """Return how many cells may have a number of outputs with logits at once."""
+        vocabulary = self.model.base_model.config.get_text_config().vocab_size
+        return max(1, LOGITS // (vocabulary * max(1, outputs)))
 
 
 class Reading:
-    """Some cells that read a tree.
+    """Some cells, and what the language model has read of their trees.
 
     Parameters
     ----------
     model, tree
         The model and the tree.
-    cache
-        Keys and values of the context, to which those of the nodes are added.
+    beginning
+        Keys and values of the prompt up to the soft tokens, the same for all cells.
     mask
-        Mask of the context, bool (cells, context).
-    possible
-        Which candidates may have a probability above 0, bool (cells, candidates).
+        Mask of the whole prompt, bool (cells, prompt).
+    names
+        The draft: a name of each step, int64 (cells, steps).
 
     Attributes
     ----------
-    nodes, is_node
-        The nodes in the cache, int64 (cells, nodes read), and their mask, bool.
-    edges
-        Log-probability of each edge, 0 if not known yet, float32 (cells, edges).
-    done
-        Which nodes were read, bool (cells, nodes).
+    on_draft
+        Which nodes belong to the draft, bool (cells, nodes).
+    sources
+        The node after which each fork is, int64 (cells, forks).
+    log_shares
+        Logarithm of the share of each option in its fork, 0 for other nodes and undecided forks, (cells, nodes).
+    decided, is_read
+        Which forks have shares, bool (cells, forks), and which nodes were read, bool (cells, nodes).
+    keys, is_key
+        The nodes in the cache, int64 (cells, keys), and which of them are not padding, bool.
     """
 
-    def __init__(self, model: Cell2Text, tree: Tree, cache: DynamicCache, mask: Tensor, possible: Tensor):
-        self.model, self.tree, self.cache, self.mask, self.possible = model, tree, cache, mask, possible
-        self.edges = torch.zeros(len(mask), len(tree.tokens), device=mask.device)
-        self.done = mask.new_zeros(len(mask), len(tree.depths))
-        self.nodes, self.is_node = self.done[:, :0].long(), self.done[:, :0]
+    def __init__(self, model: Cell2Text, tree: Tree, beginning: DynamicCache, mask: Tensor, names: Tensor):
+        self.model, self.tree, self.mask, self.names = model, tree, mask, names
+        self.cache = _copy(beginning, torch.zeros(len(names), dtype=torch.long, device=mask.device))
+        self.on_draft = tree.names[names].any(1)
+        self.on_draft[:, 0] = True
+        ends = functional.pad(tree.ends[names], (1, 0))  # of the prompt and of each name
+        self.sources = torch.where(tree.forks < 0, ends[:, tree.steps_of_forks], tree.forks)
+        self.log_shares = torch.zeros(self.on_draft.shape, device=mask.device)
+        self.decided, self.is_read = torch.zeros_like(self.sources, dtype=torch.bool), torch.zeros_like(self.on_draft)
+        self.keys, self.is_key = names[:, :0], self.on_draft[:, :0]
 
     def take(self, rows: Tensor) -> "Reading":
         """Return some of the cells, with a copy of their part of the cache."""
-        cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
-        part = Reading(self.model, self.tree, cache, self.mask[rows], self.possible[rows])
-        part.edges, part.done = self.edges[rows], self.done[rows]
-        part.nodes, part.is_node = self.nodes[rows], self.is_node[rows]
+        part = Reading(self.model, self.tree, DynamicCache(), self.mask[rows], self.names[rows])
+        part.cache = _copy(self.cache, rows)
+        for name in ("log_shares", "decided", "is_read", "keys", "is_key"):
+            setattr(part, name, getattr(self, name)[rows])
         return part
 
-    def choose(self, negligible: float) -> Tensor:
-        """Return which nodes to read next, bool (cells, nodes): the runs ahead but a negligible share.
+    def scores(self) -> Tensor:
+        """Return the log-probability of each name, float32 (cells, names)."""
+        tree, ahead = self.tree, self._ahead().float()
+        equal_shares = tree.below_forks * tree.below_forks.sum(1, keepdim=True).log()
+        return self.log_shares @ tree.names.float().T - ahead @ equal_shares
 
-        The most probable runs are first if the logits of all would take too much memory.
-        """
-        tree, nodes = self.tree, self.done.shape[1]
-        reached = tree.sum_paths(self.edges)
-        ahead, known = self._ahead()
-        complete = reached[:, tree.ends].masked_fill(~(known[:, tree.ends] & self.possible), -math.inf)
-        masses, order = reached[:, :nodes].masked_fill(~ahead, -math.inf).sort(dim=1)
-        total = torch.cat([complete, masses], dim=1).logsumexp(1, keepdim=True)
-        least = total + math.log(negligible) if negligible else -math.inf
-        vocabulary = self.model.base_model.config.get_text_config().vocab_size
-        widest = LOGITS // (len(order) * vocabulary)
-        probable = (masses.logcumsumexp(1) > least) & ahead.gather(1, order)
-        sizes = tree.sizes[order] * probable
-        upto = sizes.flip(1).cumsum(1).flip(1)  # nodes of a run and the more probable ones
-        probable &= (upto <= widest) | (upto == sizes)
-        return torch.zeros_like(ahead).scatter_(1, order, probable)[:, tree.heads]
+    def probable_forks(self, negligible: float) -> Tensor:
+        """Return the undecided forks to read next, bool (cells, forks)."""
+        reached = self.log_shares @ self.tree.before_forks.float().T
+        return self._ahead() & (reached.exp() > negligible)
 
-    def _ahead(self) -> tuple[Tensor, Tensor]:
-        """Return which nodes begin a run that can be read next, and which edges are known; bool (cells, ...)."""
-        known = functional.pad(self.done, (1, 0), value=True)[:, self.tree.parents]
-        return self.tree.is_head & known[:, : self.done.shape[1]] & ~self.done, known
+    def _ahead(self) -> Tensor:
+        """Return the undecided forks before which all are decided, bool (cells, forks)."""
+        return ~self.decided & ((~self.decided).float() @ self.tree.earlier_forks.float().T == 0)
 
-    def read(self, reading: Tensor, context: Tensor | None = None) -> None:
-        """Read nodes, and set the edges that start at them.
+    def nodes_up_to(self, forks: Tensor) -> Tensor:
+        """Return the unread nodes that decide the given forks, bool (cells, nodes)."""
+        at_forks, steps = self._nodes_at(forks), self.tree.steps
+        inside = at_forks.float() @ self.tree.within.float() > 0
+        latest = torch.where(at_forks, steps, -1).amax(1, keepdim=True)
+        return (inside | (self.on_draft & (steps < latest))) & ~self.is_read
+
+    def _nodes_at(self, forks: Tensor) -> Tensor:
+        """Return the nodes after which the given forks are, bool (cells, nodes)."""
+        found = torch.zeros(self.is_read.shape, dtype=torch.int8, device=forks.device)
+        return found.scatter_add_(1, self.sources, forks.to(torch.int8)).bool()
+
+    def read(self, forks: Tensor, prompt: Tensor | None = None) -> None:
+        """Read the nodes that decide some forks.
 
         Parameters
         ----------
-        reading
-            Which nodes to read, bool (cells, nodes).
-        context
-            Embeddings of the last tokens of the context, if they are not in the cache yet, (cells, tokens, width).
-            The edges that start at the root are set too.
+        forks
+            Undecided forks, bool (cells, forks).
+        prompt
+            Embeddings of the prompt from the soft tokens on, (cells, tokens, width), if it has not been read.
         """
-        model, tree, device = self.model, self.tree, reading.device
-        width = int(reading.sum(1).max()) if reading.shape[1] else 0
-        picked = (~reading).to(torch.int8).argsort(dim=1, stable=True)[:, :width]  # ancestors come first
-        self.nodes = torch.cat([self.nodes, picked], dim=1)
-        self.is_node = torch.cat([self.is_node, reading.gather(1, picked)], dim=1)
-        self.done = self.done | reading
-        inputs = model.embed_tokens(tree.tokens[picked])
-        inputs = inputs if context is None else torch.cat([context, inputs], dim=1)
-        positions = self.mask.long().cumsum(1) - 1
-        positions = torch.cat([positions, positions[:, -1:] + tree.depths[picked]], dim=1).clamp(min=0)
-        allowed = self._attention(picked, inputs.shape[1] - width)[:, None]
-        bias = torch.zeros(allowed.shape, dtype=inputs.dtype, device=device)
-        needed = width + (context is not None)  # the outputs at the nodes, and after the context
-        options = {"logits_to_keep": needed} if model.accepts("logits_to_keep") else {}
+        model, tree, unread = self.model, self.tree, self.nodes_up_to(forks)
+        at_forks = self._nodes_at(forks)
+        width, outputs = int(unread.sum(1).max()), int(at_forks.sum(1).max())
+        if not outputs:
+            return
+        # padding, then nodes, then nodes with outputs
+        nodes = (unread.to(torch.int8) + at_forks).argsort(dim=1, stable=True)[:, len(tree.tokens) - width :]
+        self.keys = torch.cat([self.keys, nodes], dim=1)
+        self.is_key = torch.cat([self.is_key, unread.gather(1, nodes)], dim=1)
+        self.is_read, self.decided = self.is_read | unread, self.decided | forks
+        inputs = model.embed_tokens(tree.tokens[nodes])
+        if prompt is not None:
+            inputs = torch.where((nodes == 0)[..., None], prompt[:, -1:], inputs)
+            inputs = torch.cat([prompt[:, :-1], inputs], dim=1)
+        allowed = self._attention(nodes, inputs.shape[1] - width)
+        bias = torch.zeros(allowed.shape, dtype=inputs.dtype, device=inputs.device)
+        options = {"logits_to_keep": outputs} if model.accepts("logits_to_keep") else {}
         logits = model.language_model(
             inputs_embeds=inputs,
-            attention_mask=bias.masked_fill_(~allowed, torch.finfo(bias.dtype).min),
-            position_ids=positions[:, -inputs.shape[1] :],
+            attention_mask=bias.masked_fill_(~allowed, torch.finfo(bias.dtype).min)[:, None],
+            position_ids=self._positions(nodes, inputs.shape[1] - width),
             past_key_values=self.cache,
             use_cache=True,
             **options,
-        ).logits[:, -needed:]
-        parts = logits.flatten(0, 1).split(max(1, LOGITS_IN_FLOAT32 // logits.shape[-1]))
-        totals = torch.cat([part.float().logsumexp(1) for part in parts]).view(logits.shape[:2])
-        # where in the output the root and each node are
-        places = torch.zeros(len(reading), 1 + reading.shape[1], dtype=torch.long, device=device)
-        places.scatter_(1, picked + 1, torch.arange(needed - width, needed, device=device).expand_as(picked))
-        places = places[:, tree.parents]
-        found = logits[torch.arange(len(logits), device=device)[:, None], places, tree.tokens].float()
-        new = functional.pad(reading, (1, 0), value=context is not None)[:, tree.parents]
-        self.edges = torch.where(new, found - totals.gather(1, places), self.edges)
+        ).logits[:, -outputs:]
+        self._decide(forks, nodes[:, width - outputs :], logits)
 
-    def _attention(self, picked: Tensor, unread: int) -> Tensor:
-        """Return which keys each query attends to, bool (cells, unread + picked, context + nodes in the cache).
+    def _attention(self, nodes: Tensor, unread: int) -> Tensor:
+        """Return which keys each query attends to, bool (cells, unread + nodes, prompt and nodes in the cache).
 
-        Tokens of the context attend to those before them; nodes of the tree to the context and their ancestors.
+        Tokens of the prompt attend to those before them; nodes to the prompt, to the draft's names of earlier steps,
+        and to the nodes before them in their own step.
 
         Parameters
         ----------
-        picked
-            The nodes that are queries, which are also the last keys, int64 (cells, picked).
+        nodes
+            The nodes that are queries, which are also the last keys, int64 (cells, queries).
         unread
-            Number of queries before them, the last tokens of the context.
+            Number of queries before them, tokens of the prompt.
         """
-        length = self.mask.shape[1]
-        order = torch.arange(length, device=picked.device)
-        causal = functional.pad(order <= order[length - unread :, None], (0, 0, 0, picked.shape[1]), value=True)
-        within = self.tree.ancestors[picked[:, :, None], self.nodes[:, None]] & self.is_node[:, None]
-        allowed = torch.cat([causal & self.mask[:, None], functional.pad(within, (0, 0, unread, 0))], dim=2)
+        tree, keys, length = self.tree, self.keys, self.mask.shape[1] - 1  # node 0 is the last token of the prompt
+        order = torch.arange(length, device=nodes.device)
+        causal = functional.pad(order <= order[length - unread :, None], (0, 0, 0, nodes.shape[1]), value=True)
+        earlier = (tree.steps[keys][:, None] < tree.steps[nodes][..., None]) & self.on_draft.gather(1, keys)[:, None]
+        before = (tree.within[nodes[..., None], keys[:, None]] | earlier) & self.is_key[:, None]
+        allowed = torch.cat([causal & self.mask[:, None, :-1], functional.pad(before, (0, 0, unread, 0))], dim=2)
         # padding attends to itself, because a softmax over no keys would be NaN
         allowed.diagonal(allowed.shape[2] - allowed.shape[1], dim1=1, dim2=2).fill_(True)
         return allowed
 
-    def scores(self) -> Tensor:
-        """Return the log-probability of each candidate, float32 (cells, candidates)."""
-        ahead, _ = self._ahead()
-        edges = self.edges.clone()
-        edges[:, : ahead.shape[1]] -= self.tree.counts.log() * ahead
-        return self.tree.sum_paths(edges)[:, self.tree.ends].masked_fill(~self.possible, -math.inf)
+    def _positions(self, nodes: Tensor, unread: int) -> Tensor:
+        """Return the position of each query in its own text, int64 (cells, unread + nodes)."""
+        tree, prompt = self.tree, self.mask.long().cumsum(1)
+        starts = functional.pad(tree.sizes[self.names].cumsum(1), (1, 0))
+        steps = tree.steps[nodes]
+        inside = torch.where(steps < 0, -1, starts.gather(1, steps.clamp(min=0)) + tree.depths[nodes])
+        before = prompt[:, prompt.shape[1] - 1 - unread : -1] - 1
+        return torch.cat([before, prompt[:, -1:] + inside], dim=1).clamp(min=0)
+
+    def _decide(self, forks: Tensor, nodes: Tensor, logits: Tensor) -> None:
+        """Set the shares of the options of some forks.
+
+        Parameters
+        ----------
+        forks
+            The forks, bool (cells, forks).
+        nodes, logits
+            Nodes, int64 (cells, outputs), and the language model's output at them, (cells, outputs, vocabulary).
+        """
+        tree, cells = self.tree, torch.arange(len(logits), device=logits.device)[:, None]
+        places = torch.zeros_like(self.is_read, dtype=torch.long)
+        places.scatter_(1, nodes, torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes))
+        places = places.gather(1, self.sources)[:, tree.forks_of_options]
+        found = tree.log_shares(logits[cells, places, tree.tokens[tree.options]].float())
+        known = self.log_shares[:, tree.options]
+        self.log_shares[:, tree.options] = torch.where(forks[:, tree.forks_of_options], found, known)
 
 
-def mark(excluded: Sequence[Tensor], scores: Tensor) -> Tensor:
-    """Return which candidates are excluded, bool (cells, candidates), in the shape of their scores."""
-    found = torch.zeros_like(scores, dtype=torch.bool)
-    for chosen in excluded:
-        found.scatter_(1, chosen[:, None], True)
-    return found
+def _copy(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Return a copy of some rows of a cache."""
+    copied = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        copied.update(layer.keys[rows], layer.values[rows], number)
+    return copied

@@ -1,12 +1,7 @@
-"""The probability of every candidate name of a cell, and the most likely names.
-
-Names are chosen step by step, in the order of the text: the most likely name of a slot is the context of the next one.
-"""
+"""The probability of every candidate name of a cell, by the language model."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,143 +9,153 @@ from torch import Tensor
 
 from cell2text.embedding.vectors import Vectors
 from cell2text.generation.candidates import Candidates
-from cell2text.generation.packed import Packed, mark
+from cell2text.generation.packed import Packed
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.generation")
 
 SEQUENCES = 16  # per forward pass
-CELLS_TO_CHECK, CANDIDATES_TO_CHECK = 2, 4
+CELLS_TO_CHECK, NAMES_TO_CHECK = 2, 4
 TOLERANCE = 1e-3  # of a log-probability in float32, and thus relative in the probability
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The scored candidates of a batch of cells.
-
-    Parameters
-    ----------
-    log_probabilities
-        For each step, the natural logarithm of the probability of each candidate, float32 (cells, candidates). The
-        probabilities of a step sum to 1; that of a gene programme which an earlier step chose is 0.
-    mass
-        Probability that the language model gives to the candidates of a step together, float32 (cells, steps).
-    chosen
-        Index of the most likely candidate, int64 (cells, steps).
-    """
-
-    log_probabilities: list[Tensor]
-    mass: Tensor
-    chosen: Tensor
-
-
 def score_names(
-    model: Cell2Text, vectors: Vectors, candidates: Sequence[Candidates], batch_cells: int
-) -> Iterator[Scores]:
-    """Yield the scores of all cells, batch by batch and in order.
+    model: Cell2Text,
+    vectors: Vectors,
+    cells: np.ndarray,
+    steps: Sequence[Candidates],
+    drafts: np.ndarray,
+    batch_cells: int,
+) -> Iterator[list[Tensor]]:
+    """Yield the log-probabilities of the names of each step, batch by batch and in the order of the cells.
+
+    The probability of a name is the product of its shares wherever the names of its step part, each in the context of
+    the draft's names of the steps before. So they sum to 1, without the words that no name has. A programme that the
+    draft named before has probability 0.
 
     Parameters
     ----------
     model
         Model in evaluation mode, see ``Cell2Text.ready_to_write``.
-    vectors
-        Input of its projector.
-    candidates
+    vectors, cells
+        Input of its projector, and the rows of the cells to score, int64 (cells,).
+    steps
         The candidates of each step, see ``candidates.find_candidates``.
+    drafts
+        Index of a candidate of each step, int64 (cells, steps).
     batch_cells
         Number of cells per batch.
+
+    Yields
+    ------
+    list of Tensor
+        For each step float32 (cells, candidates), on the CPU.
     """
-    progress, method = Progress(len(vectors), "cells"), None
-    for start in range(0, len(vectors), batch_cells):
-        rows = np.arange(start, min(start + batch_cells, len(vectors)))
-        batch = [part.to(model.device) for part in vectors[rows]]
+    progress, method = Progress(len(cells), "cells"), None
+    for start in range(0, len(cells), batch_cells):
+        rows = slice(start, start + batch_cells)
+        batch = [part.to(model.device) for part in (*vectors[cells[rows]], torch.from_numpy(drafts[rows]))]
         if method is None:
-            method = Packed if can_pack(model, *(part[:CELLS_TO_CHECK] for part in batch), candidates) else Plain
-        yield choose_names(method(model, *batch), candidates)
-        progress.advance(len(rows))
+            packs = can_pack(model, *(part[:CELLS_TO_CHECK] for part in batch), steps)
+            method = (Packed if packs else Plain)(model, steps)
+        yield leave_out_named(method.score(*batch), steps, batch[-1])
+        progress.advance(len(batch[-1]))
 
 
-@torch.no_grad()
-def choose_names(method: "Packed | Plain", candidates: Sequence[Candidates]) -> Scores:
-    """Return the scores of a batch of cells; the most likely candidate of a step is the context of the next one."""
-    log_probabilities, mass, chosen = [], [], []
-    for number, step in enumerate(candidates):
+def leave_out_named(scores: Tensor, steps: Sequence[Candidates], drafts: Tensor) -> list[Tensor]:
+    """Return the scores of each step, in which no programme that the draft named before has a share.
+
+    Parameters
+    ----------
+    scores
+        Log-probabilities of the names of all steps, (cells, names).
+    steps, drafts
+        As for :func:`score_names`.
+    """
+    parts = []
+    for number, part in enumerate(scores.split([len(step.ids) for step in steps], dim=1)):
         # the candidates of gene programmes are the same in each of their steps
-        named = [best for earlier, best in zip(candidates, chosen, strict=False) if earlier.slot == step.slot]
-        scores = method.score(step, named)
-        total = scores.logsumexp(1)
-        log_probabilities.append((scores - total[:, None]).cpu())
-        mass.append(total.exp())
-        chosen.append(scores.argmax(1))
-        if number < len(candidates) - 1:
-            method.append(step, chosen[-1])
-    return Scores(log_probabilities, torch.stack(mass, 1).cpu(), torch.stack(chosen, 1).cpu())
+        named = [drafts[:, one] for one in range(number) if steps[one].slot == steps[number].slot]
+        out = part.scatter(1, torch.stack(named, 1), -torch.inf) if named else part
+        parts.append(out.log_softmax(1).cpu())
+    return parts
 
 
 class Plain:
-    """Scores of a batch of cells, with each candidate in a sequence of its own and no cache.
+    """Scores of names, with each in a sequence of its own and no cache.
 
     Slower than :class:`Packed`, but right for every language model.
 
     Parameters
     ----------
-    model, vectors, lengths
+    model, steps
         As for :class:`Packed`.
     """
 
-    def __init__(self, model: Cell2Text, vectors: Tensor, lengths: Tensor):
-        self.model = model
-        self.soft, self.present = model.projector(vectors, lengths)
-        self.texts: list[tuple[int, ...]] = [()] * len(vectors)
+    def __init__(self, model: Cell2Text, steps: Sequence[Candidates]):
+        self.model, self.steps = model, steps
+        self.follows: list[dict[tuple[int, ...], list[int]]] = []  # for each step, the tokens that can follow a prefix
+        for step in steps:
+            prefixes = dict.fromkeys(tokens[:end] for tokens in step.tokens for end in range(1, len(tokens) + 1))
+            follows: dict[tuple[int, ...], list[int]] = {}
+            for prefix in prefixes:
+                follows.setdefault(prefix[:-1], []).append(prefix[-1])
+            self.follows.append(follows)
 
-    def score(self, step: Candidates, excluded: Sequence[Tensor] = ()) -> Tensor:
+    @torch.no_grad()
+    def score(self, vectors: Tensor, lengths: Tensor, draft: Tensor) -> Tensor:
         """Return what :meth:`Packed.score` returns, exactly."""
-        pairs = [(cell, text + tokens) for cell, text in enumerate(self.texts) for tokens in step.tokens]
-        sums = []
-        for start in range(0, len(pairs), SEQUENCES):
-            cells, texts = zip(*pairs[start : start + SEQUENCES], strict=True)
-            tokens = [torch.tensor(text, device=self.soft.device) for text in texts]
-            padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-            places = torch.arange(padded.shape[1], device=padded.device)
-            first, last = (
-                torch.tensor(lengths, device=padded.device)[:, None]
-                for lengths in ([len(self.texts[cell]) for cell in cells], [len(text) for text in texts])
-            )
-            rows = torch.tensor(cells, device=padded.device)
-            found = self.model.score_text(self.soft[rows], self.present[rows], padded, places < last)
-            sums.append(found.masked_fill(places < first, 0).sum(1))
-        scores = torch.cat(sums).view(len(self.texts), -1)
-        return scores.masked_fill(mark(excluded, scores), -math.inf)
+        soft, present = self.model.projector(vectors, lengths)
+        sequences = []
+        for cell, names in enumerate(draft.tolist()):
+            text: tuple[int, ...] = ()
+            for number, step in enumerate(self.steps):
+                sequences += [(cell, number, len(text), text + tokens) for tokens in step.tokens]
+                text += step.tokens[names[number]]
+        scores = torch.zeros(len(sequences), device=soft.device)  # a name without others has probability 1
+        read = [row for row, (_, number, *_) in enumerate(sequences) if len(self.steps[number].ids) > 1]
+        for start in range(0, len(read), SEQUENCES):
+            rows = read[start : start + SEQUENCES]
+            found = self._score(soft, present, [sequences[row] for row in rows])
+            scores[rows] = torch.tensor(list(found), device=soft.device)
+        return scores.view(len(draft), -1)
 
-    def append(self, step: Candidates, chosen: Tensor) -> None:
-        """Add the chosen candidate of each cell, int64 (cells,), to the context."""
-        self.texts = [text + step.tokens[best] for text, best in zip(self.texts, chosen.tolist(), strict=True)]
+    def _score(
+        self, soft: Tensor, present: Tensor, sequences: Sequence[tuple[int, int, int, tuple[int, ...]]]
+    ) -> Iterator[float]:
+        """Yield the log-probability of names, each given as cell, step, where it begins in its text, and the text."""
+        tokens = [torch.tensor(text, device=soft.device) for *_, text in sequences]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one, dtype=torch.bool) for one in tokens], True)
+        rows = torch.tensor([cell for cell, *_ in sequences], device=soft.device)
+        logits = self.model.text_logits(soft[rows], present[rows], padded, mask).split([len(one) for one in tokens])
+        for (_, step, first, text), found in zip(sequences, logits, strict=True):
+            total = 0.0
+            for place in range(first, len(text)):
+                options = self.follows[step][text[first:place]]
+                total += float(found[place, options].log_softmax(0)[options.index(text[place])])
+            yield total
 
 
 @torch.no_grad()
-def can_pack(model: Cell2Text, vectors: Tensor, lengths: Tensor, candidates: Sequence[Candidates]) -> bool:
-    """Return whether :class:`Packed` scores some candidates of some cells as :class:`Plain` does; log why not.
+def can_pack(
+    model: Cell2Text, vectors: Tensor, lengths: Tensor, draft: Tensor, candidates: Sequence[Candidates]
+) -> bool:
+    """Return whether :class:`Packed` scores some names of some cells as :class:`Plain` does; log why not.
 
     Not every language model takes an attention mask of its caller's, or positions. The scores are compared in float32.
     """
-    reason = ""
+    some = [step.take(_pick(step, draft[:, number])) for number, step in enumerate(candidates)]
+    names = [[candidates[number].ids[i] for i in row] for number, row in enumerate(draft.T.tolist())]
+    draft = torch.tensor([[step.ids.index(one) for one in row] for step, row in zip(some, names, strict=True)]).T
+    inputs, reason = (vectors, lengths, draft.to(vectors.device)), ""
     with model.in_float32():
-        plain = Plain(model, vectors, lengths)
+        plain = Plain(model, some).score(*inputs)
         try:
-            packed = Packed(model, vectors, lengths, negligible=0)
-            for step in candidates:
-                found = packed.score(step)
-                by_length = sorted(range(len(step.tokens)), key=lambda i: len(step.tokens[i]))
-                some = sorted(
-                    {by_length[i] for i in np.linspace(0, len(by_length) - 1, CANDIDATES_TO_CHECK, dtype=int)}
-                )
-                difference = float((found[:, some] - plain.score(step.take(some))).abs().max())
-                if not difference <= (0.02 if model.is_quantised else TOLERANCE):
-                    reason = f"a log-probability of {step.slot} differs by {difference:.2g}"
-                    break
-                for method in (packed, plain):
-                    method.append(step, found.argmax(1))
+            difference = float((Packed(model, some, negligible=0).score(*inputs) - plain).abs().max())
+            if not difference <= (0.02 if model.is_quantised else TOLERANCE):
+                reason = f"a log-probability differs by {difference:.2g}"
         except (
             TypeError,
             ValueError,
@@ -167,3 +172,10 @@ def can_pack(model: Cell2Text, vectors: Tensor, lengths: Tensor, candidates: Seq
             type(model.base_model).__name__, reason,
         )  # fmt: skip
     return not reason
+
+
+def _pick(step: Candidates, drafts: Tensor) -> list[int]:
+    """Return candidates of a step: those of the drafts, and some of all lengths."""
+    by_length = sorted(range(len(step.tokens)), key=lambda i: len(step.tokens[i]))
+    spread = np.linspace(0, len(by_length) - 1, NAMES_TO_CHECK, dtype=int)
+    return sorted({*drafts.tolist(), *(by_length[i] for i in spread)})

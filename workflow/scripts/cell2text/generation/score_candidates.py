@@ -1,15 +1,17 @@
 """The candidate names of each slot, scored by the language model and by the projector for the cells of one shard."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import SCORES, TERMS
 from cell2text.embedding.vectors import Embeddings, Vectors
-from cell2text.generation.candidates import find_candidates
+from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.generation.describe import cells_in
 from cell2text.generation.score import score_names
 from cell2text.grammar import PATHWAY, Terms
@@ -29,6 +31,8 @@ def score_candidates(
     scores: str,
     split: str,
     batch_cells: int,
+    by: str = "model",
+    calibration: str | None = None,
 ) -> None:
     """Score the candidate names of the cells of a split in the given shards of embeddings.
 
@@ -48,12 +52,30 @@ def score_candidates(
         Name of the split.
     batch_cells
         Maximum number of cells to score at a time.
+    by
+        The config's ``generate.by``.
+    calibration
+        File written by ``calibrate``, which tells cells that the language model need not read; None for cells that
+        calibration itself reads.
     """
     scorer = Scorer(model, language_model, terms)
+    needs = (
+        nobody if by == "projector" else Confidence.load(calibration).needs_language_model if calibration else everybody
+    )
     cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_list()
     vectors = embeddings.vectors(cells, scorer.model.projector.reads)
-    SCORES.write(scorer.score(vectors, batch_cells), cells, scores)
+    SCORES.write(scorer.score(vectors, batch_cells, needs), cells, scores)
     log.info("scored the names of %d cells of %s", len(cells), split)
+
+
+def everybody(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return that the language model reads every cell."""
+    return np.ones(len(next(iter(scores.values()))), dtype=bool)
+
+
+def nobody(scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return that the language model reads no cell."""
+    return ~everybody(scores)
 
 
 class Scorer:
@@ -77,35 +99,66 @@ class Scorer:
         programmes = loaded.about["programmes_per_cell"] if PATHWAY in self.labels else 0
         self.candidates = find_candidates(self.labels, programmes, Terms(table), loaded.tokenizer)
 
-    def score(self, vectors: Vectors, batch_cells: int, by_language_model: bool = True) -> dict[str, np.ndarray]:
-        """Return the tensors of ``contracts.SCORES`` for cells, reading at most ``batch_cells`` at a time.
+    def score(
+        self,
+        vectors: Vectors,
+        batch_cells: int,
+        needs: Callable[[Mapping[str, np.ndarray]], np.ndarray] = everybody,
+    ) -> dict[str, np.ndarray]:
+        """Return the tensors of ``contracts.SCORES`` for cells.
 
-        The language model takes nearly all of the time. Without it, all candidates are alike to it.
+        Parameters
+        ----------
+        vectors
+            Input of the projector.
+        batch_cells
+            Maximum number of cells to read at a time.
+        needs
+            Returns from the projector's scores which cells the language model reads, bool (cells,). To the others, all
+            names are alike. It takes nearly all of the time.
         """
-        learnt = bool(self.model.about["finetune"]["epochs"])  # to read soft tokens
-        score = self._score_by_language_model if by_language_model and learnt else self._score_all_alike
-        return self._score_by_projector(vectors, batch_cells) | score(vectors, batch_cells)
+        scores = self._score_by_projector(vectors, batch_cells)
+        read = np.flatnonzero(needs(scores)) if self.model.about["finetune"]["epochs"] else np.empty(0, dtype=int)
+        shapes = [(len(vectors), len(step.ids)) for step in self.candidates]
+        steps = [np.full(shape, -np.log(shape[1]), dtype=np.float32) for shape in shapes]
+        if len(read):
+            drafts, start = draft_names(self.candidates, scores)[read], 0
+            for batch in score_names(self.model, vectors, read, self.candidates, drafts, batch_cells):
+                rows = read[start : start + len(batch[0])]
+                for step, found in zip(steps, batch, strict=True):
+                    step[rows] = found.numpy()
+                start += len(rows)
+        log.info("the language model read %d of %d cells", len(read), len(vectors))
+        return scores | self._by_slot(steps)
 
     def _score_by_projector(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
         scores = score_by_projector(self.model, self.targets, vectors, np.arange(len(vectors)), batch_cells)
         return {f"projector_{slot}": part.numpy() for slot, part in zip(self.labels, scores, strict=True)}
-
-    def _score_by_language_model(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
-        parts = [[torch.empty(0, len(step.ids))] for step in self.candidates]
-        for batch in score_names(self.model, vectors, self.candidates, batch_cells):
-            for part, scores in zip(parts, batch.log_probabilities, strict=True):
-                part.append(scores)
-        return self._by_slot([torch.cat(part).numpy() for part in parts])
-
-    def _score_all_alike(self, vectors: Vectors, batch_cells: int) -> dict[str, np.ndarray]:
-        counts = [len(step.ids) for step in self.candidates]
-        return self._by_slot([np.full((len(vectors), count), -np.log(count), dtype=np.float32) for count in counts])
 
     def _by_slot(self, parts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         steps = [(step.slot, scores) for step, scores in zip(self.candidates, parts, strict=True)]
         tensors = {slot: scores for slot, scores in steps if slot != PATHWAY}
         ranked = [scores for slot, scores in steps if slot == PATHWAY]
         return tensors | ({PATHWAY: np.stack(ranked, axis=1)} if ranked else {})
+
+
+def draft_names(steps: Sequence[Candidates], scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the projector's best candidate of each step, int64 (cells, steps), no gene programme twice.
+
+    Parameters
+    ----------
+    steps
+        The candidates of each step.
+    scores
+        The projector's scores, as in ``contracts.SCORES``.
+    """
+    places = Counter[str]()
+    drafts = []
+    for step in steps:
+        ranked = np.argsort(-scores[f"projector_{step.slot}"], axis=1, kind="stable")
+        drafts.append(ranked[:, places[step.slot]])
+        places[step.slot] += 1
+    return np.stack(drafts, axis=1)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A prefix tree over token sequences, so that a language model reads each shared prefix once."""
+"""The prefix tree of all names that a description can have, so that a language model reads each prefix once."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,90 +6,107 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from cell2text.generation.candidates import Candidates
 
 
 @dataclass(frozen=True)
 class Tree:
-    """The prefixes of some sequences.
+    """The tokens of the candidates of all steps, in which names with the same beginning share its nodes.
 
-    Every token of a prefix is an edge, from the root or a node to the next. The last token of a sequence ends in no
-    node, because no token is predicted after it: the model reads nodes, and its output at a node scores the edges
-    that start there. Nodes that follow each other without a branch in between are a run.
+    Node 0 is the last token of the prompt; every other node is a token of one step. Where the names of a step part is
+    a fork, and the nodes that follow there are its options. Only at forks has the language model anything to decide.
 
     Parameters
     ----------
-    parents, tokens
-        Where each edge starts, 0 for the root and i + 1 for node i, and its token, int64 (edges,). The first edges
-        end in the nodes, in the same order, and a node comes after its ancestors.
+    tokens
+        Token of each node, int64 (nodes,).
+    steps
+        Step of each node, -1 for node 0, int64 (nodes,).
     depths
-        Number of tokens of each node's prefix, int64 (nodes,).
-    ancestors
-        Which nodes are ancestors of a node, or the node itself, bool (nodes, nodes).
-    heads
-        First node of each node's run, int64 (nodes,).
-    sizes
-        Number of nodes in the run that a node is the first of, 0 for the others, int64 (nodes,).
-    stem
-        Whether a node is in a run that all sequences begin with, bool (nodes,).
-    counts
-        Number of sequences that pass a node, int64 (nodes,).
-    paths
-        The edges from the root to each edge, filled up with the number of edges, int64 (edges, longest).
-    ends
-        Last edge of each sequence, int64 (sequences,).
+        Number of tokens before a node in its step, int64 (nodes,).
+    within
+        Whether one node is another, or comes after it in the same step, bool (nodes, nodes).
+    names
+        The nodes of each name, names of all steps one after the other, bool (names, nodes).
+    ends, sizes
+        Last node of each name, and number of its nodes, int64 (names,).
+    forks, steps_of_forks
+        The node after which each fork is, -1 if its step begins with it, and the step, int64 (forks,).
+    before_forks, earlier_forks, below_forks
+        The nodes of its step before each fork, the forks among them, and the names that pass it, bool (forks, ...).
+    options, forks_of_options
+        The nodes that are options, and the fork of each, int64 (options,).
     """
 
-    parents: Tensor
     tokens: Tensor
+    steps: Tensor
     depths: Tensor
-    ancestors: Tensor
-    heads: Tensor
-    sizes: Tensor
-    stem: Tensor
-    counts: Tensor
-    paths: Tensor
+    within: Tensor
+    names: Tensor
     ends: Tensor
+    sizes: Tensor
+    forks: Tensor
+    steps_of_forks: Tensor
+    before_forks: Tensor
+    earlier_forks: Tensor
+    below_forks: Tensor
+    options: Tensor
+    forks_of_options: Tensor
 
     @classmethod
-    def of(cls, sequences: Sequence[tuple[int, ...]]) -> "Tree":
-        """Return the tree of sequences of at least one token each."""
-        passing = Counter(tokens[:end] for tokens in sequences for end in range(1, len(tokens) + 1))
-        inner = {prefix[:-1] for prefix in passing} - {()}
-        nodes = sorted(inner, key=lambda prefix: (len(prefix), prefix))
-        edges = nodes + sorted(passing.keys() - inner)
-        number = {prefix: i for i, prefix in enumerate(edges)}
-        branches = Counter(prefix[:-1] for prefix in edges)
-        ancestors, heads = torch.eye(len(nodes), dtype=torch.bool), []
-        for i, prefix in enumerate(nodes):
-            before = number.get(prefix[:-1])
-            heads.append(i if before is None or branches[prefix[:-1]] > 1 else heads[before])
-            if before is not None:
-                ancestors[i] |= ancestors[before]
-        paths = [torch.tensor([number[prefix[:end]] for end in range(1, len(prefix) + 1)]) for prefix in edges]
-        heads = torch.tensor(heads, dtype=torch.long)
-        return cls(
-            parents=torch.tensor([number.get(prefix[:-1], -1) + 1 for prefix in edges]),
-            tokens=torch.tensor([prefix[-1] for prefix in edges]),
-            depths=torch.tensor([len(prefix) for prefix in nodes], dtype=torch.long),
-            ancestors=ancestors,
-            heads=heads,
-            sizes=heads.bincount(minlength=len(nodes)),
-            stem=(heads == 0) & (branches[()] == 1),
-            counts=torch.tensor([passing[prefix] for prefix in nodes], dtype=torch.long),
-            paths=torch.nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=len(edges)),
-            ends=torch.tensor([number[tokens] for tokens in sequences]),
+    def of(cls, steps: Sequence[Candidates]) -> "Tree":
+        """Return the tree of the candidates of a description's steps."""
+        names = [(number, tokens) for number, step in enumerate(steps) for tokens in step.tokens]
+        # A prefix comes after the shorter ones.
+        prefixes = dict.fromkeys((step, tokens[:end]) for step, tokens in names for end in range(1, len(tokens) + 1))
+        nodes = {prefix: number for number, prefix in enumerate(prefixes, 1)}
+        before = {(step, prefix): (step, prefix[:-1]) for step, prefix in nodes}
+        continued = Counter(before.values())
+        forks = {prefix: number for number, prefix in enumerate(one for one in continued if continued[one] > 1)}
+        within = torch.eye(len(nodes) + 1, dtype=torch.bool)
+        for prefix, node in nodes.items():
+            if before[prefix] in nodes:
+                within[node] |= within[nodes[before[prefix]]]
+        ends = torch.tensor([nodes[name] for name in names])
+        steps_of_names, steps_of_forks = (
+            torch.tensor([step for step, _ in one], dtype=torch.long) for one in (names, forks)
         )
-
-    @property
-    def is_head(self) -> Tensor:
-        """Whether a node is the first of its run, bool (nodes,)."""
-        return self.heads == torch.arange(len(self.heads), device=self.heads.device)
+        at = torch.tensor([nodes.get(prefix, -1) for prefix in forks], dtype=torch.long)
+        begins = (at < 0)[:, None]
+        before_forks, same_step = within[at] & ~begins, steps_of_forks[:, None] == steps_of_forks
+        options = [prefix for prefix in nodes if before[prefix] in forks]
+        return cls(
+            tokens=torch.tensor([0, *(prefix[-1] for _, prefix in nodes)]),
+            steps=torch.tensor([-1, *(step for step, _ in nodes)]),
+            depths=torch.tensor([0, *(len(prefix) - 1 for _, prefix in nodes)]),
+            within=within,
+            names=within[ends],
+            ends=ends,
+            sizes=torch.tensor([len(tokens) for _, tokens in names]),
+            forks=at,
+            steps_of_forks=steps_of_forks,
+            before_forks=before_forks,
+            earlier_forks=same_step & (before_forks[:, at] | begins.T) & ~torch.eye(len(at), dtype=torch.bool),
+            below_forks=(steps_of_forks[:, None] == steps_of_names) & (within[ends][:, at].T | begins),
+            options=torch.tensor([nodes[prefix] for prefix in options], dtype=torch.long),
+            forks_of_options=torch.tensor([forks[before[prefix]] for prefix in options], dtype=torch.long),
+        )
 
     def to(self, device: torch.device) -> "Tree":
         """Return the tree on a device."""
         return Tree(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def sum_paths(self, edges: Tensor) -> Tensor:
-        """Return the sum along the path to each edge, (cells, edges), of values of the edges, (cells, edges)."""
-        return functional.pad(edges, (0, 1))[:, self.paths].sum(-1)
+    def log_shares(self, scores: Tensor) -> Tensor:
+        """Return the logarithm of the share that each option has in its fork.
+
+        Parameters
+        ----------
+        scores
+            Logits of the options, float32 (cells, options).
+        """
+        index = self.forks_of_options.expand_as(scores)
+        empty = scores.new_full((len(scores), len(self.forks)), -torch.inf)
+        greatest = empty.scatter_reduce(1, index, scores, "amax").gather(1, index)
+        sums = torch.zeros_like(empty).scatter_add(1, index, (scores - greatest).exp())
+        return scores - greatest - sums.log().gather(1, index)

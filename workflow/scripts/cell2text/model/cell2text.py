@@ -97,13 +97,15 @@ class Cell2Text(nn.Module):
         mask = torch.cat([present.new_ones(before.shape[:2]), present, present.new_ones(after.shape[:2])], dim=1)
         return prompt, mask
 
-    def read_cells(self, vectors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def read_cells(self, vectors: Tensor, lengths: Tensor, skipped: int = 0) -> tuple[Tensor, Tensor]:
         """Return the prompt of each cell, padded on the left, to generate from.
 
         Parameters
         ----------
         vectors, lengths
             Input of the projector; see its ``forward``.
+        skipped
+            Number of tokens to leave out at the beginning of the prompt, before the soft tokens.
 
         Returns
         -------
@@ -112,7 +114,7 @@ class Cell2Text(nn.Module):
         mask
             bool (cells, prompt); false at the padding.
         """
-        prompt, mask = self.prompt_embeddings(*self.projector(vectors, lengths))
+        prompt, mask = (part[:, skipped:] for part in self.prompt_embeddings(*self.projector(vectors, lengths)))
         if bool(mask.all()):
             return prompt, mask
         # A stable sort moves the padding of the soft tokens to the left and keeps the order of the rest.
@@ -132,7 +134,7 @@ class Cell2Text(nn.Module):
             Token ids of the description and the end token, int64 (cells, text), padded on the right; and their
             mask, bool, false at the padding.
         """
-        logits = self._text_logits(soft, present, text, text_mask)
+        logits = self.text_logits(soft, present, text, text_mask)
         return functional.cross_entropy(logits, text[text_mask], reduction="sum"), text_mask.sum()
 
     @torch.no_grad()
@@ -164,26 +166,18 @@ class Cell2Text(nn.Module):
         self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, judged: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and the most likely token at each judged position, int64 (judged,)."""
-        logits = self._text_logits(soft, present, text, text_mask)
+        logits = self.text_logits(soft, present, text, text_mask)
         loss = functional.cross_entropy(logits, text[text_mask], reduction="sum")
         return loss, logits.argmax(-1)[judged[text_mask]]
 
-    @torch.no_grad()
-    def score_text(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Return the log-probability of each token given those before it, float32 (cells, text), 0 at the padding.
+    def text_logits(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Return the logits that predict each token of the texts, float32 (tokens, vocabulary), from transformers.
 
         Parameters
         ----------
         soft, present, text, text_mask
             As in :meth:`text_loss`.
         """
-        logits = self._text_logits(soft, present, text, text_mask)
-        found = torch.zeros(text.shape, device=text.device)
-        found[text_mask] = -functional.cross_entropy(logits, text[text_mask], reduction="none")
-        return found
-
-    def _text_logits(self, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Return the logits that predict each token of the texts, float32 (tokens, vocabulary), from transformers."""
         prompt, prompt_mask = self.prompt_embeddings(soft, present)
         embeddings = torch.cat([prompt, self.embed_tokens(text)], dim=1)
         mask = torch.cat([prompt_mask, text_mask], dim=1)

@@ -45,6 +45,8 @@ def predict_shuffled(
         if len(cells) == 1:
             others = cells_in(embeddings.files, corpus, "train")["cell_id"].to_numpy()[:1]
         vectors = embeddings.vectors(others.tolist(), scorer.model.projector.reads)
-        described = confidence.describe(scorer.score(vectors, batch_cells), scorer.labels, ancestors)
+        described = confidence.describe(
+            scorer.score(vectors, batch_cells, confidence.needs_language_model), scorer.labels, ancestors
+        )
         tables.append(described.assign(cell_id=cells, split=split))
     write_predictions(pd.concat(tables, ignore_index=True), terms, predictions)
