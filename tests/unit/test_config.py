@@ -44,9 +44,11 @@ def test_a_config_with_only_its_run_has_the_documented_defaults():
 
 def test_epochs_of_zero_train_the_projector_alone():
     assert check("{run: mine, finetune: {opening_epochs: 0, epochs: 0}}")["finetune"]["epochs"] == 0
-    assert "finetune.opening_epochs: 0 was expected" in error_of("{run: mine, finetune: {epochs: 0}}")
+    assert check("{run: mine, finetune: {opening_epochs: 2, epochs: 0}}")["finetune"]["align_steps"] == 600
     nothing = "{run: mine, finetune: {opening_epochs: 0, epochs: 0, align_steps: 0}}"
     assert "finetune.align_steps: 0 is less than the minimum of 1" in error_of(nothing)
+    greedy = "{run: mine, finetune: {opening_epochs: 2, epochs: 0}, evaluate: {greedy: true}}"
+    assert "finetune.epochs: 0 is less than the minimum of 1" in error_of(greedy)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_projector_alone_predicts_what_it_scores_highest(run):
         assert np.allclose(np.exp(found[read]), np.exp(scores[name][read]), atol=2e-3)
         assert "projector" in name or np.ptp(found[~read]) == 0
     # a language model that was not trained is not asked
-    scorer.model.about["finetune"]["epochs"] = 0
+    scorer.model.about["finetune"] |= {"opening_epochs": 0, "epochs": 0}
     alone = scorer.score(embeddings.vectors(cells, scorer.model.projector.reads), 2)
     for name, found in alone.items():
         assert found.shape == scores[name].shape and found.dtype == np.float32

@@ -50,6 +50,7 @@ def undisturbed():
         ({}, [6, 6, 6], 9),
         ({"batch_tokens": 194, "balance": True}, [8, 9, 8], 21),
         ({"opening_epochs": 2, "epochs": 1}, [4, 4, 6], 7),
+        ({"opening_epochs": 2, "epochs": 0}, [4, 4], 5),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(files, tiny_model, monkeypatch, changes, steps_of_epochs, last):
@@ -156,6 +157,24 @@ def test_it_learns_and_keeps_the_best_epoch(files, tiny_model):
     assert validation.min() < 0.5 * learnt["loss"].iloc[0]
     model = load(directory, tiny_model, torch.device("cpu"))
     assert model.about["best_epoch"] == int(validation.argmin()) + 1
+
+
+def test_names_alone_are_learnt_in_openings_alone(files, tiny_model):
+    directory = finetune(files, tiny_model, "model", opening_epochs=6, epochs=0, patience=6)
+    learnt = losses(directory).query("stage == 'openings'")
+    validation = learnt["validation_loss"].dropna().to_numpy()
+    assert len(validation) == 6 and validation.min() < 0.5 * learnt["loss"].iloc[0]
+    about = read_json(directory / "cell2text.json")
+    assert about["best_epoch"] == int(validation.argmin()) + 1
+    assert about["validation_loss"] == pytest.approx(validation.min())
+
+
+def test_openings_alone_stop_when_validation_no_longer_improves(files, tiny_model, monkeypatch):
+    measured = iter([(3.0, 0.5), (2.0, 0.5), (2.5, 0.5), (2.6, 0.5), (1.0, 0.5)])
+    monkeypatch.setattr(Finetuning, "validate", lambda self: next(measured))
+    directory = finetune(files, tiny_model, "model", opening_epochs=5, epochs=0, patience=2)
+    assert read_json(directory / "cell2text.json")["best_epoch"] == 2
+    assert losses(directory)["validation_loss"].dropna().to_list() == [3.0, 2.0, 2.5, 2.6]
 
 
 def test_without_epochs_only_the_projector_is_trained(files, tiny_model, monkeypatch):

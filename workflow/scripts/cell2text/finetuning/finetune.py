@@ -118,7 +118,7 @@ def _finetune(
     labels = classes | ({PATHWAY: programmes} if programmes else {})
     longest = check_lengths(model, train, validation, max_new_tokens)
     fit_inputs(model, train, seed)
-    if settings.epochs and settings.fast and not _try_fast(model, train):
+    if settings.opening_epochs + settings.epochs and settings.fast and not _try_fast(model, train):
         trained = model.projector
         model = build_model()
         model.projector = trained

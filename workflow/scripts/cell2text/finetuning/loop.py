@@ -144,11 +144,11 @@ class Finetuning:
 
     @property
     def stage(self) -> Stage:
-        """Stage of the current epoch; that of whole texts once all epochs are done."""
-        return self.epochs[self.state.epoch] if self.state.epoch < len(self.epochs) else self.texts
+        """Stage of the current epoch; the last one once all epochs are done."""
+        return self.epochs[min(self.state.epoch, len(self.epochs) - 1)]
 
     def run(self) -> State:
-        """Train until the epochs are done or validation stops improving; keep the best epoch of whole texts."""
+        """Train until the epochs are done or validation stops improving; keep the best epoch of the last stage."""
         if not self.epochs:
             log.info("no epochs: the language model stays as it is, only the projector was trained")
             return self.state
@@ -163,7 +163,7 @@ class Finetuning:
         return self.state
 
     def _stopped_improving(self) -> bool:
-        best = max(self.state.best_epoch, self.settings.opening_epochs - 1)
+        best = max(self.state.best_epoch, self.epochs.index(self.epochs[-1]) - 1)
         return self.state.epoch - 1 - best >= self.settings.patience
 
     def _run_epoch(self, stop: Event) -> None:
@@ -189,7 +189,7 @@ class Finetuning:
         better = loss < state.best_loss
         if self.settings.keep_best == "cell_type_accuracy":  # with few cells, accuracies are often equal
             better = (accuracy, -loss) > (state.best_accuracy, -state.best_loss)
-        if better and self.stage is self.texts:
+        if better and self.stage is self.epochs[-1]:
             state.best_loss, state.best_accuracy, state.best_epoch = loss, accuracy, state.epoch
             self.best = {name: value.clone() for name, value in self.optimiser.masters.items()}
         state.epoch += 1

@@ -118,7 +118,8 @@ class Scorer:
             names are alike. It takes nearly all of the time.
         """
         scores = self._score_by_projector(vectors, batch_cells)
-        read = np.flatnonzero(needs(scores)) if self.model.about["finetune"]["epochs"] else np.empty(0, dtype=int)
+        learnt = self.model.about["finetune"]["opening_epochs"] + self.model.about["finetune"]["epochs"] > 0
+        read = np.flatnonzero(needs(scores)) if learnt else np.empty(0, dtype=int)
         shapes = [(len(vectors), len(step.ids)) for step in self.candidates]
         steps = [np.full(shape, -np.log(shape[1]), dtype=np.float32) for shape in shapes]
         if len(read):
