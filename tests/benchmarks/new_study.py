@@ -235,8 +235,9 @@ def _pair(accuracy: float, macro_f1: float) -> str:
 
 
 def find_reference(means: pd.DataFrame) -> str:
-    """Return which of the two refitted regressions is better on whole studies, by accuracy plus macro-F1."""
-    rows = means[(means["variant"] == WHOLE) & means["metric"].isin(MAIN) & means["method"].isin((ANY, ALL))]
+    """Return which of the refitted regressions is best on whole studies, by accuracy plus macro-F1."""
+    refitted = [f"{genes}{classes}" for genes in (ANY, ALL) for classes in ("", "_broad")]
+    rows = means[(means["variant"] == WHOLE) & means["metric"].isin(MAIN) & means["method"].isin(refitted)]
     return rows.groupby("method")["value"].sum().idxmax()
 
 
@@ -266,7 +267,7 @@ def plot(means: pd.DataFrame, studies: int, path: Path) -> None:
 def _plot_lines(axis: Axes, values: pd.Series, variants: dict[str, str]) -> None:
     for method, style in LINES.items():
         if method in values.index:
-            label = "Logistic regression refitted for each study" if method == "refitted" else title_of(method)
+            label = "Logistic regression, refitted for each study" if method == "refitted" else title_of(method)
             heights = values[method].reindex(list(variants))
             axis.plot(range(len(variants)), heights, label=label, markersize=4.5, zorder=3, clip_on=False, **style)
     axis.set_xticks(range(len(variants)), list(variants.values()))

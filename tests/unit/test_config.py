@@ -39,12 +39,13 @@ def test_a_config_with_only_its_run_has_the_documented_defaults():
     config = check("run: mine")
     assert config["split"] == "donors"
     assert config["split_shares"] == {"train": 0.8, "validation": 0.1, "test": 0.1}
-    assert config["finetune"]["epochs"] == 1
+    assert (config["finetune"]["opening_epochs"], config["finetune"]["epochs"]) == (2, 0)
 
 
 def test_epochs_of_zero_train_the_projector_alone():
     assert check("{run: mine, finetune: {opening_epochs: 0, epochs: 0}}")["finetune"]["epochs"] == 0
     assert check("{run: mine, finetune: {opening_epochs: 2, epochs: 0}}")["finetune"]["align_steps"] == 600
+    assert "finetune.epochs: 0 is less than the minimum of 1" in error_of("{run: mine, evaluate: {greedy: true}}")
     nothing = "{run: mine, finetune: {opening_epochs: 0, epochs: 0, align_steps: 0}}"
     assert "finetune.align_steps: 0 is less than the minimum of 1" in error_of(nothing)
     greedy = "{run: mine, finetune: {opening_epochs: 2, epochs: 0}, evaluate: {greedy: true}}"

@@ -1,7 +1,7 @@
 """Fine-tuning: the projector is aligned to the words for a cell, then trained on the texts with the language model.
 
-The first epochs read only the opening of each text, which has all its names: learning to distinguish cells takes many
-epochs, and an opening has a third of the tokens of a whole text. The explanations follow from the names and take few.
+The first epochs read only the opening of each text, which has all its names and a third of its tokens. The explanations
+follow from the names: only a model that is to write them itself needs epochs over whole texts.
 
 Every random choice is drawn from the seed and the number of the step, so a run that was killed resumes from its last
 checkpoint through the same batches to the same weights.
