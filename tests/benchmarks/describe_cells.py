@@ -4,7 +4,8 @@
 
 Reads a finished run. All ways describe the same cells: those of the test split first, then of the others, because speed
 does not depend on the split. Loading the model is not timed. ``generate`` writes whole texts of as many cells as are
-given with ``--written``, in batches of the same size. The share of the test cells with the names of ``model`` and the
+given with ``--written``, in batches of the same size; for a fair comparison the model must have been trained on whole
+texts (``finetune.epochs``), so that it ends them. The share of the test cells with the names of ``model`` and the
 accuracy of their cell type are printed for each way.
 """
 
@@ -81,7 +82,7 @@ def _time_generate(model: Cell2Text, vectors: Vectors, cells: int, batch: int) -
         model.language_model.generate(
             inputs_embeds=prompt,
             attention_mask=mask.long(),
-            max_new_tokens=2 * model.about["longest_text"],
+            max_new_tokens=model.about["longest_text"],
             do_sample=False,
             pad_token_id=model.tokenizer.eos_token_id,
         )
