@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from cell2text.confidence.decisions import Confidence, read_ancestors
 from cell2text.contracts import (
     CELLS,
     DESCRIPTIONS,
@@ -140,9 +141,9 @@ def test_a_cell_alone_in_its_split_is_not_described_from_its_own_embedding(run, 
     (other,), swapped = asked
     assert int(other.split("|")[1]) < 27  # a training cell
     assert swapped == ["study|29", "study|28"]
-    labels = read_json(folder / "model/cell2text.json")["labels"]["cell_type"]
-    best = [labels[number] for scores in scored for number in scores["cell_type"].argmax(axis=1)]
-    assert list(predicted["cell_type_id"]) == best
+    labels, ancestors = read_json(folder / "model/cell2text.json")["labels"], read_ancestors(inputs[3])
+    described = [Confidence.load(calibration).describe(scores, labels, ancestors) for scores in scored]
+    assert list(predicted["cell_type_id"]) == list(pd.concat(described)["cell_type_id"])
     predict_shuffled(*inputs, calibration, embeddings, out, ["none"], batch_cells=8, seed=0)
     assert len(PREDICTIONS.read(out)) == 0
 

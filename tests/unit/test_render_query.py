@@ -28,6 +28,8 @@ CALIBRATION = {
     "limit": 2.0,
     "studies": {},
     "new_studies": None,
+    "least_lead": None,
+    "projector_alone": None,
 }
 FIT = {
     "cells_without_genes": 1,
