@@ -22,6 +22,7 @@ CONDITIONS = [
     for other, values in rule.get("only_with", {}).items()
 ]
 OTHER_VALUES = {
+    "generate.agreement": 0.9,
     "qc.max_doublet_score": 0.2,
     "encoder.source": "models/geneformer",
     "encoder.layer": -1,
