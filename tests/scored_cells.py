@@ -5,6 +5,7 @@ import pandas as pd
 from scipy.special import log_softmax
 
 from cell2text.confidence.calibrate import calibrate
+from cell2text.confidence.choose_thresholds import choose_thresholds
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS, TERMS
 from cell2text.files import write_json
 
@@ -92,19 +93,13 @@ def write_run(folder, scores, true, named, training=50, labels=LABELS):
     return folder
 
 
-def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0"), left_out=None, agreement=None):
-    """Calibrate, and return the paths of calibration and reference."""
-    outputs = str(folder / "calibration.json"), str(folder / "reference.safetensors")
-    calibrate(
-        str(folder / "model"),
-        [str(folder / f"{name}.safetensors") for name in scores],
-        left_out,
-        str(folder / "descriptions.parquet"),
-        str(folder / "terms.parquet"),
-        [str(folder / "embeddings.safetensors")],
-        *outputs,
-        confidence=confidence,
-        seed=0,
-        agreement=agreement,
-    )
-    return outputs
+def run_calibrate(folder, confidence=0.8, scores=("scores1", "scores0"), left_out=None, **settings):
+    """Calibrate and choose thresholds, and return the paths of confidence and reference."""
+    calibration, reference = str(folder / "calibration.json"), str(folder / "reference.safetensors")
+    files = [str(folder / f"{name}.safetensors") for name in scores]
+    model, descriptions = str(folder / "model"), str(folder / "descriptions.parquet")
+    embeddings = [str(folder / "embeddings.safetensors")]
+    calibrate(model, files, left_out, descriptions, embeddings, calibration, reference, seed=0, **settings)
+    terms, output = str(folder / "terms.parquet"), str(folder / "confidence.json")
+    choose_thresholds(calibration, model, files, left_out, descriptions, terms, output, confidence)
+    return output, reference

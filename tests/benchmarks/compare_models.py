@@ -20,6 +20,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 
 from cell2text.confidence.calibrate import calibrate
+from cell2text.confidence.choose_thresholds import choose_thresholds
 from cell2text.config import check_config
 from cell2text.contracts import CELLS, DESCRIPTIONS, HISTORY, PREDICTIONS, TERM_SLOTS
 from cell2text.embedding.vectors import Embeddings
@@ -103,16 +104,18 @@ def main() -> None:
             finetune(language_model, descriptions, terms, embeddings, str(model), *sections, seed, "")
             files = (str(model), language_model, corpus, terms, embeddings)
             predict_aligned(*files, str(folder / "aligned.parquet"), ["test"])
-            confidence = str(folder / "calibration.json"), str(folder / "reference.safetensors")
+            calibration, reference, confidence = (
+                str(folder / name) for name in ("calibration.json", "reference.safetensors", "confidence.json")
+            )
             scores = {split: str(folder / f"{split}.safetensors") for split in ("validation", "test")}
             for split, path in scores.items():
                 score_candidates(*files, path, split, settings["generate"]["batch_cells"])
-            calibrate(
-                files[0], [scores["validation"]], descriptions, terms, embeddings.files, *confidence,
-                settings["generate"]["confidence"], seed,
-            )  # fmt: skip
+            known = files[0], [scores["validation"]], None, descriptions
+            calibrate(*known, embeddings.files, calibration, reference, seed)
+            choose_thresholds(calibration, *known, terms, confidence, settings["generate"]["confidence"])
+            fitted = confidence, reference
             texts = str(folder / "test.jsonl")
-            generate_descriptions(files[0], scores["test"], *confidence, terms, embeddings.files, texts, "test")
+            generate_descriptions(files[0], scores["test"], *fitted, terms, embeddings.files, texts, "test")
             about = read_json(model / "cell2text.json")
             history = HISTORY.read(model / "history.parquet")
             history = history[history["stage"] != "align"]

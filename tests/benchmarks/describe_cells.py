@@ -49,7 +49,7 @@ def main() -> None:
     table = table.iloc[np.argsort(table["split"] != "test", kind="stable")[: given.cells]].reset_index(drop=True)
     embeddings = Embeddings(sorted(map(str, (given.run / "embeddings").glob("*/*.safetensors"))))
     vectors = embeddings.vectors(table["cell_id"].to_list(), scorer.model.projector.reads)
-    confidence = Confidence.load(given.run / "confidence/calibration.json")
+    confidence = Confidence.load(given.run / "confidence/confidence.json")
     ancestors = read_ancestors(terms)
 
     def describe(needs: Callable) -> pd.DataFrame:

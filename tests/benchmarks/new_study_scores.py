@@ -102,7 +102,7 @@ def _split_ids(rows: pd.DataFrame) -> pd.DataFrame:
 def sum_by_broad_type(results: Path, method: str) -> pd.Series:
     """Return the most probable broad type of each test cell, by the sum over its exact types; indexed by cell id."""
     types = read_json(results / "finetuned/cell2text.json")["labels"]["cell_type"]
-    confidence = Confidence.load(results / "confidence/calibration.json").of_new_study
+    confidence = Confidence.load(results / "confidence/confidence.json").of_new_study
     broad = pd.Series(types).map(broad_type)
     names = sorted(set(broad.dropna()))
     members = np.array([[one == name for name in names] for one in broad], dtype=float)

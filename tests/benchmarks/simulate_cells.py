@@ -7,6 +7,11 @@ with the mean of the cell type times a log-normal depth, so that most counts are
 are expressed. Ten thousand cells are drawn in this way. The file repeats them in random order, each time with a tenth
 of the values removed and a tenth increased by one, so that no two cells are identical. The columns are those of the
 CELLxGENE schema. Only one block of cells is in memory.
+
+With `--like real.h5ad` the cells of this file are varied instead, with their genes and without labels, to be described
+by a trained model:
+
+    .venv/bin/python tests/benchmarks/simulate_cells.py cells.h5ad --cells 100000 --like pbmc3k.h5ad
 """
 
 import argparse
@@ -15,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -115,12 +121,18 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--donors", type=int, default=20)
+    parser.add_argument("--like", type=Path, help="h5ad of real counts to vary")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     give_memory_back()
     rng = np.random.default_rng(given.seed)
-    bank, types = draw_bank(min(BANK, given.cells), given.genes, rng)
+    if given.like:
+        real = ad.read_h5ad(given.like)
+        bank, genes, types = sparse.csr_matrix(real.X, dtype=np.float32), real.var, np.zeros(real.n_obs, dtype=int)
+    else:
+        bank, types = draw_bank(min(BANK, given.cells), given.genes, rng)
+        genes = name_genes(given.genes)
     expressed = np.diff(bank.indptr)
     logging.info(
         "%d cells drawn: %.0f genes per cell, %.2f counts per expressed gene",
@@ -130,8 +142,10 @@ def main() -> None:
     )
     picks = rng.integers(len(types), size=given.cells)
     obs = describe(types[picks], given.donors, rng)
+    if given.like:
+        obs = obs[[]]
     blocks = vary_blocks(bank, picks, rng)
-    write_cells(given.path, blocks, [obs.index], obs, name_genes(given.genes), {"simulated": True})
+    write_cells(given.path, blocks, [obs.index], obs, genes, {"simulated": True})
     logging.info("%s: %d cells, %.2f GB", given.path, given.cells, given.path.stat().st_size / 1e9)
 
 

@@ -55,7 +55,7 @@ def packed(tmp_path):
     encoder = make_folder(tmp_path / "encoder", "encoder.json", b"encoder", kind="coexpression", dimensions=2)
     GENES.write(KNOWN, tmp_path / "genes.parquet")
     TERMS.write(small_table(), tmp_path / "terms.parquet")
-    for name in ("calibration.json", "reference.safetensors", "card.md"):
+    for name in ("confidence.json", "reference.safetensors", "card.md"):
         (tmp_path / name).write_text("{}")
     corpus = pd.DataFrame({"cell_id": [f"s|{i}" for i in range(21)], "n_counts": np.arange(21.0) * 100})
     corpus = corpus.reindex(columns=list(CELLS.columns)).astype({"n_counts": float})
@@ -65,7 +65,7 @@ def packed(tmp_path):
     inputs = (
         "genes.parquet",
         "terms.parquet",
-        "calibration.json",
+        "confidence.json",
         "reference.safetensors",
         "corpus.parquet",
         "card.md",
@@ -82,7 +82,7 @@ def test_a_packed_model_is_complete_and_can_be_moved(packed, tmp_path):
     assert facts["training_counts"] == [100, 1000, 1900]
     assert set(facts["sha256"]) == {
         *("weights.safetensors", "encoder/weights.safetensors", "encoder/encoder.json", "genes.parquet"),
-        *("terms.parquet", "calibration.json", "reference.safetensors", "README.md"),
+        *("terms.parquet", "confidence.json", "reference.safetensors", "README.md"),
     }
     shutil.copytree(packed, tmp_path / "elsewhere/copy")
     assert read_model(tmp_path / "elsewhere/copy") == facts
@@ -105,7 +105,7 @@ def test_missing_changed_and_surplus_files_of_a_model_are_refused(packed):
     (packed / "adapter.pkl").unlink()
     facts = json.loads((packed / "cell2text.json").read_text())
     write_json(facts | {"format": 99}, packed / "cell2text.json")
-    refused("written in format 99, and this version reads format 3")
+    refused("written in format 99, and this version reads format 4")
     write_json(facts | {"settings": {}}, packed / "cell2text.json")
     refused("has changed since it was written")
     (packed / "cell2text.json").unlink()
@@ -118,7 +118,7 @@ def test_a_linked_encoder_is_packed_with_its_weights(packed, tmp_path):
     encoder.symlink_to(tmp_path / "fetched.safetensors")
     inputs = [str(tmp_path / name) for name in ("finetuned", "encoder", "genes.parquet", "terms.parquet")]
     inputs += [
-        str(tmp_path / name) for name in ("calibration.json", "reference.safetensors", "corpus.parquet", "card.md")
+        str(tmp_path / name) for name in ("confidence.json", "reference.safetensors", "corpus.parquet", "card.md")
     ]
     pack_model(*inputs, str(packed), {})
     assert not (packed / "encoder/weights.safetensors").is_symlink()

@@ -132,7 +132,59 @@ def test_few_validation_cells_give_no_guarantee():
         assert found.value == (0.5 if guaranteed else 0.8)
     assert choose_threshold(TERMS, cells, [None] * 9, 0.8).note == "no guarantee: 0 validation cells"
     assert found.note == "9 validation cells"
-    assert Threshold(**json.loads(json.dumps(asdict(found)))) == found
+    assert Threshold.from_dict(json.loads(json.dumps(asdict(found)))) == found
+
+
+def test_the_threshold_of_new_studies_by_hand():
+    """Of nine studies, three are wrong in all cells at 0.9, and each of them has a single cell among 10."""
+    cells = np.array([[p, 0, 0, 0, 1 - p] for p in [0.95] * 60 + [0.9] * 3])
+    truth = ["CD4"] * 60 + ["neuron"] * 3
+    studies = [f"s{cell % 6}" for cell in range(60)] + ["a", "b", "c"]
+    # as cells, (3 + 1) / 64; as studies, (3 + 1) / 10 and (0 + 1) / 10
+    assert choose_threshold(TERMS, cells, truth, 0.8).value == 0.5
+    found = choose_threshold(TERMS, cells, truth, 0.8, studies)
+    assert 0.9 < found.value <= 0.95 and found.guaranteed and found.studies == 9
+    assert found.note == "9 studies held out" and choose_threshold(TERMS, cells, truth, 0.6, studies).value == 0.5
+    # unlabelled cells count for no study; with fewer than four studies there is no guarantee at 0.8
+    few = choose_threshold(TERMS, cells, [*truth[:60], *[None] * 3], 0.8, ["a", "b", "c"] * 20 + ["d"] * 3)
+    assert (few.value, few.guaranteed, few.studies, few.cells) == (0.8, False, 3, 60)
+    assert few.note == "no guarantee: 3 studies held out"
+
+
+def test_at_most_the_requested_share_of_the_cells_of_a_new_study_gets_a_wrong_term():
+    """Studies differ in how often the most probable term is right, whatever its probability."""
+    rng = np.random.default_rng(0)
+    wrong = {"cells": [], "studies": []}
+    for _ in range(300):
+        accuracy = np.append(rng.beta(3, 1, size=7), rng.beta(3, 1))
+        share = rng.uniform(0.5, 1, size=(8, 40))
+        right = rng.random((8, 40)) < accuracy[:, None]
+        cells = np.stack([share, *[0 * share] * 3, 1 - share], axis=-1)
+        truth = np.where(right, "CD4", "neuron")
+        old, studies = slice(0, 7), np.repeat(np.arange(7), 40).astype(str)
+        for name, given in (("cells", None), ("studies", studies)):
+            threshold = choose_threshold(TERMS, cells[old].reshape(-1, 5), truth[old].ravel(), 0.8, given)
+            ids, _ = TERMS.report(cells[7], threshold.value)
+            wrong[name].append(
+                np.mean([one is not None and one != true for one, true in zip(ids, truth[7], strict=True)])
+            )
+    assert np.mean(wrong["studies"]) <= 0.2 and np.mean(wrong["studies"]) < np.mean(wrong["cells"])
+
+
+def test_confidences_in_reported_terms_of_new_studies_are_the_share_of_right_ones():
+    rng = np.random.default_rng(0)
+    share = rng.uniform(0.5, 1, size=3000)
+    cells = np.stack([share, *[0 * share] * 3, 1 - share], axis=-1)
+    right = rng.random(3000) < 1.6 * share - 0.6  # less often than the probability says
+    truth = np.where(right, "CD4", "neuron")
+    studies = np.arange(3000) % 10
+    found = choose_threshold(TERMS, cells, truth, 0.7, studies)
+    grid = np.linspace(0.7, 1, 31)
+    assert np.abs(found.confidences(grid) - (1.6 * grid - 0.6)).mean() < 0.04  # it is 0.09 without the map
+    assert np.isnan(found.confidences(np.array([np.nan])))
+    assert Threshold.from_dict(json.loads(json.dumps(asdict(found)))) == found
+    few = choose_threshold(TERMS, cells[:500], truth[:500], 0.7, studies[:500])  # too few for a map
+    assert few.steps is None and few.confidences(share).tolist() == share.tolist()
 
 
 def test_the_terms_reported_at_each_threshold_are_those_of_the_intervals():

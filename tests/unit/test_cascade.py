@@ -60,7 +60,7 @@ def with_a_projector_that_knows(cells, seed):
 
 def test_cells_with_a_great_lead_are_described_by_the_projector_alone(tmp_path):
     folder = write_run(tmp_path, *with_a_projector_that_knows(2000, 1))
-    cascade = Confidence.load(run_calibrate(folder, agreement=0.9)[0])
+    cascade = Confidence.load(run_calibrate(folder, by="cascade", agreement=0.9)[0])
     both = Confidence.load(run_calibrate(folder)[0])
     assert both.least_lead is None and both.projector_alone is None
     scores, _, _ = with_a_projector_that_knows(2000, 2)
@@ -79,10 +79,11 @@ def test_cells_with_a_great_lead_are_described_by_the_projector_alone(tmp_path):
 
 def test_with_few_cells_the_language_model_reads_all(tmp_path):
     folder = write_run(tmp_path, *with_a_projector_that_knows(18, 1))
-    assert Confidence.load(run_calibrate(folder, agreement=0.95)[0]).projector_alone is None
+    assert Confidence.load(run_calibrate(folder, by="cascade", agreement=0.95)[0]).projector_alone is None
 
 
 def test_a_projector_alone_needs_no_language_model(tmp_path):
     folder = write_run(tmp_path, *with_a_projector_that_knows(40, 1))
-    cascade = Confidence.load(run_calibrate(folder, agreement=0.5)[0])
+    cascade = Confidence.load(run_calibrate(folder, by="cascade", agreement=0.5)[0])
+    assert not Confidence.load(run_calibrate(folder, by="projector")[0]).needs_language_model(draw(3, 2)[0]).any()
     assert not cascade.projector_alone.needs_language_model(draw(3, 2)[0]).any()

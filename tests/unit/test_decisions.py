@@ -232,7 +232,12 @@ def test_slots_without_validation_labels_and_types_without_training_cells(tmp_pa
 
 def test_without_validation_cells_no_cell_is_judged_novel(tmp_path):
     scores, true, named = draw(0, 5)
-    fitted = Confidence.load(run_calibrate(write_run(tmp_path, scores, true, named))[0])
+    for by in ("model", "projector", "cascade"):
+        assert (
+            Confidence.load(run_calibrate(write_run(tmp_path, scores, true, named), by=by, agreement=0.9)[0]).limit
+            is None
+        )
+    fitted = Confidence.load(run_calibrate(tmp_path)[0])
     assert fitted.limit is None and fitted.programmes == ProgrammeCalibration()
     assert fitted.slots == {"cell_type": SlotCalibration(), "tissue": SlotCalibration()}
 

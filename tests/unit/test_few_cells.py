@@ -103,7 +103,7 @@ def test_a_shard_without_cells_of_a_split_gives_an_empty_file(run, shard):
     for name in (shard, "rest"):
         files, scores = [str(folder / f"{name}.safetensors")], str(folder / f"test-{name}.safetensors")
         score_candidates(*inputs, Embeddings(files), scores, "test", 8)
-        fitted = str(folder / "calibration.json"), str(folder / "reference.safetensors")
+        fitted = str(folder / "confidence.json"), str(folder / "reference.safetensors")
         generate_descriptions(inputs[0], scores, *fitted, inputs[3], files, str(out / f"{name}.jsonl"), "test")
     assert (out / f"{shard}.jsonl").read_text() == ""
     assert [row["cell_id"] for row in read_jsonl(out / "rest.jsonl")] == ["study|28", "study|29"]
@@ -133,8 +133,8 @@ def test_a_cell_alone_in_its_split_is_not_described_from_its_own_embedding(run, 
     score = Scorer.score
     monkeypatch.setattr(Scorer, "score", lambda self, *given: scored.append(score(self, *given)) or scored[-1])
     monkeypatch.setattr(Embeddings, "vectors", lambda self, ids, *rest: asked.append(ids) or vectors(self, ids, *rest))
-    calibration, out = str(folder / "calibration.json"), str(folder / "shuffled.parquet")
-    predict_shuffled(*inputs, calibration, embeddings, out, SPLITS[1:], batch_cells=8, seed=0)
+    confidence, out = str(folder / "confidence.json"), str(folder / "shuffled.parquet")
+    predict_shuffled(*inputs, confidence, embeddings, out, SPLITS[1:], batch_cells=8, seed=0)
     predicted = PREDICTIONS.read(out)
     assert list(predicted["cell_id"]) == ["study|27", "study|28", "study|29"]
     assert (predicted["status"] == "parsed").all() and predicted["cell_type_confidence"].between(0, 1).all()
@@ -142,9 +142,9 @@ def test_a_cell_alone_in_its_split_is_not_described_from_its_own_embedding(run, 
     assert int(other.split("|")[1]) < 27  # a training cell
     assert swapped == ["study|29", "study|28"]
     labels, ancestors = read_json(folder / "model/cell2text.json")["labels"], read_ancestors(inputs[3])
-    described = [Confidence.load(calibration).describe(scores, labels, ancestors) for scores in scored]
+    described = [Confidence.load(confidence).describe(scores, labels, ancestors) for scores in scored]
     assert list(predicted["cell_type_id"]) == list(pd.concat(described)["cell_type_id"])
-    predict_shuffled(*inputs, calibration, embeddings, out, ["none"], batch_cells=8, seed=0)
+    predict_shuffled(*inputs, confidence, embeddings, out, ["none"], batch_cells=8, seed=0)
     assert len(PREDICTIONS.read(out)) == 0
 
 

@@ -91,7 +91,7 @@ def render(tmp_path):
         (tmp_path / "model/README.md").write_text(f"# Model of blood{text}\n\nMore.")
         about = {"training_cells": 1734, "labels": {"cell_type": ["a", "b"]}, "seal": "0" * 64}
         write_json(about, tmp_path / "model/cell2text.json")
-        write_json(CALIBRATION, tmp_path / "model/calibration.json")
+        write_json(CALIBRATION, tmp_path / "model/confidence.json")
         write_json(FIT, tmp_path / "fit.json")
         evidence = f"cluster\tcell_type\tside\trank\tgene\tshare\nNA{text}\tB cell\tfor\t1\tMS4A1{text}\t0.5\n"
         (tmp_path / "evidence.tsv").write_text(evidence)

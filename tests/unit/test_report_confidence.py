@@ -188,6 +188,13 @@ def test_limits_of_confidence(files):
     )
     told = " ".join(list_limits(replace(results, confidence=new), {}))
     assert "These rest on 40 cells of the 3 training studies" in told and "too high for them" not in told
+    for threshold, sentence in (
+        (Threshold(0.8, 0.8, 40, False, studies=3), "Too few studies for a guarantee on the cell types"),
+        (Threshold(NOTHING, 0.8, 40, True, studies=7), "No cell type is reported in a new study"),
+    ):
+        assert sentence not in told
+        none = replace(results.confidence, thresholds={"cell_type": threshold})
+        assert sentence in " ".join(list_limits(replace(results, confidence=replace(new, new_studies=none)), {}))
     assert "most cells of a type that resembles a training type are not flagged" in limits
     assert "count as missing, not as zero" in limits
     assert "Too few labelled validation cells for a guarantee on reported terms: tissue (3)." in limits

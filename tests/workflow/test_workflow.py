@@ -112,13 +112,12 @@ def test_changing_an_evaluation_key_reruns_only_the_evaluation(finished, tmp_pat
     assert rules == {"all", "evaluate", "compare", "render_report", "pack_model"}
 
 
-def test_another_confidence_calibrates_again_and_trains_nothing_again(finished, tmp_path):
+def test_another_confidence_neither_trains_nor_scores_again(finished, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text((finished / "tiny.yaml").read_text() + "generate:\n  confidence: 0.9\n")
     rules, _ = planned(finished, config=changed)
     judged = {"generate_descriptions", "baseline_shuffled", "evaluate", "compare", "render_report", "pack_model"}
-    # the calibration tells which cells the language model reads
-    assert rules == {"all", "calibrate", "score_candidates"} | judged
+    assert rules == {"all", "choose_thresholds"} | judged
 
 
 def test_free_text_is_compared_only_on_request(finished, tmp_path):
@@ -205,7 +204,7 @@ def test_a_run_with_geneformer_and_without_cached_vectors(with_geneformer):
     assert planned(folder)[0] == set()
     changed = folder / "changed.yaml"
     changed.write_text((folder / "tiny.yaml").read_text() + "generate:\n  confidence: 0.9\n")
-    assert "calibrate" in (rules := planned(folder, config=changed)[0]) and "baseline_greedy" not in rules
+    assert "choose_thresholds" in (rules := planned(folder, config=changed)[0]) and "baseline_greedy" not in rules
 
 
 def test_a_killed_run_keeps_finished_shards_and_resumes_to_the_same_bytes(with_geneformer):

@@ -13,7 +13,7 @@ rule pack_model:
         encoder="<results>/encoder",
         genes="<results>/genes.parquet",
         terms="<results>/corpus/terms.parquet",
-        calibration="<results>/confidence/calibration.json",
+        confidence="<results>/confidence/confidence.json",
         reference="<results>/confidence/reference.safetensors",
         corpus="<results>/corpus/cells.parquet",
         card="<results>/model_card.md",

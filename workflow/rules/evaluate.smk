@@ -115,7 +115,7 @@ rule baseline_shuffled:
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
-        calibration="<results>/confidence/calibration.json",
+        confidence="<results>/confidence/confidence.json",
         embeddings=EMBEDDINGS,
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,

@@ -1,9 +1,19 @@
 """
 The candidate names of each cell's slots are scored, calibrated on the validation cells, and written as a description.
 
+Only `choose_thresholds` depends on `generate.confidence`, so that another one scores no cell again.
+
 Inputs: <results>/finetuned/, <results>/embeddings/. Outputs: <results>/scores/{split}/{shard}.safetensors,
 <results>/confidence/, <results>/generations/{split}/{shard}.jsonl.
 """
+
+
+VALIDATION_SCORES = collect(
+    "<results>/scores/validation/{shard}.safetensors", shard=SHARDS
+)
+LEFT_OUT_STUDIES = (
+    "<results>/scores/left_out_studies.safetensors" if len(DATASETS) > 2 else []
+)
 
 
 rule score_candidates:
@@ -87,14 +97,9 @@ rule score_left_out_studies:
 rule calibrate:
     input:
         model="<results>/finetuned",
-        scores=collect("<results>/scores/validation/{shard}.safetensors", shard=SHARDS),
-        left_out=(
-            "<results>/scores/left_out_studies.safetensors"
-            if len(DATASETS) > 2
-            else []
-        ),
+        scores=VALIDATION_SCORES,
+        left_out=LEFT_OUT_STUDIES,
         descriptions="<results>/corpus/descriptions.parquet",
-        terms="<results>/corpus/terms.parquet",
         embeddings=EMBEDDINGS,
     output:
         calibration="<results>/confidence/calibration.json",
@@ -112,12 +117,8 @@ rule calibrate:
         runtime=hours(1),
     params:
         seed=lookup("seed", within=config),
-        confidence=lookup("generate/confidence", within=config),
-        agreement=(
-            config["generate"]["agreement"]
-            if config["generate"]["by"] == "cascade"
-            else None
-        ),
+        by=lookup("generate/by", within=config),
+        agreement=lookup("generate/agreement", within=config),
         library=library_version("calibrate.py"),
     message:
         "Calibrating confidences on the validation cells"
@@ -125,11 +126,40 @@ rule calibrate:
         "../scripts/calibrate.py"
 
 
+rule choose_thresholds:
+    input:
+        calibration="<results>/confidence/calibration.json",
+        model="<results>/finetuned",
+        scores=VALIDATION_SCORES,
+        left_out=LEFT_OUT_STUDIES,
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+    output:
+        confidence="<results>/confidence/confidence.json",
+    log:
+        "<logs>/choose_thresholds.log",
+    benchmark:
+        "<benchmarks>/choose_thresholds.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=hours(1),
+    params:
+        confidence=lookup("generate/confidence", within=config),
+        library=library_version("choose_thresholds.py"),
+    message:
+        "Choosing from which probability on terms are reported"
+    script:
+        "../scripts/choose_thresholds.py"
+
+
 rule generate_descriptions:
     input:
         model="<results>/finetuned",
         scores="<results>/scores/{split}/{shard}.safetensors",
-        calibration="<results>/confidence/calibration.json",
+        confidence="<results>/confidence/confidence.json",
         reference="<results>/confidence/reference.safetensors",
         terms="<results>/corpus/terms.parquet",
         embeddings=collect(

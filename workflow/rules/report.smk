@@ -13,7 +13,7 @@ rule render_report:
         calibration="<results>/evaluation/calibration.tsv",
         provenance="<results>/evaluation/provenance.json",
         comparison="<results>/evaluation/comparison.svg",
-        confidence="<results>/confidence/calibration.json",
+        confidence="<results>/confidence/confidence.json",
         generations=collect("<results>/generations/test/{shard}.jsonl", shard=SHARDS),
         corpus="<results>/corpus/cells.parquet",
         descriptions="<results>/corpus/descriptions.parquet",

@@ -15,7 +15,7 @@ def main(snakemake):
             snakemake.input.language_model,
             snakemake.input.corpus,
             snakemake.input.terms,
-            snakemake.input.calibration,
+            snakemake.input.confidence,
             embeddings,
             snakemake.output.predictions,
             splits=SPLITS[1:],

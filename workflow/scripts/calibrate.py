@@ -1,4 +1,4 @@
-"""Fit confidences, thresholds and the limit of novelty on the validation cells."""
+"""Calibrate the scores of names, and find the limit of novelty, on the validation cells."""
 
 from cell2text.confidence.calibrate import calibrate
 from cell2text.job import run_job
@@ -11,12 +11,11 @@ def main(snakemake):
         snakemake.input.scores,
         snakemake.input.left_out or None,
         snakemake.input.descriptions,
-        snakemake.input.terms,
         snakemake.input.embeddings,
         snakemake.output.calibration,
         snakemake.output.reference,
-        confidence=snakemake.params.confidence,
         seed=snakemake.params.seed,
+        by=snakemake.params.by,
         agreement=snakemake.params.agreement,
     )
 

@@ -9,7 +9,7 @@ def main(snakemake):
     generate_descriptions(
         snakemake.input.model,
         snakemake.input.scores,
-        snakemake.input.calibration,
+        snakemake.input.confidence,
         snakemake.input.reference,
         snakemake.input.terms,
         snakemake.input.embeddings,

@@ -56,7 +56,7 @@ def cluster_query(
         of_cells = find_clusters(EMBEDDINGS.read_cells(embeddings, cells["cell_id"], ["pooled"])["pooled"], seed)
         log.info("%d clusters found", of_cells.nunique())
     CLUSTERS.write(cells[["cell_id"]].assign(cluster=of_cells.astype(str).to_numpy(dtype=object)), clusters)
-    threshold = Confidence.load(folder / "calibration.json").of_new_study.thresholds["cell_type"]
+    threshold = Confidence.load(folder / "confidence.json").of_new_study.thresholds["cell_type"]
     labels = read_facts(model)["labels"]["cell_type"]
     own = study.obs.get(OWN_LABEL)
     found = describe_clusters(cells, study, of_cells, terms, own, threshold.confidence, labels)

@@ -21,7 +21,7 @@ def describe_query(model: str, scores: str, embeddings: str, descriptions: str) 
     generate_descriptions(
         model,
         scores,
-        str(folder / "calibration.json"),
+        str(folder / "confidence.json"),
         str(folder / "reference.safetensors"),
         str(folder / "terms.parquet"),
         [embeddings],

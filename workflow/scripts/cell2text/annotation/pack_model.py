@@ -14,7 +14,7 @@ from cell2text.provenance import versions
 
 log = logging.getLogger("cell2text.annotation")
 
-FORMAT = 3  # raised by a change after which older folders cannot be read
+FORMAT = 4  # raised by a change after which older folders cannot be read
 COPY_AGAIN = "Copy the whole folder again, or train the model again with this version"
 PACKAGES = ("cell2text", "torch", "transformers", "peft", "numpy", "safetensors")
 IGNORED = {".snakemake_timestamp"}
@@ -25,7 +25,7 @@ def pack_model(
     encoder: str,
     genes: str,
     terms: str,
-    calibration: str,
+    confidence: str,
     reference: str,
     corpus: str,
     card: str,
@@ -40,8 +40,8 @@ def pack_model(
         Folders written by ``finetune`` and ``fit_encoder``; linked weights of a fetched encoder are copied.
     genes, terms
         Files of ``contracts.GENES``, which tells which study measures a gene, and ``contracts.TERMS``.
-    calibration, reference
-        Files written by ``calibrate``.
+    confidence, reference
+        Files written by ``choose_thresholds`` and ``calibrate``.
     corpus
         File of ``contracts.CELLS``, only for the depth of the training cells.
     card
@@ -61,7 +61,7 @@ def pack_model(
             elif source.name not in IGNORED:
                 shutil.copyfile(source, folder / source.name)
         shutil.copytree(encoder, folder / "encoder", ignore=shutil.ignore_patterns(*IGNORED))
-        for file in (genes, terms, calibration, reference):
+        for file in (genes, terms, confidence, reference):
             shutil.copyfile(file, folder / Path(file).name)
         shutil.copyfile(card, folder / "README.md")  # where Hugging Face looks for the card
         about |= {

@@ -50,7 +50,7 @@ def rank_query(counts: str, model: str, source: str, genes: str, tokens: str, fi
     about = read_model(model)
     matched = match_genes(GENES.read(Path(model) / "genes.parquet"), read_genes(counts), Path(tokens).stem)
     found = _measure_fit(counts, matched, about)
-    if not read_json(Path(model) / "calibration.json").get("new_studies"):
+    if not read_json(Path(model) / "confidence.json").get("new_studies"):
         found["warnings"].append(
             "the model was trained on fewer than three studies, so its confidences are probably too high here"
         )

@@ -85,7 +85,7 @@ def render_query(
     number = {name: i for i, name in enumerate(columns["cluster"]["names"])}
     markers = dict(zip(table["cluster"], table["markers"], strict=True))
     folder = Path(model)
-    confidence = Confidence.load(folder / "calibration.json")
+    confidence = Confidence.load(folder / "confidence.json")
     threshold = confidence.of_new_study.thresholds.get("cell_type")  # none without cell types
     judged = cells["novelty"].notna()
     variables = {

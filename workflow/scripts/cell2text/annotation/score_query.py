@@ -28,7 +28,7 @@ def score_query(model: str, language_model: str, embeddings: str, scores: str) -
         Output file (``contracts.SCORES``).
     """
     about, folder = read_facts(model), Path(model)
-    confidence = Confidence.load(folder / "calibration.json").of_new_study
+    confidence = Confidence.load(folder / "confidence.json").of_new_study
     scorer = Scorer(model, language_model, str(folder / "terms.parquet"))
     cells = EMBEDDINGS.read(embeddings, [])[1]
     vectors = Embeddings([embeddings]).vectors(cells, scorer.model.projector.reads)

@@ -24,12 +24,19 @@ Both assume that new cells are exchangeable with the validation cells: the same 
 types. They hold on average over draws of validation cells, not for each cell type, and not for a new study. Strictly,
 the validation cells must not have fitted the probabilities; with few parameters it makes no difference (on real cells
 the share of wrong terms moved by at most 0.003).
+
+The cells of a new study are not exchangeable with those of other studies, but studies are with each other. Where each
+cell comes from a study that was new to the model, the first condition is therefore demanded of studies: the loss is the
+share of the cells of a study that get a wrong term, and the bound is that of the next study.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
+
+from cell2text.confidence.calibration import Steps, fit_steps
 
 LEAST_THRESHOLD = 0.5  # two terms above it share candidates, so they never contradict each other
 NOTHING = 2.0  # a threshold that no probability reaches
@@ -177,28 +184,49 @@ class Threshold:
     cells
         Number of labelled validation cells.
     guaranteed
-        Whether there were enough of them for a guarantee.
+        Whether there were enough of them, or of their studies, for a guarantee.
+    studies
+        Number of studies the cells are from, if each was new to the model; None if the cells are like new ones.
+    steps
+        Map from the probability of a reported term to the share of right ones, or None.
     """
 
     value: float
     confidence: float
     cells: int
     guaranteed: bool
+    studies: int | None = None
+    steps: Steps | None = None
 
     @property
     def note(self) -> str:
         """What the guarantee rests on, in a few words."""
-        return f"{'' if self.guaranteed else 'no guarantee: '}{self.cells} validation cells"
+        cells = f"{self.cells} validation cells" if self.studies is None else f"{self.studies} studies held out"
+        return f"{'' if self.guaranteed else 'no guarantee: '}{cells}"
+
+    def confidences(self, probabilities: np.ndarray) -> np.ndarray:
+        """Return the confidence in reported terms of these probabilities; NaN stays NaN."""
+        return probabilities if self.steps is None else self.steps(probabilities).astype(probabilities.dtype)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Self:
+        """Return the threshold of ``dataclasses.asdict``."""
+        return cls(**saved | {"steps": Steps.from_dict(saved.get("steps"))})
 
 
 def choose_threshold(
-    terms: TermsAbove, probabilities: np.ndarray, truth: Sequence[str | None], confidence: float
+    terms: TermsAbove,
+    probabilities: np.ndarray,
+    truth: Sequence[str | None],
+    confidence: float,
+    studies: Sequence[str] | None = None,
 ) -> Threshold:
     """Return the smallest threshold (at least 0.5) with both guarantees; see the module.
 
     With fewer than 1 / (1 - confidence) - 1 labelled cells no threshold could have one. Then the threshold is the
     requested confidence itself, which is right if the probabilities are calibrated, and is marked as not guaranteed.
-    If there are enough cells and too many of their terms are wrong at every threshold, nothing is reported.
+    With fewer studies than that it is also at least what the cells demand. If there are enough and too many of their
+    terms are wrong at every threshold, nothing is reported.
 
     Parameters
     ----------
@@ -210,13 +238,26 @@ def choose_threshold(
         True id of each validation cell; None if unknown. It may be no candidate.
     confidence
         The requested confidence, from 0 to below 1.
+    studies
+        The study of each cell, if it was new to the model that gave the probabilities. The guarantee is then for new
+        studies, and confidences in reported terms are fitted too.
     """
     truth = np.array(truth, dtype=object)
     labelled = np.array([one is not None for one in truth], dtype=bool)
     count, alpha = int(labelled.sum()), 1 - confidence
+    # each unit of exchange has a weight of 1: a cell, or a study, whose cells share it
+    weights, units = np.ones(count), count
+    if studies is not None:
+        _, study, sizes = np.unique(np.asarray(studies)[labelled], return_inverse=True, return_counts=True)
+        weights, units = (1 / sizes)[study], len(sizes)
+    guaranteed = alpha * (units + 1) >= 1 - 1e-9
+    given = (confidence, count, guaranteed, None if studies is None else units)
     if alpha * (count + 1) < 1 - 1e-9:
-        return Threshold(max(confidence, LEAST_THRESHOLD), confidence, count, guaranteed=False)
-    cells, low, high, right = terms.intervals(np.asarray(probabilities)[labelled], truth[labelled])
+        return Threshold(max(confidence, LEAST_THRESHOLD), *given)
+    if not guaranteed:
+        weights, units = np.ones(count), count
+    probabilities, truth = np.asarray(probabilities)[labelled], truth[labelled]
+    cells, low, high, right = terms.intervals(probabilities, truth)
     lowest = round(LEAST_THRESHOLD * _UNITS)
     most_probable, wrong_up_to = np.zeros(count, dtype=int), np.zeros(count, dtype=int)
     np.maximum.at(most_probable, cells, high)
@@ -225,12 +266,24 @@ def choose_threshold(
     thresholds = np.unique(np.concatenate([[lowest], high[~right] + 1]))
     thresholds = thresholds[thresholds >= lowest]
 
-    def at_least(values: np.ndarray) -> np.ndarray:
-        return len(values) - np.searchsorted(np.sort(values), thresholds)
+    def at_least(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        order = np.argsort(values)
+        above = np.cumsum((np.ones(len(values)) if weights is None else weights[order])[::-1])[::-1]
+        return np.append(above, 0)[np.searchsorted(values[order], thresholds)]
 
     wrong = at_least(high[~right]) - at_least(low[~right])
     selective = wrong + 1 <= alpha * (at_least(most_probable) + 1) + 1e-9
-    marginal = at_least(wrong_up_to) + 1 <= alpha * (count + 1) + 1e-9
+    marginal = at_least(wrong_up_to, weights) + 1 <= alpha * (units + 1) + 1e-9
     good = np.flatnonzero(selective & marginal)
-    value = thresholds[good[0]] / _UNITS if len(good) else NOTHING
-    return Threshold(float(value), confidence, count, guaranteed=True)
+    value = float(thresholds[good[0]] / _UNITS) if len(good) else NOTHING
+    if not guaranteed:
+        value = max(value, confidence)
+    return Threshold(value, *given, None if studies is None else _fit_steps(terms, probabilities, truth, value))
+
+
+def _fit_steps(terms: TermsAbove, probabilities: np.ndarray, truth: np.ndarray, threshold: float) -> Steps | None:
+    ids, found = terms.report(probabilities, threshold)
+    reported = np.flatnonzero(~np.isnan(found))
+    column = {term: place for place, term in enumerate(terms.terms)}
+    places = np.array([column[one] for one in ids[reported]], dtype=np.int64)
+    return fit_steps(found[reported].astype(float), terms.right_terms(truth[reported])[np.arange(len(places)), places])

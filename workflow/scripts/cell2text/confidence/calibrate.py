@@ -1,14 +1,14 @@
-"""Confidence fitted on the validation cells: calibration, thresholds of reported terms, and the limit of novelty."""
+"""Calibration on the validation cells, the cells that the projector describes alone, and the limit of novelty."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from cell2text.confidence.back_off import TermsAbove, choose_threshold
 from cell2text.confidence.calibration import (
     MOST_CELLS,
     ProgrammeCalibration,
@@ -17,7 +17,7 @@ from cell2text.confidence.calibration import (
     calibrate_slot,
 )
 from cell2text.confidence.cascade import choose_least_lead, find_leads
-from cell2text.confidence.decisions import FIX, Confidence, rank_programmes, read_ancestors, score_places
+from cell2text.confidence.decisions import FIX, Confidence, rank_programmes, score_places
 from cell2text.confidence.novelty import Reference, choose_limit, draw_cells
 from cell2text.contracts import DESCRIPTIONS, EMBEDDINGS, SCORES, TERM_SLOTS, datasets_of
 from cell2text.errors import InputError
@@ -32,15 +32,14 @@ def calibrate(
     scores: Sequence[str],
     left_out: str | None,
     descriptions: str,
-    terms: str,
     embeddings: Sequence[str],
     calibration: str,
     reference: str,
-    confidence: float,
     seed: int,
+    by: str = "model",
     agreement: float | None = None,
 ) -> None:
-    """Fit how scores become confidences, and write it.
+    """Fit how scores become probabilities, and write it; thresholds follow in ``choose_thresholds``.
 
     Of more than 20,000 validation cells, as many are used, evenly spaced.
 
@@ -53,111 +52,119 @@ def calibrate(
     left_out
         File of ``contracts.SCORES`` of training cells by projectors that have not seen their study; None, or without
         rows, if there are too few studies.
-    descriptions, terms
-        Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
+    descriptions
+        File of ``contracts.DESCRIPTIONS``.
     embeddings
         Files of ``contracts.EMBEDDINGS`` of all cells.
     calibration, reference
         Output files: the fitted numbers as JSON, and the training cells that new cells are compared with.
-    confidence
-        The share of the reported terms that should be right.
     seed
         Seed of the draw of training cells.
-    agreement
-        Share of the cells described by the projector alone that both models should describe alike; None if no cell
-        is to be described by it alone.
+    by, agreement
+        The config's ``generate.by`` and ``generate.agreement``.
 
     Raises
     ------
     InputError
         If there are fewer than two training cells.
     """
-    labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
-    training, validation = _read_cells(descriptions, seed)
-    wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
-    found = SCORES.read_cells(scores, validation["cell_id"], wanted)
-    ancestors = read_ancestors(terms)
+    about = read_json(f"{model}/cell2text.json", FIX)
+    labels = about["labels"]
+    training, validation = _draw_training_cells(descriptions, seed), read_validation_cells(descriptions)
     compared = Reference.of(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"])
     own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
     save_reference(compared, reference)
     limit = choose_limit(compared.novelty(own))
-    fitted = _fit(found, labels, ancestors, validation, confidence, limit)
-    new = _fit_new_studies(left_out, labels, ancestors, descriptions, confidence, limit) if left_out else None
-    fitted = replace(fitted, studies=_find_studies(descriptions, labels), new_studies=new)
-    if agreement is not None:
-        alone = _fit_projector(found, labels, ancestors, validation, confidence, limit)
-        fitted = _add_cascade(fitted, alone, found, labels, ancestors, agreement)
+    found = read_scores(scores, validation, labels)
+    # a projector that names all cells is not weighed against a language model, which a new file would need then
+    alone = _fit_projector(found, about, validation, limit) if by != "model" else None
+    fitted = alone if by == "projector" else _fit(found, labels, validation, limit)
+    fitted = replace(fitted, studies=_find_studies(descriptions, labels))
+    new, cells = read_left_out(left_out, descriptions, labels)
+    if len(cells):
+        # How the language model's scores should be weighed in new studies is unknown: none was trained without a study.
+        log.info("new studies: %d cells of studies that the projector had not seen", len(cells))
+        fitted = replace(fitted, new_studies=_fit_projector(new, about, cells, limit))
+    if by == "cascade":
+        fitted = _add_cascade(fitted, alone, found, agreement)
     fitted.save(calibration)
 
 
+def read_validation_cells(descriptions: str) -> pd.DataFrame:
+    """Return rows of ``contracts.DESCRIPTIONS`` of at most 20,000 validation cells, evenly spaced."""
+    cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split"], categories=["split"])
+    rows = np.flatnonzero(cells["split"] == "validation")
+    return _read_rows(descriptions, cells["cell_id"][rows[:: -(-len(rows) // MOST_CELLS) or 1]])
+
+
+def read_scores(
+    scores: Sequence[str], cells: pd.DataFrame, labels: Mapping[str, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """Return the scores of both models of some cells, from files of ``contracts.SCORES``."""
+    return SCORES.read_cells(scores, cells["cell_id"], [*labels, *(f"projector_{slot}" for slot in labels)])
+
+
+def read_left_out(
+    left_out: str | None, descriptions: str, labels: Mapping[str, Sequence[str]]
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """Return the projector's scores of cells of left-out studies, and their rows of ``contracts.DESCRIPTIONS``."""
+    # without rows, the file has no tensors either
+    ids = SCORES.read(left_out, [])[1] if left_out else []
+    scores = SCORES.read(left_out, [f"projector_{slot}" for slot in labels])[0] if ids else {}
+    return scores, _read_rows(descriptions, ids)
+
+
 def _fit(
-    scores: dict[str, np.ndarray],
-    labels: dict[str, list[str]],
-    ancestors: dict[str, dict[str, Sequence[str]]],
-    cells: pd.DataFrame,
-    confidence: float,
-    limit: float | None,
+    scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], cells: pd.DataFrame, limit: float | None
 ) -> Confidence:
-    """Fit calibrations and thresholds on the scores of cells, given as rows of ``contracts.DESCRIPTIONS``."""
-    slots, thresholds = {}, {}
+    """Fit calibrations on the scores of cells, given as rows of ``contracts.DESCRIPTIONS``."""
+    slots = {}
     for slot in [slot for slot in TERM_SLOTS if slot in labels]:
-        truth = cells[f"{slot}_id"].astype(object).where(cells[f"{slot}_id"].notna(), None).to_list()
+        truth = true_terms(cells, slot)
         language, projector = scores[slot], scores[f"projector_{slot}"]
         # A name without cells in the other studies was no candidate for a study left out of training.
         impossible = np.isneginf(projector[np.arange(len(truth)), pd.Index(labels[slot]).get_indexer(truth)])
         candidates = ["" if out and one else one for one, out in zip(truth, impossible, strict=True)]
         slots[slot] = calibrate_slot(language, labels[slot], candidates, projector)
-        above = TermsAbove(labels[slot], ancestors[slot], slots[slot].none)
-        probabilities = slots[slot].probabilities(language, projector)
-        thresholds[slot] = choose_threshold(above, probabilities, truth, confidence)
-        log.info(
-            "%s: weights of language model and projector %.2f and %.2f, terms are reported from probability %.2f (%s)",
-            slot, *slots[slot].weights, thresholds[slot].value, thresholds[slot].note,
-        )  # fmt: skip
+        log.info("%s: weights of language model and projector %.2f and %.2f", slot, *slots[slot].weights)
     ranking, programmes = SlotCalibration(), ProgrammeCalibration()
     if PATHWAY in labels:
         ranking, programmes = _calibrate_programmes(scores, labels[PATHWAY], cells["pathway_ids"])
-    return Confidence(slots, thresholds, ranking, programmes, limit)
+    return Confidence(slots, {}, ranking, programmes, limit)
 
 
-def _fit_new_studies(
-    left_out: str,
-    labels: dict[str, list[str]],
-    ancestors: dict[str, dict[str, Sequence[str]]],
-    descriptions: str,
-    confidence: float,
-    limit: float | None,
-) -> Confidence | None:
-    """Fit the confidence of cells of new studies, for which only the projector's scores are weighed.
-
-    How the language model's scores should be weighed there is unknown: no language model was trained without a study.
-    """
-    scores, ids = SCORES.read(left_out, [])
-    if not ids:
-        return None
-    scores, ids = SCORES.read(left_out, [f"projector_{slot}" for slot in labels])
-    log.info("new studies: %d cells of studies that the projector had not seen", len(ids))
-    return _fit_projector(scores, labels, ancestors, _read_rows(descriptions, ids), confidence, limit)
+def true_terms(cells: pd.DataFrame, slot: str) -> list[str | None]:
+    """Return the true term of each cell, from rows of ``contracts.DESCRIPTIONS``; None if it is unknown."""
+    terms = cells[f"{slot}_id"].astype(object)
+    return terms.where(terms.notna(), None).to_list()
 
 
 def _fit_projector(
-    scores: dict[str, np.ndarray],
-    labels: dict[str, list[str]],
-    ancestors: dict[str, dict[str, Sequence[str]]],
-    cells: pd.DataFrame,
-    confidence: float,
-    limit: float | None,
+    scores: Mapping[str, np.ndarray], about: Mapping[str, Any], cells: pd.DataFrame, limit: float | None
 ) -> Confidence:
-    """Fit calibrations and thresholds as :func:`_fit` does, on the projector's scores alone."""
-    alike, places = {}, cells["pathway_ids"].map(len).max()
-    for slot in labels:
-        projector = scores[f"projector_{slot}"]
-        shape = (len(cells), places, len(labels[slot])) if slot == PATHWAY else projector.shape
-        alike[slot] = np.zeros(shape, dtype=np.float32)
+    """Fit calibrations as :func:`_fit` does, on the projector's scores alone."""
     log.info("the projector alone:")
-    fitted = _fit(scores | alike, labels, ancestors, cells, confidence, limit)
+    fitted = _fit(without_language_model(scores, about), about["labels"], cells, limit)
     alone = {slot: _projector_alone(one) for slot, one in fitted.slots.items()}
     return replace(fitted, slots=alone, ranking=_projector_alone(fitted.ranking))
+
+
+def without_language_model(scores: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the tensors of ``contracts.SCORES`` with all names alike to the language model.
+
+    Parameters
+    ----------
+    scores
+        At least the projector's tensors.
+    about
+        The model's ``labels`` and ``programmes_per_cell``.
+    """
+    alike = {}
+    for slot, candidates in about["labels"].items():
+        programmes = min(about["programmes_per_cell"], len(candidates))
+        cells, names = scores[f"projector_{slot}"].shape
+        alike[slot] = np.zeros((cells, programmes, names) if slot == PATHWAY else (cells, names), dtype=np.float32)
+    return {**scores, **alike}
 
 
 def _projector_alone(calibration: SlotCalibration) -> SlotCalibration:
@@ -167,17 +174,10 @@ def _projector_alone(calibration: SlotCalibration) -> SlotCalibration:
 
 
 def _add_cascade(
-    fitted: Confidence,
-    alone: Confidence,
-    scores: dict[str, np.ndarray],
-    labels: dict[str, list[str]],
-    ancestors: dict[str, dict[str, Sequence[str]]],
-    agreement: float,
+    fitted: Confidence, alone: Confidence, scores: Mapping[str, np.ndarray], agreement: float
 ) -> Confidence:
     """Let the projector alone describe cells with a lead from which both confidences name the same on these cells."""
-    both, one = (confidence.describe(scores, labels, ancestors) for confidence in (fitted, alone))
-    named = [f"{slot}_id" for slot in TERM_SLOTS if slot in labels] + ["pathway_ids"]
-    same = (both[named] == one[named]).all(axis=1).to_numpy(bool)
+    same = (_find_names(fitted, scores) == _find_names(alone, scores)).all(axis=1)
     leads = find_leads(scores, fitted.slots, fitted.ranking)
     least = choose_least_lead(leads, same, agreement)
     log.info(
@@ -188,19 +188,26 @@ def _add_cascade(
     return fitted if least is None else replace(fitted, least_lead=least, projector_alone=alone)
 
 
-def _read_cells(descriptions: str, seed: int) -> tuple[pd.Series, pd.DataFrame]:
-    """Return ids of training cells to compare with, and descriptions of the validation cells."""
+def _find_names(confidence: Confidence, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the indices of the names of each cell, int64 (cells, names)."""
+    names = [confidence.probabilities(slot, scores).argmax(axis=1)[:, None] for slot in confidence.slots]
+    if PATHWAY in scores:
+        names.append(rank_programmes(scores, confidence.ranking)[0])
+    return np.hstack(names)
+
+
+def _draw_training_cells(descriptions: str, seed: int) -> pd.Series:
+    """Return ids of training cells to compare with."""
     cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split"], categories=["split"])
-    training, validation = (np.flatnonzero(cells["split"] == split) for split in ("train", "validation"))
+    training = np.flatnonzero(cells["split"] == "train")
     if len(training) < 2:
         raise InputError(
             descriptions, f"{len(training)} training cells, with which no cell can be compared", "Add training cells"
         )
-    ids, validation = cells["cell_id"], validation[:: -(-len(validation) // MOST_CELLS) or 1]
-    return ids[training[draw_cells(len(training), seed)]], _read_rows(descriptions, ids[validation])
+    return cells["cell_id"][training[draw_cells(len(training), seed)]]
 
 
-def _find_studies(descriptions: str, labels: dict[str, list[str]]) -> dict[str, list[str]]:
+def _find_studies(descriptions: str, labels: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Return for each slot the datasets with training cells whose term is known; of programmes all are."""
     columns = [f"{slot}_id" for slot in labels if slot != PATHWAY]
     cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split", *columns], categories=["split", *columns])
@@ -212,7 +219,8 @@ def _find_studies(descriptions: str, labels: dict[str, list[str]]) -> dict[str, 
 
 def _read_rows(descriptions: str, cells: Sequence[str]) -> pd.DataFrame:
     """Return ids and gene programmes of some cells, in the given order, reading a part of the file at a time."""
-    columns, wanted = ["cell_id", "pathway_ids", *(f"{slot}_id" for slot in TERM_SLOTS)], pd.Index(cells)
+    columns = ["cell_id", "pathway_ids", *(f"{slot}_id" for slot in TERM_SLOTS)]
+    wanted = pd.Index(cells, name="cell_id")
     parts = [part[part["cell_id"].isin(wanted)] for part in DESCRIPTIONS.read_parts(descriptions, columns)]
     return pd.concat(parts).set_index("cell_id").loc[wanted].reset_index()
 

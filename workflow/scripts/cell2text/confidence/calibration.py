@@ -46,6 +46,11 @@ class Steps:
         """Return the calibrated probabilities."""
         return np.interp(probabilities, self.given, self.calibrated)
 
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any] | None) -> Self | None:
+        """Return the map of ``dataclasses.asdict``, or None for None."""
+        return saved and cls(tuple(saved["given"]), tuple(saved["calibrated"]))
+
 
 @dataclass(frozen=True)
 class SlotCalibration:
@@ -96,7 +101,7 @@ class SlotCalibration:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
         """Return the calibration of :meth:`to_dict`."""
-        return cls(**saved | {"weights": tuple(saved["weights"]), "steps": _read_steps(saved["steps"])})
+        return cls(**saved | {"weights": tuple(saved["weights"]), "steps": Steps.from_dict(saved["steps"])})
 
 
 def calibrate_slot(
@@ -252,7 +257,7 @@ class ProgrammeCalibration:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
         """Return the calibration of :meth:`to_dict`."""
-        return cls(**saved | {"steps": _read_steps(saved["steps"])})
+        return cls(**saved | {"steps": Steps.from_dict(saved["steps"])})
 
 
 def calibrate_programmes(probabilities: np.ndarray, right: np.ndarray) -> ProgrammeCalibration:
@@ -289,7 +294,3 @@ def calibrate_programmes(probabilities: np.ndarray, right: np.ndarray) -> Progra
 
 def _logit(probabilities: np.ndarray) -> np.ndarray:
     return logit(np.clip(np.asarray(probabilities, dtype=np.float64), _EDGE, 1 - _EDGE))
-
-
-def _read_steps(saved: dict[str, Any] | None) -> Steps | None:
-    return None if saved is None else Steps(tuple(saved["given"]), tuple(saved["calibrated"]))

@@ -29,7 +29,7 @@ class Confidence:
     slots
         Calibration of each slot with labels.
     thresholds
-        Threshold of each of these slots.
+        Threshold of each of these slots; none before they are chosen.
     ranking
         Weights of the scores of gene programmes, the same for all places.
     programmes
@@ -77,7 +77,7 @@ class Confidence:
     def _from_dict(cls, saved: dict[str, Any]) -> Self:
         return cls(
             {slot: SlotCalibration.from_dict(one) for slot, one in saved["slots"].items()},
-            {slot: Threshold(**one) for slot, one in saved["thresholds"].items()},
+            {slot: Threshold.from_dict(one) for slot, one in saved["thresholds"].items()},
             SlotCalibration.from_dict(saved["ranking"]),
             ProgrammeCalibration.from_dict(saved["programmes"]),
             saved["limit"],
@@ -184,8 +184,9 @@ class Confidence:
             ids, found = np.array(labels[slot], dtype=object), self.probabilities(slot, scores)
             columns[f"{slot}_id"] = ids[found.argmax(axis=1)]
             columns[f"{slot}_confidence"] = found.max(axis=1).astype(np.float32)
-            reported = above.report(found, self.thresholds[slot].value)
-            columns[f"{slot}_reported_id"], columns[f"{slot}_reported_confidence"] = reported
+            threshold = self.thresholds[slot]
+            columns[f"{slot}_reported_id"], reported = above.report(found, threshold.value)
+            columns[f"{slot}_reported_confidence"] = threshold.confidences(reported)
         if PATHWAY in labels:
             ranked, found = rank_programmes(scores, self.ranking)
             columns["pathway_ids"] = np.array(labels[PATHWAY], dtype=object)[ranked].tolist()

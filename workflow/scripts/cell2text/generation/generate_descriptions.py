@@ -18,7 +18,7 @@ log = logging.getLogger("cell2text.generation")
 def generate_descriptions(
     model: str,
     scores: str,
-    calibration: str,
+    confidence: str,
     reference: str,
     terms: str,
     embeddings: Sequence[str],
@@ -37,8 +37,8 @@ def generate_descriptions(
         Directory of the fine-tuned model.
     scores
         File of ``contracts.SCORES``.
-    calibration, reference
-        Files written by ``calibrate``.
+    confidence, reference
+        Files written by ``choose_thresholds`` and ``calibrate``.
     terms
         File of ``contracts.TERMS``.
     embeddings
@@ -53,16 +53,16 @@ def generate_descriptions(
     labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found, cells = SCORES.read(scores, wanted)
-    confidence = Confidence.load(calibration)
+    fitted = Confidence.load(confidence)
     if new_study:
-        table = confidence.of_new_study.describe(found, labels, read_ancestors(terms))
+        table = fitted.of_new_study.describe(found, labels, read_ancestors(terms))
     else:
-        table = confidence.describe(found, labels, read_ancestors(terms), cells)
+        table = fitted.describe(found, labels, read_ancestors(terms), cells)
     table = table.assign(status="parsed", split=split)
     table["cell_id"] = cells
     compared = Reference(**read_weights(reference, FIX, "numpy"))
     table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])
-    table["novel"] = None if confidence.limit is None else table["novelty"] > confidence.limit
+    table["novel"] = None if fitted.limit is None else table["novelty"] > fitted.limit
     table["text"] = render_rows(_keep_determined(table), Terms(TERMS.read(terms)))
     log.info(
         "%d cells of %s: %d cell types reported, %d cells novel",

@@ -105,6 +105,11 @@ def limits_of_confidence(results: Results) -> Iterator[str]:
             f"{len(studies):,} training studies, held out of alignment one after the other, and vary from "
             "study to study."
         )
+        of_cell_type = confidence.new_studies.thresholds.get("cell_type")
+        if of_cell_type and not of_cell_type.guaranteed:
+            yield "Too few studies for a guarantee on the cell types reported in a new study."
+        elif of_cell_type and of_cell_type.value > 1:
+            yield "No cell type is reported in a new study, because too many were wrong in the studies held out."
     unfitted = [slot_name(slot) for slot, fitted in confidence.slots.items() if not fitted.cells]
     if unfitted:
         yield f"Without labelled validation cells, confidences are not calibrated: {', '.join(unfitted)}."

@@ -15,7 +15,7 @@ def predict_shuffled(
     language_model: str,
     corpus: str,
     terms: str,
-    calibration: str,
+    confidence: str,
     embeddings: Embeddings,
     predictions: str,
     splits: list[str],
@@ -27,12 +27,12 @@ def predict_shuffled(
     A cell alone in its split gets the embedding of a training cell.
 
     A model that uses its input drops to chance level; a model that ignores its input scores as before. The
-    parameters are those of :func:`score_candidates`, and the file written by ``calibrate``, except ``predictions``: the
-    file of ``contracts.PREDICTIONS`` to write.
+    parameters are those of :func:`score_candidates`, the file written by ``choose_thresholds``, and ``predictions``:
+    the file of ``contracts.PREDICTIONS`` to write.
     """
-    scorer, confidence, ancestors = (
+    scorer, fitted, ancestors = (
         Scorer(model, language_model, terms),
-        Confidence.load(calibration),
+        Confidence.load(confidence),
         read_ancestors(terms),
     )
     tables = []
@@ -45,8 +45,8 @@ def predict_shuffled(
         if len(cells) == 1:
             others = cells_in(embeddings.files, corpus, "train")["cell_id"].to_numpy()[:1]
         vectors = embeddings.vectors(others.tolist(), scorer.model.projector.reads)
-        described = confidence.describe(
-            scorer.score(vectors, batch_cells, confidence.needs_language_model), scorer.labels, ancestors
+        described = fitted.describe(
+            scorer.score(vectors, batch_cells, fitted.needs_language_model), scorer.labels, ancestors
         )
         tables.append(described.assign(cell_id=cells, split=split))
     write_predictions(pd.concat(tables, ignore_index=True), terms, predictions)
