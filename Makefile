@@ -1,6 +1,7 @@
-# make demo: from a fresh clone to results/pbmc68k/report.html.   make test: every check that CI runs.
+# make demo: from a fresh clone to a trained model, its report, and cells described by it.   make test: every check that CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO := results/pbmc68k
 UV := 0.13.9
 export PYTHONHASHSEED ?= 0
 export MPLBACKEND = Agg
@@ -8,9 +9,10 @@ export MPLBACKEND = Agg
 .PHONY: demo test lint dry-run tests unit workflow slow format requirements clean
 
 demo: .venv/ready
-	@$(BIN)/snakemake --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
+	@$(BIN)/snakemake all $(DEMO)/unlabelled/pbmc68k.h5ad --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
 	killed: run $(BIN)/snakemake --unlock, then make demo again; finished steps are kept."; exit 1; }
-	@echo "Done: open results/pbmc68k/report.html in a browser"
+	PYTHONPATH=workflow/scripts $(BIN)/python -m cell2text annotate $(DEMO)/unlabelled/pbmc68k.h5ad --model $(DEMO)/model --out $(DEMO)/annotated --overwrite
+	@echo "Done: open $(DEMO)/report.html and $(DEMO)/annotated/annotate.html in a browser"
 
 test: lint dry-run tests
 

@@ -16,15 +16,18 @@ from cell2text.annotation.annotate_query import add_columns, annotate_query, ann
 from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.fetch_query import fetch_query
 from cell2text.annotation.find_queries import find_queries, name_query
+from cell2text.annotation.hide_labels import hide_labels
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import FORMAT, pack_model, read_model
 from cell2text.annotation.predictions import NO_GENES, read_predictions
 from cell2text.annotation.rank_query import match_genes, rank_query
 from cell2text.cells.filter_cells import flag_cells
+from cell2text.cells.h5ad import write_cells
 from cell2text.contracts import CELLS, CLUSTERS, EVIDENCE, GENES, PREDICTIONS, QC, TERMS
 from cell2text.errors import InputError
 from cell2text.files import read_jsonl, seal, write_json, write_jsonl
 from default_settings import qc_settings
+from ranked_files import write_corpus
 from tests_terms import small_table
 
 KNOWN = pd.DataFrame(
@@ -124,6 +127,21 @@ def test_a_linked_encoder_is_packed_with_its_weights(packed, tmp_path):
     assert not (packed / "encoder/weights.safetensors").is_symlink()
     (tmp_path / "fetched.safetensors").unlink()
     assert read_model(packed)
+
+
+def test_test_cells_without_labels_are_a_file_to_annotate(tmp_path):
+    counts = sparse.random(5, 4, 0.6, format="csr", dtype=np.float32, random_state=0)
+    ids = [f"study|{cell}" for cell in range(5)]
+    obs, var = (
+        pd.DataFrame({"cell_type": ["T cell"] * 5, "donor_id": ["a"] * 5}),
+        KNOWN.set_index("gene_id")[["symbol"]],
+    )
+    write_cells(tmp_path / "cells.h5ad", [counts], [np.array(ids)], obs, var, {"source": "here"})
+    corpus = write_corpus(tmp_path / "corpus.parquet", [ids[4], ids[0], ids[1]], ["test", "train", "test"])
+    hide_labels(str(tmp_path / "cells.h5ad"), str(corpus), str(tmp_path / "unlabelled.h5ad"))
+    found = ad.read_h5ad(tmp_path / "unlabelled.h5ad")
+    assert list(found.obs_names) == ["study|1", "study|4"] and found.obs.shape == (2, 0) and not found.uns
+    assert (counts[[1, 4]] != found.X).nnz == 0 and list(found.var_names) == list(var.index)
 
 
 def test_the_language_model_is_found_by_its_hashes(tmp_path):

@@ -42,6 +42,29 @@ rule pack_model:
         "../scripts/pack_model.py"
 
 
+# Not a part of any result: a file to try `annotate` with, whose true labels are known.
+rule hide_labels:
+    input:
+        counts="<results>/cells/{dataset}.h5ad",
+        corpus="<results>/corpus/cells.parquet",
+    output:
+        unlabelled="<results>/unlabelled/{dataset}.h5ad",
+    log:
+        "<logs>/hide_labels/{dataset}.log",
+    conda:
+        "../../envs/cells.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=hours(1),
+    params:
+        library=library_version("hide_labels.py"),
+    message:
+        "The test cells of {wildcards.dataset} without their labels"
+    script:
+        "../scripts/hide_labels.py"
+
+
 rule fetch_query:
     input:
         files=lambda wildcards: local_files(QUERIES[wildcards.query]),

@@ -45,7 +45,7 @@ rule baseline_pca_logistic:
         "<benchmarks>/baseline_pca_logistic.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         # the coordinates of all cells on 50 axes, twice
         mem_mb=mem(4000, 1.5),
@@ -72,7 +72,7 @@ rule baseline_knn:
         "<benchmarks>/baseline_knn.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         # copies of the pooled vectors, and the votes for each class
         mem_mb=mem(4000, 1.5 + POOLED / 64),
@@ -97,7 +97,7 @@ rule baseline_nearest_text:
         "<benchmarks>/baseline_nearest_text.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=mem(4000, 7 + POOLED / 64),
         runtime=hours(1),
@@ -196,7 +196,7 @@ rule baseline_aligned:
         "<benchmarks>/baseline_aligned.jsonl"
     conda:
         "../../envs/llm.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=mem_language_model(cells_at_once=4096),
         runtime=hours(1),
@@ -232,7 +232,7 @@ rule evaluate:
         "<benchmarks>/evaluate.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=mem(4000, 5),
         runtime=hours(1),

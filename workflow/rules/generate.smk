@@ -110,7 +110,7 @@ rule calibrate:
         "<benchmarks>/calibrate.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         # the pooled vectors of one file at a time
         mem_mb=mem(4000, POOLED / 64),
@@ -142,7 +142,7 @@ rule choose_thresholds:
         "<benchmarks>/choose_thresholds.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(1),
@@ -174,7 +174,7 @@ rule generate_descriptions:
         "<benchmarks>/generate_descriptions/{split}/{shard}.jsonl"
     conda:
         "../../envs/report.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=mem_scores,
         runtime=hours(1),
