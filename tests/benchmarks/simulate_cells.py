@@ -8,8 +8,9 @@ are expressed. Ten thousand cells are drawn in this way. The file repeats them i
 of the values removed and a tenth increased by one, so that no two cells are identical. The columns are those of the
 CELLxGENE schema. Only one block of cells is in memory.
 
-With `--like real.h5ad` the cells of this file are varied instead, with their genes and without labels, to be described
-by a trained model:
+With `--like real.h5ad` each cell is the sum of two cells of the same type of this file, half of the counts of each at
+random, with its genes and without labels, to be described by a trained model. (Variants of single cells would be as
+many clusters.)
 
     .venv/bin/python tests/benchmarks/simulate_cells.py cells.h5ad --cells 100000 --like pbmc3k.h5ad
 """
@@ -88,6 +89,25 @@ def vary_blocks(bank: sparse.csr_matrix, picks: np.ndarray, rng: np.random.Gener
         yield block
 
 
+def mix_blocks(
+    bank: sparse.csr_matrix, types: np.ndarray, picks: np.ndarray, rng: np.random.Generator
+) -> Iterator[sparse.csr_matrix]:
+    """Yield half of the counts of each picked cell together with half of those of another cell of its type."""
+    progress = Progress(len(picks), "cells")
+    by_type, counts = np.argsort(types, kind="stable"), np.bincount(types)
+    first = np.cumsum(counts) - counts
+    for start in range(0, len(picks), AT_ONCE):
+        one = picks[start : start + AT_ONCE]
+        other = by_type[first[types[one]] + rng.integers(counts[types[one]])]
+        halves = [bank[cells] for cells in (one, other)]
+        for half in halves:
+            half.data = rng.binomial(half.data.astype(np.int64), 0.5).astype(np.float32)
+        block = halves[0] + halves[1]
+        block.eliminate_zeros()
+        progress.advance(block.shape[0])
+        yield block
+
+
 def describe(types: np.ndarray, donors: int, rng: np.random.Generator) -> pd.DataFrame:
     """Return ``obs`` of the cells in the columns of the CELLxGENE schema."""
     cells = len(types)
@@ -129,7 +149,8 @@ def main() -> None:
     rng = np.random.default_rng(given.seed)
     if given.like:
         real = ad.read_h5ad(given.like)
-        bank, genes, types = sparse.csr_matrix(real.X, dtype=np.float32), real.var, np.zeros(real.n_obs, dtype=int)
+        bank, genes = sparse.csr_matrix(real.X, dtype=np.float32), real.var
+        types = pd.factorize(real.obs["cell_type_ontology_term_id"])[0]
     else:
         bank, types = draw_bank(min(BANK, given.cells), given.genes, rng)
         genes = name_genes(given.genes)
@@ -141,10 +162,12 @@ def main() -> None:
         bank.data.mean(),
     )
     picks = rng.integers(len(types), size=given.cells)
-    obs = describe(types[picks], given.donors, rng)
     if given.like:
-        obs = obs[[]]
-    blocks = vary_blocks(bank, picks, rng)
+        obs = pd.DataFrame(index=pd.Index([f"cell{i}" for i in range(given.cells)], name="barcode"))
+        blocks = mix_blocks(bank, types, picks, rng)
+    else:
+        obs = describe(types[picks], given.donors, rng)
+        blocks = vary_blocks(bank, picks, rng)
     write_cells(given.path, blocks, [obs.index], obs, genes, {"simulated": True})
     logging.info("%s: %d cells, %.2f GB", given.path, given.cells, given.path.stat().st_size / 1e9)
 

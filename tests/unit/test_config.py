@@ -39,7 +39,7 @@ def test_a_config_with_only_its_run_has_the_documented_defaults():
     config = check("run: mine")
     assert config["split"] == "donors"
     assert config["split_shares"] == {"train": 0.8, "validation": 0.1, "test": 0.1}
-    assert (config["finetune"]["opening_epochs"], config["finetune"]["epochs"]) == (2, 0)
+    assert (config["finetune"]["opening_epochs"], config["finetune"]["epochs"]) == (1, 0)
 
 
 def test_epochs_of_zero_train_the_projector_alone():
