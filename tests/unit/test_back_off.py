@@ -144,11 +144,11 @@ def test_the_threshold_of_new_studies_by_hand():
     assert choose_threshold(TERMS, cells, truth, 0.8).value == 0.5
     found = choose_threshold(TERMS, cells, truth, 0.8, studies)
     assert 0.9 < found.value <= 0.95 and found.guaranteed and found.studies == 9
-    assert found.note == "9 studies held out" and choose_threshold(TERMS, cells, truth, 0.6, studies).value == 0.5
+    assert found.note == "9 held-out studies" and choose_threshold(TERMS, cells, truth, 0.6, studies).value == 0.5
     # unlabelled cells count for no study; with fewer than four studies there is no guarantee at 0.8
     few = choose_threshold(TERMS, cells, [*truth[:60], *[None] * 3], 0.8, ["a", "b", "c"] * 20 + ["d"] * 3)
     assert (few.value, few.guaranteed, few.studies, few.cells) == (0.8, False, 3, 60)
-    assert few.note == "no guarantee: 3 studies held out"
+    assert few.note == "no guarantee: 3 held-out studies"
 
 
 def test_at_most_the_requested_share_of_the_cells_of_a_new_study_gets_a_wrong_term():

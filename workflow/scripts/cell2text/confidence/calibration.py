@@ -18,7 +18,6 @@ from typing import Any, Self
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, logit, softmax
-from sklearn.isotonic import IsotonicRegression
 
 FEWEST_FOR_ISOTONIC = 1000
 MOST_CELLS = 20_000  # evenly spaced among more; two weights and a step function need no more
@@ -213,6 +212,8 @@ def fit_steps(probabilities: np.ndarray, right: np.ndarray) -> Steps | None:
 
 
 def _isotonic(probabilities: np.ndarray, right: np.ndarray) -> Steps:
+    from sklearn.isotonic import IsotonicRegression  # takes seconds, and jobs that only apply a map do without
+
     least = 1 / (len(right) + 2)  # no probability of exactly 0 or 1 from a finite number of answers
     fitted = IsotonicRegression(y_min=least, y_max=1 - least).fit(probabilities, right.astype(float))
     return Steps(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
