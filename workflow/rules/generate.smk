@@ -7,7 +7,6 @@ Inputs: <results>/finetuned/, <results>/embeddings/. Outputs: <results>/scores/{
 <results>/confidence/, <results>/generations/{split}/{shard}.jsonl.
 """
 
-
 VALIDATION_SCORES = collect(
     "<results>/scores/validation/{shard}.safetensors", shard=SHARDS
 )

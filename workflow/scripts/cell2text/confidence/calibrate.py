@@ -87,7 +87,17 @@ def calibrate(
         fitted = replace(fitted, new_studies=_fit_projector(new, about, cells, limit))
     if by == "cascade":
         fitted = _add_cascade(fitted, alone, found, agreement)
+    _log_weights(fitted, "")
+    if fitted.projector_alone:
+        _log_weights(fitted.projector_alone, "the projector alone, ")
+    if fitted.new_studies:
+        _log_weights(fitted.new_studies, "new studies, ")
     fitted.save(calibration)
+
+
+def _log_weights(fitted: Confidence, where: str) -> None:
+    for slot, one in (fitted.slots | {"programmes": fitted.ranking}).items():
+        log.info("%s%s: weights of language model and projector %.2f and %.2f", where, slot, *one.weights)
 
 
 def read_validation_cells(descriptions: str) -> pd.DataFrame:
@@ -126,7 +136,6 @@ def _fit(
         impossible = np.isneginf(projector[np.arange(len(truth)), pd.Index(labels[slot]).get_indexer(truth)])
         candidates = ["" if out and one else one for one, out in zip(truth, impossible, strict=True)]
         slots[slot] = calibrate_slot(language, labels[slot], candidates, projector)
-        log.info("%s: weights of language model and projector %.2f and %.2f", slot, *slots[slot].weights)
     ranking, programmes = SlotCalibration(), ProgrammeCalibration()
     if PATHWAY in labels:
         ranking, programmes = _calibrate_programmes(scores, labels[PATHWAY], cells["pathway_ids"])
@@ -143,7 +152,6 @@ def _fit_projector(
     scores: Mapping[str, np.ndarray], about: Mapping[str, Any], cells: pd.DataFrame, limit: float | None
 ) -> Confidence:
     """Fit calibrations as :func:`_fit` does, on the projector's scores alone."""
-    log.info("the projector alone:")
     fitted = _fit(without_language_model(scores, about), about["labels"], cells, limit)
     alone = {slot: _projector_alone(one) for slot, one in fitted.slots.items()}
     return replace(fitted, slots=alone, ranking=_projector_alone(fitted.ranking))
@@ -239,7 +247,6 @@ def _calibrate_programmes(
     ranking = calibrate_slot(language, candidates, named, projector)
     found, probabilities = rank_programmes(scores, ranking)
     right = (found[:, :, None] == true[:, None, :]).any(axis=2)
-    log.info("programmes: weights of language model and projector %.2f and %.2f", *ranking.weights)
     return ranking, calibrate_programmes(probabilities, right)
 
 
