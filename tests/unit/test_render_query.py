@@ -48,7 +48,7 @@ FIT = {
 def render(tmp_path):
     """Return a function that writes the inputs for a number of cells and renders their page."""
 
-    def run(cells=CELLS, obsm=None, text="", names=None):
+    def run(cells=CELLS, obsm=None, text="", names=None, calibration=CALIBRATION):
         ids = [f"mine|{i}" for i in range(cells)]
         labelled = np.arange(cells) % 3 < 2
         empty = np.arange(cells) == 5  # a cell without a gene of the model
@@ -91,7 +91,7 @@ def render(tmp_path):
         (tmp_path / "model/README.md").write_text(f"# Model of blood{text}\n\nMore.")
         about = {"training_cells": 1734, "labels": {"cell_type": ["a", "b"]}, "seal": "0" * 64}
         write_json(about, tmp_path / "model/cell2text.json")
-        write_json(CALIBRATION, tmp_path / "model/confidence.json")
+        write_json(calibration, tmp_path / "model/confidence.json")
         write_json(FIT, tmp_path / "fit.json")
         evidence = f"cluster\tcell_type\tside\trank\tgene\tshare\nNA{text}\tB cell\tfor\t1\tMS4A1{text}\t0.5\n"
         (tmp_path / "evidence.tsv").write_text(evidence)
@@ -110,6 +110,16 @@ def unpack(text):
     return np.frombuffer(base64.b64decode(text), dtype="<u2")
 
 
+def test_the_page_tells_what_the_types_of_new_studies_rest_on(render):
+    threshold = {"value": 0.9, "confidence": 0.8, "cells": 9, "guaranteed": True, "studies": 7}
+    new = CALIBRATION | {"thresholds": {"cell_type": threshold}}
+    text = " ".join(render(calibration=CALIBRATION | {"new_studies": new})[1].text.split())
+    assert "With 7 training studies held out in turn, at most 20% of the cells of a further study" in text
+    assert "probably too high" not in text
+    new = CALIBRATION | {"thresholds": {"cell_type": threshold | {"guaranteed": False, "studies": 3}}}
+    assert "held out in turn" not in render(calibration=CALIBRATION | {"new_studies": new})[1].text
+
+
 def named(column):
     return [[*column["names"], None][code] for code in unpack(column["codes"])]
 
@@ -124,6 +134,7 @@ def test_the_page_shows_what_is_known_of_the_file(render):
     assert "The file measures 1,200 of the model’s 2,400 genes" in text and "at least 700 counts" in text
     assert "1 cells have no counts" not in text and "1 cell has no counts in genes of the model" in text
     assert "for yours they are probably too high" in text  # no confidences of new studies
+    assert "held out in turn" not in text
     assert "a confidence of 80% was requested" in text and "“Not determined” means" in text
     assert (
         'Cluster "b" (24 cells): B cell (90% of the cells; also the most frequent guess, 90%). Markers: CD79A' in text
