@@ -1,4 +1,5 @@
-# make demo: from a fresh clone to a trained model, its report, and cells described by it.   make test: every check that CI runs.
+# make demo: from a fresh clone to a trained model, its report, and cells described by it.
+# make test: every check that CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := results/pbmc68k

@@ -105,7 +105,7 @@ def render_query(
         "chart": confidence_chart(cells),
         "requested": threshold and threshold.confidence,
         "for_new_studies": confidence.new_studies is not None,
-        "held_out": threshold if threshold and threshold.studies else None,
+        "held_out": threshold.studies if threshold and threshold.guaranteed else None,
         "clusters": [
             row | {"number": number.get(row["cluster"], -1), "evidence": evidence.get(row["cluster"])}
             for row in table.to_dict("records")

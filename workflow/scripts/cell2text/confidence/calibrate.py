@@ -70,8 +70,9 @@ def calibrate(
     """
     about = read_json(f"{model}/cell2text.json", FIX)
     labels = about["labels"]
-    training, validation = _draw_training_cells(descriptions, seed), read_validation_cells(descriptions)
-    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, training, ["pooled"])["pooled"])
+    training, validation = _read_training_cells(descriptions, labels), read_validation_cells(descriptions)
+    drawn = training["cell_id"].iloc[draw_cells(len(training), seed)]
+    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, drawn, ["pooled"])["pooled"])
     own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
     save_reference(compared, reference)
     limit = choose_limit(compared.novelty(own))
@@ -79,7 +80,7 @@ def calibrate(
     # a projector that names all cells is not weighed against a language model, which a new file would need then
     alone = _fit_projector(found, about, validation, limit) if by != "model" else None
     fitted = alone if by == "projector" else _fit(found, labels, validation, limit)
-    fitted = replace(fitted, studies=_find_studies(descriptions, labels))
+    fitted = replace(fitted, studies=_find_studies(training, labels))
     new, cells = read_left_out(left_out, descriptions, labels)
     if len(cells):
         # How the language model's scores should be weighed in new studies is unknown: none was trained without a study.
@@ -158,7 +159,7 @@ def _fit_projector(
 
 
 def without_language_model(scores: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the tensors of ``contracts.SCORES`` with all names alike to the language model.
+    """Return the tensors of ``contracts.SCORES`` as if the language model found all names equally probable.
 
     Parameters
     ----------
@@ -167,12 +168,12 @@ def without_language_model(scores: Mapping[str, np.ndarray], about: Mapping[str,
     about
         The model's ``labels`` and ``programmes_per_cell``.
     """
-    alike = {}
+    equal = {}
     for slot, candidates in about["labels"].items():
         programmes = min(about["programmes_per_cell"], len(candidates))
         cells, names = scores[f"projector_{slot}"].shape
-        alike[slot] = np.zeros((cells, programmes, names) if slot == PATHWAY else (cells, names), dtype=np.float32)
-    return {**scores, **alike}
+        equal[slot] = np.zeros((cells, programmes, names) if slot == PATHWAY else (cells, names), dtype=np.float32)
+    return {**scores, **equal}
 
 
 def _projector_alone(calibration: SlotCalibration) -> SlotCalibration:
@@ -204,22 +205,20 @@ def _find_names(confidence: Confidence, scores: Mapping[str, np.ndarray]) -> np.
     return np.hstack(names)
 
 
-def _draw_training_cells(descriptions: str, seed: int) -> pd.Series:
-    """Return ids of training cells to compare with."""
-    cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split"], categories=["split"])
-    training = np.flatnonzero(cells["split"] == "train")
-    if len(training) < 2:
-        raise InputError(
-            descriptions, f"{len(training)} training cells, with which no cell can be compared", "Add training cells"
-        )
-    return cells["cell_id"][training[draw_cells(len(training), seed)]]
-
-
-def _find_studies(descriptions: str, labels: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Return for each slot the datasets with training cells whose term is known; of programmes all are."""
+def _read_training_cells(descriptions: str, labels: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Return ids and terms of the training cells, which must be two or more to compare others with."""
     columns = [f"{slot}_id" for slot in labels if slot != PATHWAY]
     cells = DESCRIPTIONS.read(descriptions, ["cell_id", "split", *columns], categories=["split", *columns])
     cells = cells[cells["split"] == "train"]
+    if len(cells) < 2:
+        raise InputError(
+            descriptions, f"{len(cells)} training cells, with which no cell can be compared", "Add training cells"
+        )
+    return cells
+
+
+def _find_studies(cells: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return for each slot the datasets with training cells whose term is known; of programmes all are."""
     dataset = datasets_of(cells["cell_id"])
     has_term = {slot: cells[f"{slot}_id"].notna() for slot in labels if slot != PATHWAY}
     return {slot: sorted(dataset[has_term.get(slot, slice(None))].unique()) for slot in labels}
