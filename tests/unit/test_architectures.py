@@ -53,6 +53,15 @@ def test_each_family_trains_and_generates_as_in_transformers(tmp_path, tiny_mode
             max_new_tokens=8,
         )[0].tolist()
         assert ids == (expected[: expected.index(end)] if end in expected else expected)
+
+    def draft(cell, so_far):
+        """Cell 0: its text; 1: with every third token wrong; 2: another text; 3: none."""
+        text = [*written[cell], end]
+        if cell == 1:
+            text = [(token + 1) % 20 if place % 3 == 2 else token for place, token in enumerate(text)]
+        return [text[len(so_far) :], text[len(so_far) :], written[3], []][cell]
+
+    assert [one.ids for one in write_texts(model, vectors, lengths, 8, draft)] == written
     with caplog.at_level("INFO", logger="cell2text.model"):
         assert fast.check(model, soft.detach(), present, TEXT, MASK) == (path == "fast")
     assert ("training with plain transformers and PEFT" in caplog.text) == (path == "plain")

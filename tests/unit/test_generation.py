@@ -13,6 +13,7 @@ from cell2text.evaluation.baselines.greedy import predict_greedy
 from cell2text.evaluation.evaluate import _read_methods
 from cell2text.files import read_json, read_jsonl, write_json
 from cell2text.generation.candidates import find_candidates
+from cell2text.generation.describe import describe_cells
 from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.generation.score import score_names
 from cell2text.generation.score_candidates import Scorer, draft_names, score_candidates
@@ -166,6 +167,13 @@ def test_a_model_writes_freely_and_its_texts_are_read(run):
         slots = parse(row.text, terms).slots
         assert row.cell_type_id == slots.cell_type and tuple(row.pathway_ids) == slots.pathways
     assert table["cell_type_reported_id"].isna().all() and table["novel"].isna().all()
+    # drafts change the number of passes, not the texts
+    model = load(*inputs[:2]).ready_to_write()
+    vectors = embeddings.vectors(table["cell_id"].to_list(), model.projector.reads)
+    plain = list(describe_cells(model, vectors, terms, 64, None))
+    assert table["text"].to_list() == [row["text"] for row in plain]
+    found = table["cell_type_confidence"].astype(float)
+    assert np.allclose(found, [row["cell_type_confidence"] or np.nan for row in plain], rtol=1e-3, equal_nan=True)
     predict_greedy(*inputs, embeddings, str(folder / "greedy.parquet"), ["none"], 3, None)
     assert len(PREDICTIONS.read(folder / "greedy.parquet")) == 0
 

@@ -30,7 +30,7 @@ def test_the_limit_of_a_text_follows_from_the_training_texts(files, tiny_model, 
     model = load(finetune(files, tiny_model, "model", epochs=1), tiny_model)
     longest, limits = model.about["longest_text"], []
     vectors = InMemoryVectors(torch.zeros(1, 1, 6), torch.tensor([[2]]))
-    monkeypatch.setattr(describe, "write_texts", lambda *given: limits.append(given[-1]) or [Written([], [], True)])
+    monkeypatch.setattr(describe, "write_texts", lambda *given: limits.append(given[3]) or [Written([], [], True)])
     for limit in (None, longest, longest + 9):
         list(describe.describe_cells(model, vectors, small_terms(), 8, limit))
     assert limits == [math.ceil(1.25 * longest), longest, longest + 9]

@@ -1,9 +1,12 @@
 """Greedy decoding of a batch of cells, with the probability of each chosen token."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cell2text.errors import InputError
 from cell2text.model.cell2text import Cell2Text
@@ -47,7 +50,13 @@ def check_limit(max_new_tokens: int | None, longest: int) -> None:
 
 
 @torch.inference_mode()
-def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_tokens: int) -> list[Written]:
+def write_texts(
+    model: Cell2Text,
+    vectors: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    draft: Callable[[int, list[int]], list[int]] | None = None,
+) -> list[Written]:
     """Append the most likely next token until the text of every cell has ended.
 
     Parameters
@@ -59,53 +68,94 @@ def write_texts(model: Cell2Text, vectors: Tensor, lengths: Tensor, max_new_toke
     max_new_tokens
         Maximum length of a text, in tokens; longer texts, and those for which the language model has no positions,
         are truncated and marked as not ended.
+    draft
+        Returns from the number of a cell and the tokens of its text so far how the text probably goes on, as tokens.
+        The model reads them in one pass and keeps those that it would have chosen itself, and its own token after them
+        (arXiv 2211.17192). So the texts are the same without drafts, up to rounding; a good draft saves passes.
 
     Returns
     -------
     list of Written
         One per cell. The text of a cell does not depend on the other cells of its batch, up to rounding.
     """
+    layers = DynamicCache(config=model.base_model.config).layers
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        draft = None  # a state that is not one of tokens cannot forget the rejected ones
     embeddings, mask = model.read_cells(vectors, lengths)
     end = model.tokenizer.eos_token_id
     if model.positions is not None:
         max_new_tokens = min(max_new_tokens, model.positions - embeddings.shape[1])
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    ended = torch.zeros(len(vectors), dtype=torch.bool, device=mask.device)
-    ids, log_probabilities = [], []
     # All of the prompt but its last token skips the head: its logits are not needed.
+    last, mask = embeddings[:, -1:], mask[:, :-1]
     cache = model.base_model.get_decoder()(
         inputs_embeds=embeddings[:, :-1],
-        attention_mask=mask[:, :-1].long(),
+        attention_mask=mask.long(),
+        past_key_values=DynamicCache() if draft else None,  # without sliding windows, which drop tokens
         use_cache=True,
-        **_positions(model, positions[:, :-1]),
+        **_positions(model, mask),
     ).past_key_values
-    embeddings, positions = embeddings[:, -1:], positions[:, -1:]
-    for _ in range(max_new_tokens):
+    ids: list[list[int]] = [[] for _ in vectors]
+    log_probabilities: list[list[float]] = [[] for _ in vectors]
+    cells = list(range(len(vectors)))  # whose texts have not ended
+    while max_new_tokens > 0:
+        room = [max_new_tokens - len(ids[cell]) - 1 for cell in cells]
+        drafts = [draft(cell, ids[cell])[:most] if draft else [] for cell, most in zip(cells, room, strict=True)]
+        drafted, is_drafted = _pad(drafts, mask.device)
+        mask = torch.cat([mask, mask.new_ones(len(cells), 1), is_drafted], dim=1)
         output = model.language_model(
-            inputs_embeds=embeddings,
+            inputs_embeds=torch.cat([last, model.embed_tokens(drafted)], dim=1),
             attention_mask=mask.long(),
             past_key_values=cache,
             use_cache=True,
-            **_positions(model, positions),
+            **_positions(model, mask, 1 + drafted.shape[1]),
         )
-        cache = output.past_key_values
-        logits = output.logits[:, -1].float()
-        log_probability, token = (logits.max(1).values - logits.logsumexp(1)), logits.argmax(1)
-        ids.append(token.masked_fill(ended, end))
-        log_probabilities.append(log_probability)
-        ended |= token == end
-        if bool(ended.all()):
+        cache, logits = output.past_key_values, output.logits.float()
+        log_probability, token = (logits.max(-1).values - logits.logsumexp(-1)), logits.argmax(-1)
+        kept = ((drafted == token[:, :-1]) & is_drafted).cumprod(1)
+        lengths_kept = kept.sum(1)
+        for row, cell in enumerate(cells):
+            new = 1 + int(lengths_kept[row])
+            ids[cell] += token[row, :new].tolist()
+            log_probabilities[cell] += log_probability[row, :new].tolist()
+        going_on = [row for row, cell in enumerate(cells) if end not in ids[cell] and len(ids[cell]) < max_new_tokens]
+        if not going_on:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions + 1
-        embeddings = model.embed_tokens(ids[-1])[:, None]
-    by_cell = torch.stack(ids, 1).tolist(), torch.stack(log_probabilities, 1).tolist()
-    return [_cut_at_end(*row, end) for row in zip(*by_cell, strict=True)]
+        last = model.embed_tokens(token.gather(1, lengths_kept[:, None]))
+        mask = torch.cat([mask[:, : mask.shape[1] - kept.shape[1]], kept.bool()], dim=1)
+        if draft:
+            rows = torch.tensor(going_on, device=mask.device)
+            cells, last, mask = [cells[row] for row in going_on], last[rows], _cut(cache, rows, mask[rows])
+    return [_cut_at_end(*row, end) for row in zip(ids, log_probabilities, strict=True)]
 
 
-def _positions(model: Cell2Text, positions: Tensor) -> dict[str, Tensor]:
-    """Return the position ids, which skip the padding, as an argument; some models take none and derive their own."""
-    return {"position_ids": positions} if model.accepts("position_ids") else {}
+def _pad(drafts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return drafts as int64 (cells, longest), padded on the right, and their mask."""
+    longest = max(map(len, drafts))
+    padded = torch.tensor([one + [0] * (longest - len(one)) for one in drafts], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(one) for one in drafts], device=device)
+    return padded, torch.arange(longest, device=device) < lengths[:, None]
+
+
+def _cut(cache: DynamicCache, rows: Tensor, mask: Tensor) -> Tensor:
+    """Cut a cache to some cells and to the tokens of their mask, and return the new mask.
+
+    The tokens of each cell stay one after the other, with the padding on the left.
+    """
+    order = mask.to(torch.int8).argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            part = getattr(layer, name)[rows]
+            index = order[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+            setattr(layer, name, part.gather(2, index))
+    return mask.gather(1, order)
+
+
+def _positions(model: Cell2Text, mask: Tensor, last: int | None = None) -> dict[str, Tensor]:
+    """Return the position ids of all or the last tokens, which skip the padding; some models derive their own."""
+    if not model.accepts("position_ids"):
+        return {}
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return {"position_ids": positions if last is None else positions[:, -last:]}
 
 
 def _cut_at_end(ids: list[int], log_probabilities: list[float], end: int) -> Written:

@@ -10,16 +10,23 @@ from transformers import PreTrainedTokenizerBase
 from cell2text.contracts import CELLS, EMBEDDINGS, TERM_SLOTS
 from cell2text.embedding.vectors import Vectors
 from cell2text.generation.decode import Written, check_limit, write_texts
+from cell2text.generation.drafts import Drafts
 from cell2text.grammar import PATHWAY, Terms, parse
 from cell2text.model.cell2text import Cell2Text
 from cell2text.progress import Progress
 
 # A description may be longer than all training texts, because it combines names that they do not.
 MARGIN = 1.25
+LOGITS = 1 << 27  # in memory at once, 512 MB in float32
 
 
 def describe_cells(
-    model: Cell2Text, vectors: Vectors, terms: Terms, batch_cells: int, max_new_tokens: int | None
+    model: Cell2Text,
+    vectors: Vectors,
+    terms: Terms,
+    batch_cells: int,
+    max_new_tokens: int | None,
+    drafts: Drafts | None = None,
 ) -> Iterator[dict]:
     """Yield the text of each cell, its parse status, and an id and a confidence for each slot.
 
@@ -32,18 +39,24 @@ def describe_cells(
     terms
         Terms that a text may name.
     batch_cells
-        Number of cells per batch.
+        Number of cells per batch; fewer are read together if their logits take too much memory.
     max_new_tokens
         The config's ``generate.max_new_tokens``; None for no limit of its own.
+    drafts
+        Drafts of the texts, which save time.
     """
     longest = model.about["longest_text"]
     check_limit(max_new_tokens, longest)
     limit = max_new_tokens or math.ceil(MARGIN * longest)
+    if drafts:
+        vocabulary = model.base_model.config.get_text_config().vocab_size
+        batch_cells = min(batch_cells, max(1, LOGITS // (vocabulary * longest)))
     progress = Progress(len(vectors), "cells")
     for start in range(0, len(vectors), batch_cells):
         rows = np.arange(start, min(start + batch_cells, len(vectors)))
         batch = [part.to(model.device) for part in vectors[rows]]
-        for written in write_texts(model, *batch, limit):
+        draft = drafts.of_cells_from(start) if drafts else None
+        for written in write_texts(model, *batch, limit, draft):
             yield read_text(written, terms, model.tokenizer)
         progress.advance(len(batch[0]))
 

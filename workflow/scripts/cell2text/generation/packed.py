@@ -192,7 +192,9 @@ class Reading:
             inputs = torch.cat([prompt[:, :-1], inputs], dim=1)
         allowed = self._attention(nodes, inputs.shape[1] - width)
         bias = torch.zeros(allowed.shape, dtype=inputs.dtype, device=inputs.device)
-        options = {"logits_to_keep": outputs} if model.accepts("logits_to_keep") else {}
+        # as indices: states cut out by a slice are not contiguous, for which torch copies the head once for each cell
+        last = torch.arange(inputs.shape[1] - outputs, inputs.shape[1], device=inputs.device)
+        options = {"logits_to_keep": last} if model.accepts("logits_to_keep") else {}
         logits = model.language_model(
             inputs_embeds=inputs,
             attention_mask=bias.masked_fill_(~allowed, torch.finfo(bias.dtype).min)[:, None],

@@ -5,8 +5,9 @@ import pandas as pd
 from cell2text.contracts import PREDICTIONS, TERMS
 from cell2text.embedding.vectors import Embeddings
 from cell2text.generation.describe import cells_in, describe_cells
+from cell2text.generation.drafts import Drafts
+from cell2text.generation.score_candidates import Scorer, nobody
 from cell2text.grammar import Terms
-from cell2text.model.bundle import load
 
 
 def predict_greedy(
@@ -22,14 +23,19 @@ def predict_greedy(
 ) -> None:
     """Let the model append the most likely token until its text ends, and parse the text.
 
+    The projector's names are a draft of the text, of which the model reads many words at once.
+
     The parameters are those of :func:`score_candidates` and the config's ``generate.max_new_tokens``, except
     ``predictions``: the file of ``contracts.PREDICTIONS`` to write.
     """
-    loaded, known = load(model, language_model).ready_to_write(), Terms(TERMS.read(terms))
+    scorer, known = Scorer(model, language_model, terms), Terms(TERMS.read(terms))
+    loaded = scorer.model
     tables = []
     for split in splits:
         cells = cells_in(embeddings.files, corpus, split)["cell_id"].to_list()
         vectors = embeddings.vectors(cells, loaded.projector.reads)
-        described = pd.DataFrame(describe_cells(loaded, vectors, known, batch_cells, max_new_tokens))
+        scores = scorer.score(vectors, batch_cells, nobody)
+        drafts = Drafts(scorer.labels, loaded.about["programmes_per_cell"], known, loaded.tokenizer, scores)
+        described = pd.DataFrame(describe_cells(loaded, vectors, known, batch_cells, max_new_tokens, drafts))
         tables.append(described.assign(cell_id=cells, split=split))
     PREDICTIONS.write(pd.concat(tables, ignore_index=True).reindex(columns=list(PREDICTIONS.columns)), predictions)
