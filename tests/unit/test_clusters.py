@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -11,6 +12,7 @@ import scanpy as sc
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
+from cell2text.annotation import markers
 from cell2text.annotation.cluster_text import clusters_table, paragraph
 from cell2text.annotation.clusters import Cluster, OwnLabel, TermShare, check_clusters, describe_clusters
 from cell2text.annotation.communities import find_clusters
@@ -35,14 +37,14 @@ def table(reported, guesses=None, pathways=None, novel=None, flag=None):
     )
 
 
-def no_counts(cells):
-    return ad.AnnData(sparse.csr_matrix((cells, 1), dtype=np.float32), var=pd.DataFrame({"symbol": ["G"]}, ["ENSG1"]))
+def no_markers(codes):
+    return {}
 
 
 def describe(cells, clusters=None, own=None, confidence=0.8, **options):
     clusters = pd.Series(["a"] * len(cells) if clusters is None else clusters)
     own = None if own is None else pd.Series(own, dtype=object)
-    return describe_clusters(cells, no_counts(len(cells)), clusters, terms_table(), own, confidence, **options)
+    return describe_clusters(cells, no_markers, clusters, terms_table(), own, confidence, **options)
 
 
 def agreed(reported, confidence, **options):
@@ -134,7 +136,7 @@ def test_unknown_own_labels_do_not_count():
 )
 def test_clusters_of_any_type(clusters, names):
     column = pd.Series(clusters, index=[7, 7, 8, 9])
-    found = describe_clusters(table(["B"] * 4), no_counts(4), column, terms_table(), None, 0.8)
+    found = describe_clusters(table(["B"] * 4), no_markers, column, terms_table(), None, 0.8)
     assert [cluster.name for cluster in found] == names
     assert [cluster.cells for cluster in found] == [4 // len(names)] * len(names)
 
@@ -183,37 +185,60 @@ def planted(cells=120, genes=60, seed=0):
     return ad.AnnData(sparse.csr_matrix(random.poisson(rates).astype(np.float32)), var=var), groups
 
 
+def markers_of(counts, codes, **options):
+    """Return the markers of clusters, with the counts read in blocks of 50 cells."""
+    blocks = [counts.X[start : start + 50] for start in range(0, counts.n_obs, 50)]
+    return find_markers(lambda: iter(blocks), counts.var, codes, **options)
+
+
 def test_planted_markers_are_found_and_counts_stay():
     counts, groups = planted()
     counts.var["symbol"] = ["", None, *counts.var["symbol"][2:]]
     before = counts.X.copy()
-    found = find_markers(counts, groups)
+    found = markers_of(counts, groups)
     assert set(found[0]) == {"E0", "E1", "S2", "S3", "S4"}
     assert set(found[1]) == {f"S{gene}" for gene in range(5, 10)}
     assert set(found[2]) == {f"S{gene}" for gene in range(10, 15)}
     assert (before != counts.X).nnz == 0
-    assert find_markers(counts, groups, most=3)[1] == found[1][:3]
+    assert markers_of(counts, groups, most=3)[1] == found[1][:3]
     counts.var["symbol"] = "same"
-    assert find_markers(counts, groups)[0] == ("same",)
+    assert markers_of(counts, groups)[0] == ("same",)
 
 
 def test_markers_need_two_cells_on_either_side():
     counts, groups = planted()
     groups[0] = 3
-    assert set(find_markers(counts, groups)) == {0, 1, 2}
-    assert find_markers(counts, np.zeros(len(groups), dtype=int)) == {}
-    assert find_markers(counts, (np.arange(len(groups)) == 5).astype(int)) == {}
+    assert set(markers_of(counts, groups)) == {0, 1, 2}
+    assert markers_of(counts, np.zeros(len(groups), dtype=int)) == {}
+    assert markers_of(counts, (np.arange(len(groups)) == 5).astype(int)) == {}
     empty = ad.AnnData(sparse.csr_matrix((4, 2), dtype=np.int64), var=pd.DataFrame({"symbol": ["A", "B"]}, ["a", "b"]))
-    assert find_markers(empty, np.array([0, 0, 1, 1])) == {0: (), 1: ()}
+    assert markers_of(empty, np.array([0, 0, 1, 1])) == {0: (), 1: ()}
 
 
-def test_many_clusters_are_tested_in_parts():
+def test_many_clusters_are_tested_in_parts(monkeypatch):
     counts, groups = planted(cells=120)
     codes = groups * 10 + np.arange(120) % 10  # 30 clusters of 4 cells
-    found = find_markers(counts, codes)
+    found = markers_of(counts, codes)
     assert set(found) == set(range(30))
     named = [set(symbols) <= {f"S{gene}" for gene in range(15)} for symbols in found.values()]
     assert sum(named) > 25
+    monkeypatch.setattr(markers, "_CLUSTERS_AT_ONCE", 7)
+    assert markers_of(counts, codes) == found
+
+
+def test_markers_are_those_of_scanpy():
+    cells, counts = pbmc()
+    labels = cells.obs["bulk_labels"]
+    found = markers_of(counts, labels.cat.codes.to_numpy(), most=counts.n_vars)
+    sc.pp.normalize_total(counts, target_sum=1e4)
+    sc.pp.log1p(counts)
+    counts.obs["label"] = labels.to_numpy()
+    sc.tl.rank_genes_groups(counts, "label", method="t-test_overestim_var", use_raw=False)
+    for number, label in enumerate(labels.cat.categories):
+        table = sc.get.rank_genes_groups_df(counts, label)
+        table = table[(table["logfoldchanges"] > 0) & (table["pvals_adj"] < 0.05)]
+        assert list(found[number]) == table["names"].to_list()
+    assert sum(map(len, found.values())) > 300
 
 
 def pbmc():
@@ -227,17 +252,27 @@ def pbmc():
 def test_real_cells_have_the_markers_of_their_type():
     cells, counts = pbmc()
     found = describe_clusters(
-        table([None] * 700), counts, cells.obs["bulk_labels"], terms_table(), cells.obs["bulk_labels"], 0.8
+        table([None] * 700),
+        partial(markers_of, counts),
+        cells.obs["bulk_labels"],
+        terms_table(),
+        cells.obs["bulk_labels"],
+        0.8,
     )
-    markers = {cluster.name: cluster.markers for cluster in found}
-    assert list(markers) == list(cells.obs["bulk_labels"].cat.categories)
-    assert "CD79A" in markers["CD19+ B"]
-    assert {"NKG7", "GNLY"} <= set(markers["CD56+ NK"])
-    assert {"FCN1", "S100A8"} & set(markers["CD14+ Monocyte"])
-    assert all(len(symbols) <= 10 for symbols in markers.values())
-    assert [cluster.own_label.label for cluster in found] == list(markers)
+    named = {cluster.name: cluster.markers for cluster in found}
+    assert list(named) == list(cells.obs["bulk_labels"].cat.categories)
+    assert "CD79A" in named["CD19+ B"]
+    assert {"NKG7", "GNLY"} <= set(named["CD56+ NK"])
+    assert {"FCN1", "S100A8"} & set(named["CD14+ Monocyte"])
+    assert all(len(symbols) <= 10 for symbols in named.values())
+    assert [cluster.own_label.label for cluster in found] == list(named)
     assert found == describe_clusters(
-        table([None] * 700), counts, cells.obs["bulk_labels"], terms_table(), cells.obs["bulk_labels"], 0.8
+        table([None] * 700),
+        partial(markers_of, counts),
+        cells.obs["bulk_labels"],
+        terms_table(),
+        cells.obs["bulk_labels"],
+        0.8,
     )
 
 

@@ -4,14 +4,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import anndata as ad
+import numpy as np
 
 from cell2text.annotation.cluster_text import clusters_table
 from cell2text.annotation.clusters import describe_clusters
 from cell2text.annotation.communities import find_clusters
 from cell2text.annotation.fetch_query import CLUSTER, OWN_LABEL
+from cell2text.annotation.markers import find_markers
 from cell2text.annotation.pack_model import read_facts
 from cell2text.annotation.predictions import read_predictions
+from cell2text.cells.h5ad import all_cells, read_blocks, read_genes, read_obs
 from cell2text.confidence.decisions import Confidence
 from cell2text.contracts import CLUSTERS, EMBEDDINGS, TERMS
 from cell2text.spreadsheet import write_tsv
@@ -47,17 +49,21 @@ def cluster_query(
     seed
         Seed of the clusters, if the file has none.
     """
-    folder, study = Path(model), ad.read_h5ad(counts)
+    folder, obs = Path(model), read_obs(counts)
     terms = TERMS.read(folder / "terms.parquet")
     cells = read_predictions(descriptions, tokens, qc, terms)
-    if CLUSTER in study.obs:
-        of_cells = study.obs[CLUSTER]
+    if CLUSTER in obs:
+        of_cells = obs[CLUSTER]
     else:
         of_cells = find_clusters(EMBEDDINGS.read_cells(embeddings, cells["cell_id"], ["pooled"])["pooled"], seed)
         log.info("%d clusters found", of_cells.nunique())
     CLUSTERS.write(cells[["cell_id"]].assign(cluster=of_cells.astype(str).to_numpy(dtype=object)), clusters)
     threshold = Confidence.load(folder / "confidence.json").of_new_study.thresholds["cell_type"]
     labels = read_facts(model)["labels"]["cell_type"]
-    own = study.obs.get(OWN_LABEL)
-    found = describe_clusters(cells, study, of_cells, terms, own, threshold.confidence, labels)
+    own, genes = obs.get(OWN_LABEL), read_genes(counts)
+
+    def markers(codes: np.ndarray) -> dict[int, tuple[str, ...]]:
+        return find_markers(lambda: (block for _, block in read_blocks(counts, all_cells(counts))), genes, codes)
+
+    found = describe_clusters(cells, markers, of_cells, terms, own, threshold.confidence, labels)
     write_tsv(clusters_table(found), table)

@@ -1,13 +1,11 @@
 """One paragraph per cluster: what most of its cells are reported to be, and how well they agree."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 
-from cell2text.annotation.markers import find_markers
 from cell2text.annotation.order import natural
 from cell2text.confidence.back_off import TermsAbove
 from cell2text.errors import InputError
@@ -139,7 +137,7 @@ def check_clusters(column: pd.Series, where: str) -> None:
 
 def describe_clusters(
     cells: pd.DataFrame,
-    counts: ad.AnnData,
+    markers: Callable[[np.ndarray], Mapping[int, tuple[str, ...]]],
     clusters: pd.Series,
     terms: pd.DataFrame,
     own_labels: pd.Series | None,
@@ -148,7 +146,7 @@ def describe_clusters(
 ) -> list[Cluster]:
     """Summarise the cells of each cluster.
 
-    The rows of ``cells``, ``counts``, ``clusters`` and ``own_labels`` are the same cells in the same order; their
+    The rows of ``cells``, ``clusters`` and ``own_labels`` are the same cells in the same order; their
     indices are ignored. Whatever is equally frequent is ordered by id.
 
     Parameters
@@ -156,8 +154,8 @@ def describe_clusters(
     cells
         One row per cell. Of ``contracts.PREDICTIONS``: ``cell_type_id``, ``cell_type_reported_id``, ``pathway_ids`` and
         ``novel``; and ``flag``, text that is empty if QC finds nothing.
-    counts
-        Raw counts, CSR (cells, genes), with ``symbol`` in ``var``. They are not changed.
+    markers
+        Returns the marker genes of clusters from the number of each cell's cluster, as ``find_markers`` does.
     clusters
         Name of each cell's cluster: text, whole numbers or categories. See :func:`check_clusters`.
     terms
@@ -185,9 +183,9 @@ def describe_clusters(
     KeyError
         If an id is not among the terms.
     """
-    lengths = {len(cells), counts.n_obs, len(clusters), len(cells if own_labels is None else own_labels)}
+    lengths = {len(cells), len(clusters), len(cells if own_labels is None else own_labels)}
     if len(lengths) > 1:
-        raise ValueError(f"cells, counts, clusters and own labels differ in length: {sorted(lengths)}")
+        raise ValueError(f"cells, clusters and own labels differ in length: {sorted(lengths)}")
     names = _names(clusters)
     if names.isna().any():
         raise ValueError(f"{names.isna().sum()} cells have no cluster")
@@ -214,7 +212,7 @@ def describe_clusters(
     novelty = cells["novel"].astype("boolean")
     novel = members.share(novelty.fillna(False), novelty.notna())
     flagged = members.share(cells["flag"].astype(object).fillna("").ne(""))
-    markers = find_markers(counts, codes)
+    found = markers(codes)
     return [
         Cluster(
             name=name,
@@ -222,7 +220,7 @@ def describe_clusters(
             reported=reported[number],
             guess=next(iter(guesses[number]), None),
             runner_up=next(iter(guesses[number][1:]), None),
-            markers=markers.get(number, ()),
+            markers=found.get(number, ()),
             programmes=tuple(programmes[number]),
             novel=novel[number],
             flagged=flagged[number],

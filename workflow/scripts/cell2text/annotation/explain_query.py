@@ -25,7 +25,8 @@ from cell2text.spreadsheet import write_tsv
 log = logging.getLogger("cell2text.annotation")
 
 GENES_LISTED = 10  # for a cell type, and against it
-CELLS_PER_CLUSTER = 100  # drawn at random
+# cells drawn at random from each cluster: at most, at least, and so many that they sum to about this number
+MOST_CELLS, FEWEST_CELLS, ALL_CELLS = 100, 10, 3000
 
 
 def explain_query(
@@ -42,8 +43,9 @@ def explain_query(
 ) -> None:
     """Write which genes argue for and against the most frequent guess of each cluster.
 
-    The weights of a cluster are the means over up to 100 of its cells, so they tell what its cells have in common.
-    Without evidence, because the pooled vectors of the encoder cannot be traced back to genes, the tables are empty.
+    The weights of a cluster are the means over up to 100 of its cells, fewer if there are many clusters, so they tell
+    what its cells have in common. Without evidence, because the pooled vectors of the encoder cannot be traced back to
+    genes, the tables are empty.
 
     Parameters
     ----------
@@ -71,7 +73,7 @@ def explain_query(
     guess = found.set_index(0)[1] if len(found) else pd.Series(dtype=object)
     of_cells = CLUSTERS.read(clusters).assign(guess=lambda rows: rows["cell_id"].map(guess))
     named = of_cells.groupby("cluster", sort=False)["guess"].agg(lambda ids: ids.mode().iloc[0])
-    drawn = of_cells.sample(frac=1, random_state=seed).groupby("cluster").head(CELLS_PER_CLUSTER)
+    drawn = of_cells.sample(frac=1, random_state=seed).groupby("cluster").head(cells_per_cluster(len(named)))
     targets = drawn.set_index("cell_id")["cluster"].map(named)
     symbols = _symbols(genes)
     ids = pd.Index(labels["cell_type"])
@@ -90,6 +92,11 @@ def explain_query(
     summed = _sum_by_cluster(tables, drawn, named, terms)
     write_tsv(summed, table, float_format="%.4f")
     EVIDENCE.write(pd.DataFrame(rows, columns=list(EVIDENCE.columns)), cells)
+
+
+def cells_per_cluster(clusters: int) -> int:
+    """Return how many cells of each cluster are explained at most."""
+    return max(FEWEST_CELLS, min(MOST_CELLS, ALL_CELLS // max(clusters, 1)))
 
 
 def _read(tokens: str, genes: str) -> Iterator[RankedCells]:
