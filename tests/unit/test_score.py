@@ -134,7 +134,8 @@ def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
     assert [len(batch[0]) for batch in batches] == [4, 2]
     for number, scores in enumerate(together):
         apart = torch.cat([batch[number] for batch in batches])
-        assert torch.allclose(apart.exp(), scores.exp(), atol=1e-4)
+        # rounding can decide whether a fork is read whose probability is just the negligible one
+        assert torch.allclose(apart.exp(), scores.exp(), atol=packed.NEGLIGIBLE)
 
 
 A, B, STOP, COMMA, X, Y = range(300, 306)  # tokens

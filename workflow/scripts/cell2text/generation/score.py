@@ -16,7 +16,7 @@ from cell2text.progress import Progress
 log = logging.getLogger("cell2text.generation")
 
 SEQUENCES = 16  # per forward pass
-CELLS_TO_CHECK, NAMES_TO_CHECK = 2, 4
+CELLS_TO_CHECK, NAMES_TO_CHECK = 2, 2
 TOLERANCE = 1e-3  # of a log-probability in float32, and thus relative in the probability
 
 
