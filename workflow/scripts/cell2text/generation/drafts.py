@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.grammar import PATHWAY, Slots, Terms, render
 
+# When a text is not the beginning of a description, its last tokens are looked up among those of all descriptions
+KNOWN, LOOKED_UP = 3, 16  # tokens
+
 
 class Drafts:
     """How the texts of some cells probably go on.
@@ -60,7 +63,8 @@ class Drafts:
         Returns
         -------
         list of int
-            Empty if what is written is not the beginning of a description.
+            If what is written is not the beginning of a description, a few tokens that follow its last ones in some
+            description; empty if there is none.
         """
         for steps in self.patterns:
             names = self._choose(cell, written, steps)
@@ -69,7 +73,25 @@ class Drafts:
                 text = text if len(written) < len(text) else self._tokenise(names)
                 if text[: len(written)] == written:
                     return text[len(written) :]
-        return []
+        place = self.following.get(tuple(written[-KNOWN:]))
+        return self.examples[place : place + LOOKED_UP] if place else []
+
+    @cached_property
+    def examples(self) -> list[int]:
+        """The tokens of one description for each label, one after the other."""
+        tokens: list[int] = []
+        steps = self.patterns[0]
+        for number, step in enumerate(steps):
+            for label in range(len(step.ids)):
+                others = [(other, min(place, len(other.ids) - 1)) for place, other in enumerate(steps)]
+                tokens += self._tokenise([*others[:number], (step, label), *others[number + 1 :]])
+        return tokens
+
+    @cached_property
+    def following(self) -> dict[tuple[int, ...], int]:
+        """Where in the examples each sequence of ``KNOWN`` tokens is followed by others."""
+        runs = zip(*(self.examples[start:] for start in range(KNOWN)), strict=False)
+        return {run: place + KNOWN for place, run in enumerate(runs)}
 
     def _choose(
         self, cell: int, written: list[int], steps: Sequence[Candidates]
