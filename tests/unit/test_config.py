@@ -129,6 +129,25 @@ def test_a_mistake_in_the_sheet_names_its_line(folder, row, parts):
         assert part in str(error.value)
 
 
+SECRETS = ["hf://me:s3cret@hub/name@main", "https://s3cret@example.org/a.h5ad", "https://example.org/a?token=s3cret"]
+
+
+@pytest.mark.parametrize("source", SECRETS)
+@pytest.mark.parametrize("key", ["language_model.source", "encoder.source", "query", "source", "cell_table"])
+def test_a_secret_in_a_source_is_refused_and_not_repeated(folder, key, source):
+    if "." in key or key == "query":
+        section, _, name = key.partition(".")
+        message = error_of(yaml.safe_dump({"run": "mine", section: {name: source} if name else source}))
+        assert message.startswith(f"my.yaml: {key}: a user name, password or token")
+    else:
+        row = {"source": "scanpy://pbmc68k_reduced"} | {key: source}
+        (folder / "sheet.tsv").write_text("\t".join(["dataset", *row]) + "\n" + "\t".join(["a", *row.values()]) + "\n")
+        with pytest.raises(InputError, match=rf"^sheet\.tsv line 2: {key}: a user name, password or token") as error:
+            read_datasets("sheet.tsv", SCHEMAS / "datasets.schema.yaml")
+        message = str(error.value)
+    assert "s3cret" not in message and "set HF_TOKEN" in message
+
+
 def test_a_line_of_an_error_is_short_and_holds_no_control_characters():
     message = error_of(f'run: r\nsplit: "{"x" * 1_000_000}"')
     assert len(message) < 3000

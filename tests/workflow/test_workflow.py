@@ -1,5 +1,6 @@
 """The whole workflow on a few cells: complete runs, reruns, resuming after a kill, and error messages."""
 
+import gzip
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import scanpy
 
@@ -21,12 +23,54 @@ from cell2text.contracts import EMBEDDINGS
 from tiny_geneformer import V2, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
+SECRET = "hf_PlantedSecretOfTheTests"
+# Python imports a module of this name at its start. No process of a run may look up or connect to another machine.
+OFFLINE = """
+import sys
+from pathlib import Path
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        address = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        host = address[0] if isinstance(address, tuple) else address
+        if event == "socket.connect" and not isinstance(address, tuple):
+            return  # a socket in the file system
+        if host not in (None, "", "localhost", "127.0.0.1", "::1"):
+            with Path(__file__).with_name("connections").open("a") as file:
+                file.write(f"{sys.orig_argv} {event} {host}\\n")
+            raise OSError("no connection in tests")
+
+sys.addaudithook(refuse)
+with Path(__file__).with_name("processes").open("a") as file:
+    file.write(f"{sys.orig_argv}\\n")
+"""
 
 
-def snakemake(folder, *arguments, root=ROOT):
+def snakemake(folder, *arguments, root=ROOT, **variables):
     command = [sys.executable, "-m", "snakemake", "--snakefile", root / "Snakefile", "--directory", folder]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=root)
+    environment = os.environ | {"HF_TOKEN": SECRET} | variables
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=root, env=environment)
     return result.returncode, result.stdout + result.stderr
+
+
+def contents(folder):
+    """Return the bytes of each file below a folder, with its name, and with the texts in a compressed file or table."""
+    found = {}
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        content = str(path.relative_to(folder)).encode() + path.read_bytes()
+        if path.suffix == ".gz":
+            content += gzip.decompress(path.read_bytes())
+        elif path.suffix == ".parquet":
+            content += str(pyarrow.parquet.read_table(path).to_pydict()).encode()
+        elif path.suffix == ".h5ad":
+            cells = anndata.read_h5ad(path)
+            content += f"{cells.obs.to_csv()} {cells.var.to_csv()} {dict(cells.uns)}".encode()
+        found[path] = content
+    return found
+
+
+def files_with(text, found):
+    return [path for path, content in found.items() if text.encode() in content]
 
 
 def new_folder(folder, tiny_model):
@@ -41,8 +85,12 @@ def new_folder(folder, tiny_model):
 def finished(tmp_path_factory, tiny_model):
     """A folder with the finished tiny run."""
     folder = new_folder(tmp_path_factory.mktemp("tiny") / "work", tiny_model)
-    code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml")
+    (folder.parent / "offline").mkdir()
+    (folder.parent / "offline/sitecustomize.py").write_text(OFFLINE)
+    variables = {"PYTHONPATH": str(folder.parent / "offline")}
+    code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml", **variables)
     assert code == 0, output
+    assert SECRET not in output
     return folder
 
 
@@ -74,6 +122,27 @@ def test_the_tiny_run_writes_all_results(finished):
     assert (results / "report.html").stat().st_size > 50_000
     assert not (results / "finetuned.checkpoints").exists()
     assert not [path for path in finished.rglob("*") if path.suffix in {".pkl", ".bin", ".pt"}]
+
+
+def test_no_secret_of_the_environment_is_written(finished):
+    """Files with the donor's name show that the search reads all kinds of files."""
+    found = contents(finished)
+    kinds = {path.suffix for path in files_with("donor-A", found)}
+    assert {".parquet", ".h5ad", ".html", ".json", ".tsv"} <= kinds
+    assert {"logs", ".snakemake"} <= {path.relative_to(finished).parts[0] for path in found}
+    assert files_with(SECRET, found) == []
+
+
+def test_no_job_of_a_run_with_local_sources_connects_to_another_machine(finished):
+    offline = finished.parent / "offline"
+    started = (offline / "processes").read_text()
+    assert all(script in started for script in ("fetch_language_model.py", "finetune.py", "render_report.py"))
+    assert not (offline / "connections").exists(), (offline / "connections").read_text()
+    probe = "import socket; socket.create_connection(('example.org', 80))"
+    variables = os.environ | {"PYTHONPATH": str(offline)}
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=variables)
+    assert "no connection in tests" in run.stderr
+    (offline / "connections").unlink()
 
 
 def test_a_second_run_does_nothing(finished):
@@ -261,6 +330,7 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, 
     assert list(found.obs_names) == list(query.obs_names) and (found.X != query.X).nnz == 0
     assert found.obs["cell2text_description"].str.startswith("This is a").all()
     assert not (work / "annotated/mine/counts.h5ad").exists() and not (work / "results").exists()
+    assert files_with(SECRET, contents(work)) == []
     assert "Nothing to be done" in snakemake(work, *arguments)[1]
 
     command = [sys.executable, "-m", "cell2text", "annotate", tmp_path / "mine.h5ad", "--model", work / "packed"]
@@ -358,6 +428,10 @@ MISTAKES = {
         lambda folder: settings(folder, "epochs: 2", "epochs: -1"),
         r"tiny\.yaml: finetune\.epochs: -1 is less than the minimum of 0",
     ),
+    "secret": (
+        lambda folder: settings(folder, "source: tiny-model", f"source: hf://me:{SECRET}@hub/name@main"),
+        r"tiny\.yaml: language_model\.source: a user name, password or token",
+    ),
     "shares": (
         lambda folder: settings(folder, "train: 0.6", "train: 0.9"),
         r"tiny\.yaml: split_shares: the three shares do not sum to 1",
@@ -385,8 +459,9 @@ def test_mistakes_in_the_config_are_reported_before_anything_runs(fresh, mistake
     assert code != 0
     reported = [line for line in output.splitlines() if re.search(expected, line)]
     assert len(reported) == 1, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output and SECRET not in output
     assert not (fresh / "results").exists()
+    assert files_with(SECRET, contents(fresh)) == [fresh / "tiny.yaml"] * (mistake == "secret")
 
 
 def test_a_run_inherits_nothing_from_the_demo(fresh):

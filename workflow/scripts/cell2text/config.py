@@ -18,7 +18,10 @@ CENSUS = "census://"  # prefix of sources in CELLxGENE Census
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Keys whose values are files of the user; null or a word such as `donors` if there is none.
 FILES = ("genes.table", "split", "pathways.gene_sets", "pathways.descriptions")
+SOURCES = ("source", "label_table", "cell_table")  # columns of the sheet with files
 CENSUS_COLUMNS = {"dataset", "source", "notes", "min_genes", "min_counts", "max_mitochondrial_percent"}
+# A user name, password or token in a URL: before the host, or in a query. No source has either.
+SECRET = re.compile(r"://[^/]*@|://.*\?")
 
 
 def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -> dict[str, Any]:
@@ -36,9 +39,11 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     Raises
     ------
     InputError
-        If a key is unknown, a value is invalid or has no effect, or the shares of the splits do not sum to 1.
+        If a key is unknown, a value is invalid, holds a secret or has no effect, or the shares of the splits do not sum
+        to 1.
     """
     schema = yaml.safe_load(schema_file.read_text())
+    _refuse_secrets(config, where)
     filled = _fill_defaults(config, schema)
     _check(filled, schema, where, "config/README.md lists the keys and their values")
     for key, value in _flatten(filled):
@@ -52,6 +57,17 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
         raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
     _refuse_unused(filled, schema, where)
     return filled
+
+
+def _refuse_secrets(values: dict[str, Any], where: str | Path) -> None:
+    """Raise an error that does not repeat the value if one is a URL with a user name, password or token."""
+    for key, value in _flatten(values):
+        if isinstance(value, str) and SECRET.search(value):
+            raise InputError(
+                f"{where}: {key}",
+                "a user name, password or token in a source would be written to logs and results",
+                "Remove it; for a gated model set HF_TOKEN in the environment",
+            )
 
 
 def _refuse_unused(config: dict[str, Any], schema: dict[str, Any], where: str | Path) -> None:
@@ -146,11 +162,12 @@ def read_datasets(sheet: str | Path, schema_file: Path) -> dict[str, dict[str, s
     for number, record in table.to_dict("index").items():
         row = {column: value for column, value in record.items() if value}
         where = f"{sheet} line {number}"
+        _refuse_secrets({column: row[column] for column in SOURCES if column in row}, where)
         _check(row, schema, where, "config/README.md lists the columns")
         check_name(row["dataset"], f"{where}: dataset")
         if row["dataset"].lower() in map(str.lower, rows):  # some file systems ignore case
             raise InputError(f"{where}: dataset", f"{row['dataset']} repeats", "Give each dataset a unique id")
-        for column in ("source", "label_table", "cell_table"):
+        for column in SOURCES:
             if column in row and "://" not in row[column]:
                 check_file(row[column], f"{where}: {column}")
         rows[row["dataset"]] = row
