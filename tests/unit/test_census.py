@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import yaml
 from scipy import sparse
 
 from cell2text.cells import census
@@ -26,6 +27,7 @@ from cell2text.cells.choose_census_cells import (
 from cell2text.cells.fetch_census_shard import fetch_census_shard, label_census_cells
 from cell2text.cells.fetch_dataset import fetch_dataset
 from cell2text.cells.filter_cells import filter_cells
+from cell2text.config import check_config
 from cell2text.contracts import CELLS, CENSUS_CELLS
 from cell2text.corpus.sample_cells import read_labels, sample_cells
 from cell2text.corpus.split_donors import split_donors
@@ -36,7 +38,7 @@ from cell2text.settings import CensusSettings, QcSettings, SampleSettings
 ROOT = Path(__file__).parents[2]
 B_CELL, T_CELL, BLOOD, LUNG, NORMAL = "CL:0000236", "CL:0000084", "UBERON:0000178", "UBERON:0002048", "PATO:0000461"
 SMART_SEQ2, TENX, FLEX, FLEX_V1 = "EFO:0008931", "EFO:0009922", "EFO:0022606", "EFO:0920086"
-WANTED = CensusSettings(datasets=[], leave_out_datasets=["held-out"], leave_out_assays=[SMART_SEQ2, FLEX])
+WANTED = CensusSettings(datasets=[], tissues=[], leave_out_datasets=["held-out"], leave_out_assays=[SMART_SEQ2, FLEX])
 LIMITS = QcSettings(1, 1, 100, mads=None, score_doublets=False, max_doublet_score=None)
 ALL = SampleSettings(cells=1000, shares={"natural": 1.0}, caps={})
 GENES = ["ENSG00000010610", "ENSG00000156738", "ENSG00000198804", "ENSG00000090382"]
@@ -176,6 +178,14 @@ def test_only_the_first_reason_is_reported():
 def test_only_named_studies_are_included(source, tmp_path):
     chosen = choose(source, tmp_path, replace(WANTED, datasets=["study-2"]))
     assert set(chosen["dataset_id"]) == {"study-2"} and len(chosen) == 4
+
+
+def test_only_named_organs_are_included(tmp_path, caplog):
+    veins = cells_of_the_census(tissue_ontology_term_id=["UBERON:0013756"] * 6 + [LUNG] * 6)  # venous blood
+    with caplog.at_level("INFO"):
+        chosen = choose(write_census(tmp_path / "soma", veins), tmp_path, replace(WANTED, tissues=[BLOOD]))
+    assert list(chosen["soma_joinid"]) == [0, 1, 2, 3, 4, 5]
+    assert "excluded: tissue not selected: 4" in caplog.text
 
 
 def test_the_sample_depends_on_organs_and_seed(source, tmp_path):
@@ -373,6 +383,18 @@ def test_the_config_at_the_papers_scale_runs_in_shards(folder):
     jobs = dict(line.split() for line in plan.split("Job stats:")[1].splitlines()[3:] if len(line.split()) == 2)
     assert jobs["choose_census_cells"] == "1" and "fetch_dataset" not in jobs
     assert {jobs[rule] for rule in ("fetch_census_shard", "filter_cells", "score_pathways")} == {"16"}
+
+
+def test_the_blood_recipe_plans_a_whole_run_and_takes_blood_alone(source, folder):
+    (folder / "config/blood.tsv").write_text(f"dataset\tsource\nblood\t{source}\n")
+    plan = snakemake(folder, "--dry-run", "--configfile", folder / "config/blood.yaml")
+    jobs = dict(line.split() for line in plan.split("Job stats:")[1].splitlines()[3:] if len(line.split()) == 2)
+    shards = {"fetch_census_shard": "4", "rank_genes": "4", "embed_genes": "16"}
+    assert shards.items() <= jobs.items() and {"score_left_out_studies", "finetune", "render_report"} <= set(jobs)
+    path = folder / "config/blood.yaml"
+    config = check_config(yaml.safe_load(path.read_text()), ROOT / "workflow/schemas/config.schema.yaml", path)
+    chosen = choose(source, folder, CensusSettings(**config["census"]), SampleSettings(**config["sample"]))
+    assert list(chosen["soma_joinid"]) == [0, 1, 2, 3, 4, 5] and set(chosen["tissue_ontology_term_id"]) == {BLOOD}
 
 
 def test_finished_shards_are_kept(source, folder):

@@ -31,9 +31,10 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class CensusSettings:
-    """The section ``census``: which datasets and assays of CELLxGENE Census are taken."""
+    """The section ``census``: which datasets, organs and assays of CELLxGENE Census are taken."""
 
     datasets: list[str]
+    tissues: list[str]
     leave_out_datasets: list[str]
     leave_out_assays: list[str]
 

@@ -27,7 +27,7 @@ def choose_census_cells(
 ) -> None:
     """Choose the cells of the Census to work on; no counts are read.
 
-    A primary human cell passes if the settings include its study and assay and its cell type, tissue and disease
+    A primary human cell passes if the settings include its study, organ and assay and its cell type, tissue and disease
     are known. The sample is drawn from these cells by ``sampling.draw_sample``, balanced by organ instead of tissue.
 
     Parameters
@@ -35,7 +35,7 @@ def choose_census_cells(
     source
         As in the datasets sheet: ``census://2025-01-30``, or ``census://`` and the path of a copy.
     wanted
-        Which studies and assays to include.
+        Which studies, organs and assays to include.
     sample
         How many cells to draw, and how.
     seed
@@ -121,6 +121,8 @@ def find_exclusions(cells: pd.DataFrame, wanted: CensusSettings, assays: set[str
         "study not selected": cells["dataset_id"].isin(wanted.leave_out_datasets),
         "assay not selected": cells[ASSAY].isin(assays),
     }
+    if wanted.tissues:
+        exclusions["tissue not selected"] = ~cells[ORGAN].isin(wanted.tissues)
     for slot in REQUIRED:
         terms = cells[IDS[slot]].cat.categories
         known = [term for term in terms if read_term(slot, term) != "unknown"]
