@@ -7,7 +7,7 @@ UV := 0.13.9
 export PYTHONHASHSEED ?= 0
 export MPLBACKEND = Agg
 
-.PHONY: demo test lint dry-run tests unit workflow slow format requirements clean
+.PHONY: demo test lint dry-run tests unit workflow slow format audit requirements clean
 
 demo: .venv/ready
 	@$(BIN)/snakemake all $(DEMO)/unlabelled/pbmc68k.h5ad --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
@@ -55,6 +55,10 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
+
+# Compares requirements.txt with the published vulnerabilities of PyPI, over the network. It installs nothing into .venv.
+audit: .venv/ready
+	$(BIN)/uv tool run pip-audit==2.10.1 --requirement requirements.txt --no-deps --disable-pip --strict
 
 requirements: .venv/ready
 	$(BIN)/python envs/requirements.py

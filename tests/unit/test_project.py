@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -124,7 +125,14 @@ def test_settings_have_the_keys_of_the_schema(section):
 
 
 @pytest.mark.parametrize(
-    "path", ["config/config.yaml", "config/cellxgene.yaml", "tests/config/tiny.yaml", "tests/config/studies.yaml"]
+    "path",
+    [
+        "config/config.yaml",
+        "config/cellxgene.yaml",
+        "config/blood.yaml",
+        "tests/config/tiny.yaml",
+        "tests/config/studies.yaml",
+    ],
 )
 def test_shipped_configs_obey_the_schema(path):
     config = yaml.safe_load((ROOT / path).read_text())
@@ -254,3 +262,31 @@ def test_nothing_names_a_machine():
         path = ROOT / name
         if path.suffix in {".py", ".md", ".smk", ".yaml", ".tsv", ".toml", ""} and path.is_file():
             assert not re.search(r"(?<![\w.])/(home|root|work|mnt)/\w", path.read_text()), name
+
+
+def test_hosted_ci_runs_what_exists_with_pinned_actions_and_no_rights():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    jobs = workflow["jobs"]
+    assert not any("permissions" in job for job in jobs.values())
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"]) for step in steps if "uses" in step)
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands == [".ci/run", "make slow", "make audit"]
+    targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {command.removeprefix("make ") for command in commands[1:]} <= set(targets)
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert (jobs["test"]["strategy"]["matrix"]["python"], wanted) == (["3.11", "3.12"], ">=3.11,<3.13")
+
+
+def test_images_are_made_of_files_that_exist_and_the_installer_of_the_makefile():
+    docker, apptainer = ((ROOT / "envs" / name).read_text() for name in ("Dockerfile", "cell2text.def"))
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", docker, re.MULTILINE) for name in line.split()]
+    assert sorted(copied) == sorted(re.findall(r"^ +(\S+) /opt/cell2text/$", apptainer, re.MULTILINE))
+    assert "requirements.txt" in copied and all((ROOT / name).exists() for name in copied)
+    assert re.findall(r"^USER (.+)$", docker, re.MULTILINE) == ["1000"]
+    installer = re.search(r"^UV := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    for text in (docker, apptainer):
+        assert f"uv=={installer}\n" in text.replace(" \\\n", "\n") and "python:3.11-slim" in text
+        assert "--snakefile" in text and "/opt/cell2text/Snakefile" in text
