@@ -1,5 +1,6 @@
 # make demo: from a fresh clone to a trained model, its report, and cells described by it.
 # make test: every check that CI runs.
+# make docs: the documentation as a site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := results/pbmc68k
@@ -7,7 +8,7 @@ UV := 0.13.9
 export PYTHONHASHSEED ?= 0
 export MPLBACKEND = Agg
 
-.PHONY: demo test lint dry-run tests unit workflow slow format audit requirements clean
+.PHONY: demo docs test lint dry-run tests unit workflow slow format audit requirements clean
 
 demo: .venv/ready
 	@$(BIN)/snakemake all $(DEMO)/unlabelled/pbmc68k.h5ad --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
@@ -59,6 +60,11 @@ format: .venv/ready
 # Compares requirements.txt with the published vulnerabilities of PyPI, over the network. It installs nothing into .venv.
 audit: .venv/ready
 	$(BIN)/uv tool run pip-audit==2.10.1 --requirement requirements.txt --no-deps --disable-pip --strict
+
+docs: .venv/ready
+	$(BIN)/python docs/columns.py
+	$(BIN)/mkdocs build --quiet
+	@echo "Done: open site/index.html in a browser"
 
 requirements: .venv/ready
 	$(BIN)/python envs/requirements.py
