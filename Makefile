@@ -63,7 +63,7 @@ audit: .venv/ready
 
 docs: .venv/ready
 	$(BIN)/python docs/columns.py
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 	@echo "Done: open site/index.html in a browser"
 
 requirements: .venv/ready

@@ -163,13 +163,30 @@ class Loads(HTMLParser):
                 self.addresses.append("//mermaid")
 
 
+def build(root, folder):
+    # without --quiet, which would hide warnings from --strict, too
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = build(ROOT, folder)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "config").mkdir()
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "config/README.md").open("a") as file:
+        file.write("[one](../docs/faq.md#no-such-question) [another](../docs/none.md)\n")
+    result = build(tmp_path, tmp_path / "site")
+    assert result.returncode == 1
+    assert "no-such-question" in result.stderr and "none.md" in result.stderr
 
 
 def test_the_site_loads_nothing_from_another_host(site):
