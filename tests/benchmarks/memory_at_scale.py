@@ -1,12 +1,14 @@
-"""Peak memory of every rule, from ingestion to report, on simulated files of several sizes.
+"""Peak memory of every rule, from ingestion to report and annotated file, on simulated files of several sizes.
 
     .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere
     .venv/bin/python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere --on-the-fly
 
 Snakemake runs the workflow rule by rule on one simulated study in one shard, with the default configuration except for
 what ``CONFIG`` says: all cells are used, 80% of them for training, and the language model is that of the tests, so that
-what remains is the memory that cells take. ``--on-the-fly`` computes gene vectors in each step instead of storing them,
-and measures the rules that do so. docs/memory.md has the results and says what the memory of each rule depends on.
+what remains is the memory that cells take. Two small studies are beside it, because only then are studies left out. The
+packed model then annotates the file of the large study, in which it ignores the labels. ``--on-the-fly`` computes gene
+vectors in each step instead of storing them, and measures the rules that do so. docs/memory.md has the results and says
+what the memory of each rule depends on.
 
 While a job runs, /proc tells the maximum resident memory of its process so far, imports included, and its private
 memory at the moment, which is what must be requested: the rest are pages of files, which the system drops when memory
@@ -41,8 +43,10 @@ RULES = [
     "fit_encoder",
     "embed_genes",
     "finetune",
+    "score_left_out_studies",
     "score_candidates",
     "calibrate",
+    "choose_thresholds",
     "generate_descriptions",
     "baseline_majority",
     "baseline_pca_logistic",
@@ -53,9 +57,36 @@ RULES = [
     "evaluate",
     "compare",
     "render_report",
+    "pack_model",
+    "hide_labels",
+    "fetch_query",
+    "flag_query",
+    "rank_query",
+    "embed_query",
+    "score_query",
+    "describe_query",
+    "cluster_query",
+    "explain_query",
+    "annotate_query",
+    "render_query",
 ]
-ON_THE_FLY = ["embed_genes", "finetune", "score_candidates", "baseline_shuffled", "baseline_aligned"]
+# those that read gene vectors, and so compute them if they are not stored
+ON_THE_FLY = ["embed_genes", "finetune", "score_left_out_studies", "score_candidates"]
+ON_THE_FLY += ["baseline_shuffled", "baseline_aligned"]
+NOT_MEASURED = {
+    "choose_census_cells": "reads the Census",
+    "fetch_census_shard": "reads the Census",
+    "fetch_encoder": "reads no cells, and the default encoder is not fetched",
+    "baseline_greedy": "off by default, and takes hours: it writes word by word",
+}
+# Targets of rules that are not run for all results, or that another rule comes between, as the calibration between the
+# scores of validation cells and those of test cells
+TARGETS = {
+    "score_candidates": "results/scale/scores/validation/0.safetensors",
+    "hide_labels": "results/scale/unlabelled/simulated.h5ad",
+}
 DONORS, GENE_SETS, GENES_PER_SET = 200, 20, 40
+SMALL_STUDIES, SMALL = ("second", "third"), 1_000  # cells
 CONFIG = {
     "run": "scale",
     "datasets": "datasets.tsv",
@@ -63,21 +94,25 @@ CONFIG = {
     "pathways": {"gene_sets": "sets.gmt", "descriptions": None},
     "language_model": {"name": "tiny", "source": "tiny-model"},
     # reads gene vectors, unlike the default, which reads pooled ones
-    "projector": {"kind": "mlp", "soft_tokens": 2, "hidden": 32},
+    "projector": {"kind": "mlp", "hidden": 32},
     "finetune": {"align_steps": 20, "opening_epochs": 0, "epochs": 1, "batch_cells": 64},
 }
 
 
 def prepare(folder: Path, cells: int) -> None:
-    """Write the input of a run: simulated cells, their sheet, gene sets and a tiny language model."""
+    """Write the input of a run: simulated studies, their sheet, gene sets and a tiny language model."""
     from simulate_cells import name_genes
 
     from tiny_model import write_tiny_model
 
     folder.mkdir(parents=True)
-    simulate = [sys.executable, ROOT / "tests/benchmarks/simulate_cells.py", folder / "cells.h5ad"]
-    subprocess.run([*simulate, "--cells", str(cells), "--donors", str(DONORS)], check=True)
-    (folder / "datasets.tsv").write_text("dataset\tsource\nsimulated\tcells.h5ad\n")
+    sizes = {"simulated": cells} | dict.fromkeys(SMALL_STUDIES, SMALL)
+    for seed, (name, size) in enumerate(sizes.items()):
+        simulate = [sys.executable, ROOT / "tests/benchmarks/simulate_cells.py", folder / f"{name}.h5ad"]
+        simulate += ["--cells", str(size), "--donors", str(DONORS), "--seed", str(seed)]
+        subprocess.run(simulate, check=True)
+    rows = "".join(f"{name}\t{name}.h5ad\n" for name in sizes)
+    (folder / "datasets.tsv").write_text(f"dataset\tsource\n{rows}")
     symbols, rng = name_genes(20_000)["symbol"].to_numpy(), np.random.default_rng(0)
     sets = [[f"set {i}", "-", *rng.choice(symbols, GENES_PER_SET, replace=False)] for i in range(GENE_SETS)]
     (folder / "sets.gmt").write_text("".join("\t".join(line) + "\n" for line in sets))
@@ -89,8 +124,12 @@ def run_rule(rule: str, folder: Path, on_the_fly: bool) -> dict[str, float]:
     config = CONFIG | {"encoder": {"cache": not on_the_fly}}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
+    if rule in TARGETS:
+        command.append(TARGETS[rule])
+    elif rule.endswith("_query"):
+        command += ["annotate", "--config", "query=simulated.h5ad", "model=results/scale/model"]
     command += ["--configfile", folder / "config.yaml", "--workflow-profile", "none", "--cores", "1", "--notemp"]
-    command += ["--until", rule, "--forcerun", rule, "--rerun-triggers", "mtime", "--quiet", "all"]
+    command += ["--until", rule, "--forcerun", rule, "--rerun-triggers", "mtime"]
     peaks = {"resident": 0.0, "private": 0.0, "seconds": 0.0}
     with (folder / "log.txt").open("w") as log:
         run = psutil.Popen(command, stdout=log, stderr=log)

@@ -25,11 +25,23 @@ CELLS_PACKAGES = ["anndata", "scanpy", "cellxgene_ontology_guide"]
 LANGUAGE_PACKAGES = ["torch", "transformers", "peft"]
 
 
-def requirements_module():
-    spec = importlib.util.spec_from_file_location("requirements", ROOT / "envs/requirements.py")
+def load(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def requirements_module():
+    return load("envs/requirements.py")
+
+
+def bodies_of_rules():
+    return {
+        name: body
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for name, body in re.findall(r"^rule (\w+):\n((?:\n|    .*\n)+)", path.read_text(), re.MULTILINE)
+    }
 
 
 def test_requirements_hold_the_pins_of_the_environments():
@@ -72,11 +84,7 @@ def test_rules_name_environments_and_scripts_that_exist():
 
 
 def test_every_rule_has_a_script_of_its_name():
-    rules = {
-        name: body
-        for path in (ROOT / "workflow/rules").glob("*.smk")
-        for name, body in re.findall(r"^rule (\w+):\n((?:\n|    .*\n)+)", path.read_text(), re.MULTILINE)
-    }
+    rules = bodies_of_rules()
     assert len(rules) > 15
     for name, body in rules.items():
         assert f'"../scripts/{name}.py"' in body
@@ -85,16 +93,18 @@ def test_every_rule_has_a_script_of_its_name():
 
 
 def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
-    declaring = {
-        name
-        for path in (ROOT / "workflow/rules").glob("*.smk")
-        for name, body in re.findall(r"^rule (\w+):\n((?:\n|    .*\n)+)", path.read_text(), re.MULTILINE)
-        if re.search(r"^        gpu=", body, re.MULTILINE)
-    }
+    declaring = {name for name, body in bodies_of_rules().items() if re.search(r"^        gpu=", body, re.MULTILINE)}
     assert declaring == {
         "embed_genes", "finetune", "fit_encoder", "score_candidates", "score_left_out_studies", "baseline_shuffled",
         "baseline_aligned", "baseline_greedy", "embed_query", "score_query",
     }  # fmt: skip
+
+
+def test_the_memory_of_every_rule_is_measured_or_there_is_a_reason_why_not():
+    measured, rules = load("tests/benchmarks/memory_at_scale.py"), bodies_of_rules()
+    assert sorted([*measured.RULES, *measured.NOT_MEASURED]) == sorted(rules)
+    on_the_fly = {name for name, body in rules.items() if "genes=GENES_ON_THE_FLY" in body} | {"embed_genes"}
+    assert set(measured.ON_THE_FLY) == on_the_fly - set(measured.NOT_MEASURED)
 
 
 def keys(schema, prefix=""):
