@@ -159,12 +159,15 @@ rule embed_query:
         "<annotated>/{query}/logs/embed_query/{shard}.log",
     wildcard_constraints:
         query=QUERY_NAMES,
+    group:
+        group_if_many("embed_query", len(QUERY_SHARDS))
     conda:
         "../../envs/llm.yaml"
-    threads: 2
+    # all cores of a submission, see embed_genes
+    threads: 8
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
-        runtime=hours(2),
+        runtime=hours(2, len(QUERY_SHARDS)),
         gpu=1,
     params:
         shard=lambda wildcards: int(wildcards.shard),
@@ -187,12 +190,14 @@ rule score_query:
         "<annotated>/{query}/logs/score_query/{shard}.log",
     wildcard_constraints:
         query=QUERY_NAMES,
+    group:
+        group_if_many("score_query", len(QUERY_SHARDS))
     conda:
         "../../envs/llm.yaml"
     threads: 8
     resources:
         mem_mb=lambda wildcards, attempt: 16000 * attempt,
-        runtime=hours(4),
+        runtime=hours(4, len(QUERY_SHARDS)),
         gpu=1,
     params:
         library=library_version("score_query.py"),
@@ -213,12 +218,14 @@ rule describe_query:
         "<annotated>/{query}/logs/describe_query/{shard}.log",
     wildcard_constraints:
         query=QUERY_NAMES,
+    group:
+        group_if_many("describe_query", len(QUERY_SHARDS))
     conda:
         "../../envs/report.yaml"
     threads: 2
     resources:
         mem_mb=mem_scores,
-        runtime=hours(1),
+        runtime=hours(1, len(QUERY_SHARDS)),
     params:
         library=library_version("describe_query.py"),
     message:

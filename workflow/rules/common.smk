@@ -59,6 +59,8 @@ pathvars:
 
 NOTES = {name: row["notes"] for name, row in SHEET.items() if "notes" in row}
 CENSUS = {name: SHEET[name]["source"] for name in PIECES}
+# Files of gene vectors per row of the sheet. A Census is cut into datasets, which are cut again.
+CUTS = config["shards"] ** (2 if len(PIECES) == len(SHEET) else 1)
 for name, pieces in PIECES.items():
     SHEET |= dict.fromkeys(pieces, SHEET.pop(name))
 DATASETS = sorted(SHEET)
@@ -68,8 +70,11 @@ EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS
 )
 SPLITS = ["validation", "test"]
+# Jobs with a language model load it once for several shards if there are more than this.
+MOST_PARTS = 16
+PARTS = SHARDS[:MOST_PARTS]
 GENERATIONS = collect(
-    "<results>/generations/{split}/{shard}.jsonl", split=SPLITS, shard=SHARDS
+    "<results>/generations/{split}/{part}.jsonl", split=SPLITS, part=PARTS
 )
 # matches nothing without a query
 QUERY_NAMES = "|".join(map(re.escape, QUERIES)) or "(?!)"
@@ -133,6 +138,7 @@ GENE_VECTORS = (
 wildcard_constraints:
     dataset="|".join(map(re.escape, DATASETS)),
     shard=r"\d+",
+    part=r"\d+",
     split="|".join(SPLITS),
 
 
@@ -200,9 +206,27 @@ def mem_language_model(processes=1, per_cell=2, cells_at_once=0, optimiser=False
     return amount
 
 
-def hours(amount):
-    """Return a run time limit in minutes, doubled at each retry."""
-    return lambda wildcards, attempt: int(60 * amount * 2 ** (attempt - 1))
+def hours(amount, shards=1):
+    """Return a run time limit in minutes, doubled at each retry; of one of many shards, which is small, less."""
+    minutes = 60 * amount
+    if shards > 16:
+        minutes = 10 + minutes * 16 / shards
+    return lambda wildcards, attempt: int(minutes * 2 ** (attempt - 1))
+
+
+def group_if_many(rule, jobs):
+    """Return the group of a rule's jobs, so that a cluster gets several at once, or None if there are few."""
+    return rule if jobs > 200 else None
+
+
+def embeddings_of_part(wildcards):
+    """Return the files of gene vectors of one part of the cells: every ``len(PARTS)``-th shard of each dataset."""
+    shards = SHARDS[int(wildcards.part) :: len(PARTS)]
+    return collect(
+        "<results>/embeddings/{dataset}/{shard}.safetensors",
+        dataset=DATASETS,
+        shard=shards,
+    )
 
 
 def dataset_row(wildcards):
@@ -244,6 +268,7 @@ def benchmarks_of_this_run(wildcards):
     values = {
         "dataset": DATASETS,
         "shard": SHARDS,
+        "part": PARTS,
         "split": SPLITS,
         "census": sorted(CENSUS),
         "name": [Path(model).name for model in [LANGUAGE_MODEL, *FETCHED_ENCODER]],

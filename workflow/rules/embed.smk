@@ -97,12 +97,15 @@ rule embed_genes:
         "<logs>/embed_genes/{dataset}/{shard}.log",
     benchmark:
         "<benchmarks>/embed_genes/{dataset}/{shard}.jsonl"
+    group:
+        group_if_many("embed_genes", CUTS)
     conda:
         "../../envs/llm.yaml"
-    threads: 2
+    # on a GPU, all cores of a submission: several at a time would share its GPU
+    threads: 8 if ENCODER_GPU else 2
     resources:
         mem_mb=mem_embeddings,
-        runtime=hours(2),
+        runtime=hours(2, CUTS),
         gpu=ENCODER_GPU,
     params:
         shard=lambda wildcards: int(wildcards.shard),

@@ -33,6 +33,9 @@ rule finetune:
         ),
         runtime=hours(12),
         gpu=config["finetune"]["gpus"],
+        # only SLURM uses these two
+        cpus_per_gpu=8,
+        nodes=1,
     params:
         seed=lookup("seed", within=config),
         projector=lookup("projector", within=config),

@@ -3,12 +3,12 @@ The candidate names of each cell's slots are scored, calibrated on the validatio
 
 Only `choose_thresholds` depends on `generate.confidence`, so that another one scores no cell again.
 
-Inputs: <results>/finetuned/, <results>/embeddings/. Outputs: <results>/scores/{split}/{shard}.safetensors,
-<results>/confidence/, <results>/generations/{split}/{shard}.jsonl.
+Inputs: <results>/finetuned/, <results>/embeddings/. Outputs: <results>/scores/{split}/{part}.safetensors,
+<results>/confidence/, <results>/generations/{split}/{part}.jsonl.
 """
 
 VALIDATION_SCORES = collect(
-    "<results>/scores/validation/{shard}.safetensors", shard=SHARDS
+    "<results>/scores/validation/{part}.safetensors", part=PARTS
 )
 LEFT_OUT_STUDIES = (
     "<results>/scores/left_out_studies.safetensors" if len(DATASETS) > 2 else []
@@ -21,9 +21,7 @@ rule score_candidates:
         language_model=LANGUAGE_MODEL,
         corpus="<results>/corpus/cells.parquet",
         terms="<results>/corpus/terms.parquet",
-        embeddings=collect(
-            "<results>/embeddings/{dataset}/{{shard}}.safetensors", dataset=DATASETS
-        ),
+        embeddings=embeddings_of_part,
         encoder="<results>/encoder",
         tokens=TOKENS_ON_THE_FLY,
         genes=GENES_ON_THE_FLY,
@@ -34,12 +32,12 @@ rule score_candidates:
             then="<results>/confidence/calibration.json",
         ),
     output:
-        # no rows if the shard has no cell of the split
-        scores="<results>/scores/{split}/{shard}.safetensors",
+        # no rows if the part has no cell of the split
+        scores="<results>/scores/{split}/{part}.safetensors",
     log:
-        "<logs>/score_candidates/{split}/{shard}.log",
+        "<logs>/score_candidates/{split}/{part}.log",
     benchmark:
-        "<benchmarks>/score_candidates/{split}/{shard}.jsonl"
+        "<benchmarks>/score_candidates/{split}/{part}.jsonl"
     conda:
         "../../envs/llm.yaml"
     threads: 8
@@ -53,7 +51,7 @@ rule score_candidates:
         on_the_fly=on_the_fly,
         library=library_version("score_candidates.py"),
     message:
-        "Scoring the names for the {wildcards.split} cells, shard {wildcards.shard}"
+        "Scoring the names for the {wildcards.split} cells, part {wildcards.part}"
     script:
         "../scripts/score_candidates.py"
 
@@ -157,20 +155,18 @@ rule choose_thresholds:
 rule generate_descriptions:
     input:
         model="<results>/finetuned",
-        scores="<results>/scores/{split}/{shard}.safetensors",
+        scores="<results>/scores/{split}/{part}.safetensors",
         confidence="<results>/confidence/confidence.json",
         reference="<results>/confidence/reference.safetensors",
         terms="<results>/corpus/terms.parquet",
-        embeddings=collect(
-            "<results>/embeddings/{dataset}/{{shard}}.safetensors", dataset=DATASETS
-        ),
+        embeddings=embeddings_of_part,
     output:
-        # empty if the shard has no cell of the split
-        generations="<results>/generations/{split}/{shard}.jsonl",
+        # empty if the part has no cell of the split
+        generations="<results>/generations/{split}/{part}.jsonl",
     log:
-        "<logs>/generate_descriptions/{split}/{shard}.log",
+        "<logs>/generate_descriptions/{split}/{part}.log",
     benchmark:
-        "<benchmarks>/generate_descriptions/{split}/{shard}.jsonl"
+        "<benchmarks>/generate_descriptions/{split}/{part}.jsonl"
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -180,6 +176,6 @@ rule generate_descriptions:
     params:
         library=library_version("generate_descriptions.py"),
     message:
-        "Describing the {wildcards.split} cells, shard {wildcards.shard}"
+        "Describing the {wildcards.split} cells, part {wildcards.part}"
     script:
         "../scripts/generate_descriptions.py"

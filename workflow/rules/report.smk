@@ -14,7 +14,7 @@ rule render_report:
         provenance="<results>/evaluation/provenance.json",
         comparison="<results>/evaluation/comparison.svg",
         confidence="<results>/confidence/confidence.json",
-        generations=collect("<results>/generations/test/{shard}.jsonl", shard=SHARDS),
+        generations=collect("<results>/generations/test/{part}.jsonl", part=PARTS),
         corpus="<results>/corpus/cells.parquet",
         descriptions="<results>/corpus/descriptions.parquet",
         terms="<results>/corpus/terms.parquet",
