@@ -16,7 +16,7 @@ from small_disk import small_files
 
 @pytest.fixture
 def job(tmp_path):
-    yield SimpleNamespace(log=[str(tmp_path / "logs/rule.log")], rule="some_rule", params={"seed": 7})
+    yield SimpleNamespace(log=[str(tmp_path / "logs/rule.log")], rule="some_rule", params={"seed": 7}, threads=3)
     logging.getLogger().handlers.clear()
 
 
@@ -120,5 +120,6 @@ def test_a_disk_that_fills_up_under_the_log_does_not_disturb_the_job(job, capsys
     with small_files(300):
         run_job(main, job)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 50 and all(f"some_rule: line {number}" in line for number, line in enumerate(lines))
+    assert len(lines) == 51 and lines.pop().endswith("some_rule: threads: 3")
+    assert all(f"some_rule: line {number}" in line for number, line in enumerate(lines))
     assert len(read_log(job)) <= 300

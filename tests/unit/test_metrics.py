@@ -270,6 +270,7 @@ def results(tmp_path):
     for file in ("model/adapter/weights.safetensors", "model/projector.safetensors"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(file)
+    (tmp_path / "model/cell2text.json").write_text(json.dumps({"threads": 3}))
     (tmp_path / "language_model").mkdir()
     (tmp_path / "language_model/source.json").write_text(json.dumps({"licence": "Apache-2.0"}))
     return tmp_path
@@ -322,7 +323,8 @@ def test_evaluation_end_to_end(results):
         "validation": {"unit": None, "donors": 2},
         "test": {"unit": None, "donors": 1},
     }
-    assert sorted(provenance["model"]) == ["adapter/weights.safetensors", "projector.safetensors"]
+    assert sorted(provenance["model"]) == ["adapter/weights.safetensors", "cell2text.json", "projector.safetensors"]
+    assert provenance["threads"] == {"finetune": 3}
     assert provenance["language_model"] == {"licence": "Apache-2.0"}
 
 

@@ -61,6 +61,7 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         if snakemake.log:
             _log_to(Path(snakemake.log[0]))
         main(snakemake)
+        log.info("threads: %d", snakemake.threads)  # on a CPU, results depend on their number in the last digits
     except Exception as error:
         if failure and INVOCATION in os.environ:
             with suppress(OSError):  # the disk may be full

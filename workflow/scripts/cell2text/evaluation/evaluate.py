@@ -118,6 +118,7 @@ def evaluate(
             "descriptions": hash_file(descriptions),
             "tables": {Path(outputs[table]).name: hash_file(outputs[table]) for table in ("metrics", *_TABLES)},
             "model": _hash_files(Path(model)),
+            "threads": {"finetune": read_json(Path(model) / "cell2text.json").get("threads")},
             "language_model": read_json(Path(language_model) / "source.json"),
             "packages": versions(*_PACKAGES),
             "python": platform.python_version(),

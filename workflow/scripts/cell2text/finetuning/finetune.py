@@ -225,6 +225,8 @@ def _save(
         "validation_loss": state.best_loss if work.epochs else None,
         "validation_accuracy": state.best_accuracy if work.epochs else None,
         "seed": seed,
+        "processes": work.team.size,
+        "threads": torch.get_num_threads(),
         "instruction": INSTRUCTION,
     }
     with whole_folder(directory, "cell2text.json") as folder:
