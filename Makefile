@@ -8,7 +8,7 @@ UV := 0.13.9
 export PYTHONHASHSEED ?= 0
 export MPLBACKEND = Agg
 
-.PHONY: demo docs test lint dry-run tests unit workflow slow format audit requirements clean
+.PHONY: demo docs test lint dry-run tests unit workflow slow slurm format audit requirements clean
 
 demo: .venv/ready
 	@$(BIN)/snakemake all $(DEMO)/unlabelled/pbmc68k.h5ad --cores all || { echo "Failed. If it says that the directory cannot be locked, an earlier run was \
@@ -51,6 +51,14 @@ workflow: .venv/ready
 # Slow checks are run by name: make slow
 slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow tests
+
+# The tiny workflow on a real SLURM, which starts on this machine. As root, Debian's packages are installed if they are
+# missing and there is a network; elsewhere the test is skipped.
+SLURM := slurm-wlm munge slurmdbd mariadb-server
+slurm: .venv/ready
+	@command -v slurmdbd >/dev/null || [ "$$(id -u)" != 0 ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -qq --no-install-recommends $(SLURM); } >/dev/null 2>&1 || echo "SLURM cannot be installed here"
+	$(BIN)/python -m pytest -q -m slow -rs -s tests/workflow/test_slurm.py
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

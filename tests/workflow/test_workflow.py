@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -21,8 +20,8 @@ import scanpy
 import cell2text
 from cell2text.contracts import EMBEDDINGS
 from tiny_geneformer import V2, write_checkpoint
+from tiny_run import ROOT, new_folder
 
-ROOT = Path(__file__).parents[2]
 SECRET = "hf_PlantedSecretOfTheTests"
 # Python imports a module of this name at its start. No process of a run may look up or connect to another machine.
 OFFLINE = """
@@ -71,14 +70,6 @@ def contents(folder):
 
 def files_with(text, found):
     return [path for path, content in found.items() if text.encode() in content]
-
-
-def new_folder(folder, tiny_model):
-    shutil.copytree(ROOT / "config", folder / "config")
-    shutil.copytree(ROOT / "resources", folder / "resources", ignore=shutil.ignore_patterns("models"))
-    shutil.copy(ROOT / "tests/config/tiny.yaml", folder / "tiny.yaml")
-    shutil.copytree(tiny_model, folder / "tiny-model")
-    return folder
 
 
 @pytest.fixture(scope="session")
