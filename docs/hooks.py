@@ -16,6 +16,7 @@ PAGES = {
     "config.md": "config/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
 }
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
 

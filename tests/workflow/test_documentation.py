@@ -180,7 +180,7 @@ def site(tmp_path_factory):
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "config").mkdir()
-    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md"):
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "config/README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     with (tmp_path / "config/README.md").open("a") as file:
         file.write("[one](../docs/faq.md#no-such-question) [another](../docs/none.md)\n")
