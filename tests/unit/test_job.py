@@ -82,6 +82,18 @@ def test_a_job_that_was_terminated_runs_again(job, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_job_that_ran_out_of_memory_is_one_line_and_runs_again(job, monkeypatch, capsys):
+    sizes = [1 << 46, 1]  # the next attempt is given more memory
+    monkeypatch.setenv(INVOCATION, "first")
+    with pytest.raises(SystemExit) as stopped:
+        run_job(lambda snakemake: np.empty(sizes.pop(0), dtype=np.uint8), job)
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "some_rule: memory: ran out (Unable to allocate 64.0 TiB for an array" in line
+    run_job(lambda snakemake: np.empty(sizes.pop(0), dtype=np.uint8), job)
+    assert not sizes
+
+
 def test_the_seed_is_set(job):
     drawn = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The one error for mistakes in the user's input."""
+"""The one error for mistakes in the user's input, and what libraries raise if memory runs out."""
 
 LONGEST = 1000  # characters of each part of an error's line
 
@@ -27,3 +27,17 @@ def _in_one_line(text: object) -> str:
     if len(line) > LONGEST:
         line = f"{line[: LONGEST - 100]} [...] {line[-90:]}"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory ran out, on the CPU or a GPU; torch need not be imported."""
+    cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return cpu or type(error).__name__ == "OutOfMemoryError"
+
+
+def in_one_line(error: Exception) -> Exception:
+    """Return an ``InputError`` in place of an exception that says that memory ran out, and any other as it is."""
+    if not is_out_of_memory(error):
+        return error
+    problem = f"ran out ({str(error).strip() or type(error).__name__})"
+    return InputError("memory", problem, "Give the job more, or run fewer jobs at once; docs/memory.md has every rule")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cell2text.errors import InputError
+from cell2text.errors import InputError, is_out_of_memory
 from cell2text.provenance import hash_config, hash_file
 
 log = logging.getLogger("cell2text.files")
@@ -134,7 +134,7 @@ def whole_folder(path: str | Path, marker: str) -> Iterator[Path]:
     unfinished, old, lock = (path.with_name(f".{path.name}.{ending}") for ending in ("unfinished", "old", "lock"))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(lock):
+        with locked(lock):
             try:
                 check_ours(path)
                 _remove(unfinished)
@@ -185,7 +185,7 @@ def _is_marker(file: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``; the system releases the lock if this process dies."""
     while True:
         file = path.open("w")
@@ -310,7 +310,7 @@ def reading(path: str | Path, fix: str = DAMAGED) -> Iterator[None]:
         kinds = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, OverflowError)
         if not isinstance(error, kinds) and type(error).__name__ != "SafetensorError":
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which says nothing about the file
+        if is_out_of_memory(error):  # which says nothing about the file
             raise
         raise InputError(path, f"cannot be read: {reason(error)}", fix) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cell2text.errors import InputError
+from cell2text.errors import InputError, in_one_line
 from cell2text.files import writing
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
@@ -25,7 +25,7 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
     Messages go to the rule's log and to the terminal. An ``InputError`` ends the job with one line and exit code 1; any
     other exception is logged with its traceback and raised. A job that failed in this way would fail again: if
     Snakemake retries it in the same invocation, it ends at once with the same line. Only jobs that a signal or a lost
-    node stopped start again.
+    node stopped, or that ran out of memory, start again.
 
     Parameters
     ----------
@@ -62,8 +62,9 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
             _log_to(Path(snakemake.log[0]))
         main(snakemake)
         log.info("threads: %d", snakemake.threads)  # on a CPU, results depend on their number in the last digits
-    except Exception as error:
-        if failure and INVOCATION in os.environ:
+    except Exception as raised:
+        error = in_one_line(raised)
+        if error is raised and failure and INVOCATION in os.environ:
             with suppress(OSError):  # the disk may be full
                 failure.write_text(f"{os.environ[INVOCATION]} {error}")
         if isinstance(error, InputError):

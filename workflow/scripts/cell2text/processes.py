@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
-from cell2text.errors import InputError
+from cell2text.errors import InputError, in_one_line
 
 log = logging.getLogger("cell2text.training")
 
@@ -192,11 +192,13 @@ def _run(
     try:
         distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size)
         function(Team(rank, size), *arguments)
-    except InputError as error:
-        log.error("%s", error)
-        sys.exit(REPORTED)
-    except RuntimeError:
-        time.sleep(PATIENCE)  # if it is only that another process ended, the parent first sees how that one ended
+    except Exception as raised:
+        error = in_one_line(raised)
+        if isinstance(error, InputError):
+            log.error("%s", error)
+            sys.exit(REPORTED)
+        if isinstance(raised, RuntimeError):
+            time.sleep(PATIENCE)  # if it is only that another process ended, the parent first sees how that one ended
         raise
     except KeyboardInterrupt:  # before the training listens for signals; torch would report success
         sys.exit(TERMINATED)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cell2text.errors import InputError
+from cell2text.errors import InputError, is_out_of_memory
 from cell2text.finetuning.align import add_noise
 from cell2text.finetuning.data import OWN_NOISE, BatchSize, Cells, balance, plan_epoch
 from cell2text.finetuning.optimiser import MasterAdamW
@@ -132,6 +132,7 @@ class Finetuning:
         )
         self.schedule = warm_up_then_decay(self.optimiser.adam, sum(self.epoch_steps))
         self.state, self.stopping = State(), False
+        self.cells_at_once = sys.maxsize  # fewer once memory has run out
         self.best: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -236,13 +237,60 @@ class Finetuning:
         # strong noise, as in alignment, would keep the language model from learning to tell cells apart
         noise = torch.full((len(rows),), OWN_NOISE)
         soft, present = model.projector(add_noise(vectors, noise, model.projector, random), lengths)
-        torch.manual_seed(random.initial_seed())  # for dropout, if any
-        loss, tokens = model.text_loss(soft, present, text, text_mask)
+        loss, gradient = self._read_texts(rows, soft, present, text, text_mask, random.initial_seed())
+        tokens = text_mask.sum()
         align_loss = self.targets.loss(soft, present, aligned_to) * tokens
-        (loss + self.settings.align_weight * align_loss).backward()
+        torch.autograd.backward([soft, self.settings.align_weight * align_loss], [gradient, None])
         self.optimiser.take_gradients()
         size = tokens + present.sum() + len(rows) * (len(model.prompt.before) + len(model.prompt.after))
         return torch.stack([value.detach().double() for value in (loss, tokens, align_loss, size)])
+
+    def _read_texts(
+        self, rows: np.ndarray, soft: Tensor, present: Tensor, text: Tensor, text_mask: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the texts' loss to the language model's; return the loss and its gradient to ``soft``.
+
+        If memory runs out, the cells are read in halves from then on. The sums remain the same except for rounding,
+        and for the masks of dropout, so two runs that run out of memory at different cells differ no more than that.
+        """
+        loss, gradient, start = torch.zeros((), dtype=torch.float64, device=soft.device), torch.empty_like(soft), 0
+        while start < len(rows):
+            part = slice(start, start + self.cells_at_once)
+            tokens = soft[part].detach().requires_grad_()
+            torch.manual_seed(seed + start)  # for dropout, if any
+            try:
+                part_loss, _ = self.model.text_loss(tokens, present[part], text[part], text_mask[part])
+                part_loss.backward()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                part_loss = None
+            if part_loss is None:  # here, because the exception would keep the memory of the failed attempt
+                self._halve(rows[part])
+                continue
+            self.optimiser.take_gradients()
+            loss += part_loss.detach()
+            gradient[part] = tokens.grad
+            start += len(tokens)
+        return loss, gradient
+
+    def _halve(self, rows: np.ndarray) -> None:
+        """Let the language model read fewer cells at once, after memory ran out with the cells ``rows``."""
+        if len(rows) == 1:
+            raise InputError(
+                "config: finetune.batch_cells",
+                f"memory ran out with a single cell, {self.train.ids[rows[0]]}",
+                "Set finetune.checkpoint_activations: true, give the job more memory, or choose a smaller model",
+            )
+        for parameter in self.optimiser.parameters.values():
+            parameter.grad = None
+        torch.cuda.empty_cache()
+        self.cells_at_once = (len(rows) + 1) // 2
+        log.warning(
+            "memory ran out with %d cells at once: the language model reads %d at once from now on, and the steps stay "
+            "the same. Lower finetune.batch_cells or finetune.batch_tokens to avoid the failed attempt",
+            len(rows), self.cells_at_once,
+        )  # fmt: skip
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
