@@ -3,6 +3,8 @@
 import gzip
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata as ad
@@ -173,6 +175,37 @@ def test_sources_of_models(packed, tmp_path, monkeypatch):
     assert found.name == "lab--blood@v1" and read_model(found) == read_model(packed)
     monkeypatch.setattr("cell2text.annotation.fetch_model.download", None)  # it is there already
     assert fetch_model("hf://lab/blood@v1", tmp_path / "models") == found
+
+
+def test_two_commands_that_download_one_model_do_so_once(packed, tmp_path, monkeypatch):
+    downloads = []
+
+    def download(repository, revision, files, folder, where):
+        downloads.append(folder)
+        assert not folder.exists()
+        for file in sorted(packed.rglob("*")):
+            if file.is_file():
+                (folder / file.relative_to(packed)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, folder / file.relative_to(packed))
+                time.sleep(0.02)
+
+    monkeypatch.setattr("cell2text.annotation.fetch_model.download", download)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: fetch_model("hf://lab/blood@v1", tmp_path / "models"), range(2)))
+    assert len(downloads) == 1 and found[0] == found[1]
+    assert read_model(found[0]) == read_model(packed)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["lab--blood@v1"]
+
+
+def test_a_download_that_fails_leaves_no_model(packed, tmp_path, monkeypatch):
+    def download(repository, revision, files, folder, where):
+        shutil.copytree(packed, folder, dirs_exist_ok=True)
+        (folder / "terms.parquet").write_bytes(b"half")
+
+    monkeypatch.setattr("cell2text.annotation.fetch_model.download", download)
+    with pytest.raises(InputError, match=r"terms.parquet: has changed"):
+        fetch_model("hf://lab/blood@v1", tmp_path / "models")
+    assert not (tmp_path / "models/lab--blood@v1").exists()
 
 
 def test_genes_of_a_file_are_matched_by_id_or_symbol():

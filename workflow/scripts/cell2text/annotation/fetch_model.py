@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cell2text.annotation.pack_model import read_model
 from cell2text.errors import InputError
-from cell2text.files import writing
+from cell2text.files import locked, writing
 from cell2text.models.sources import HUB, download, is_local
 
 log = logging.getLogger("cell2text.annotation")
@@ -36,13 +36,17 @@ def fetch_model(source: str, folder: str | Path) -> Path:
         raise InputError("model", f"cannot read {source}", "Write hf://organisation/name@revision, or give a folder")
     name = f"{match['repository']}@{match['revision']}".replace("/", "--")
     path = Path(folder, name)
-    if not (path / "cell2text.json").is_file():
-        log.info("downloading %s", source)
-        unfinished = path.with_name(f".{name}.unfinished")
-        with writing(path):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            download(match["repository"], match["revision"], FILES, unfinished, "model")
-            shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # of the download
-            read_model(unfinished)
-            unfinished.rename(path)
+    if (path / "cell2text.json").is_file():
+        return path
+    unfinished = path.with_name(f".{name}.unfinished")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{name}.lock")):
+            if not (path / "cell2text.json").is_file():  # another process may have downloaded it meanwhile
+                log.info("downloading %s", source)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                download(match["repository"], match["revision"], FILES, unfinished, "model")
+                shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # of the download
+                read_model(unfinished)
+                unfinished.rename(path)
     return path

