@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # may have a docstring
 
 
 def library_version(script: str, encoder: str | None = None, package: Path = PACKAGE) -> str:
@@ -16,7 +17,7 @@ def library_version(script: str, encoder: str | None = None, package: Path = PAC
 
     Snakemake does not see changes of imported modules, and takes any newer script for a changed one, even in a new
     clone. So each rule has this hash as a parameter, and the profiles switch the comparison of scripts off. The hash is
-    that of the syntax trees, so comments and formatting do not matter.
+    that of the syntax trees without docstrings, so neither comments, docstrings nor formatting matter.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ def find_modules(script: str, encoder: str | None = None, package: Path = PACKAG
 
 @cache
 def _read_code(path: Path, time: int) -> tuple[str, list[str]]:
-    """Return a hash of a file's syntax tree, and the dotted names that it imports; imported names may be modules.
+    """Return a hash of a file's code, and the dotted names that it imports; imported names may be modules.
 
     ``time`` is that of the last change, so that the many scripts that share a module read it once.
     """
@@ -68,6 +69,8 @@ def _read_code(path: Path, time: int) -> tuple[str, list[str]]:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
+        elif isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
     return hash_text(ast.dump(tree)), names
 
 
@@ -75,6 +78,7 @@ def _imported_modules(path: Path, package: str) -> list[str]:
     return [name for name in _read_code(path, path.stat().st_mtime_ns)[1] if name.split(".")[0] == package]
 
 
+@cache
 def _module_file(module: str, package: Path) -> Path | None:
     base = package.parent / module.replace(".", "/")
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
