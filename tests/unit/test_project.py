@@ -274,6 +274,17 @@ def test_only_the_configured_encoder_counts():
     assert "cell2text.embedding.encoders.coexpression" not in modules
 
 
+def test_the_tests_of_all_accidents_exist():
+    named = re.findall(r"`(test_\w+\.py)`|`(test_\w+)`", (ROOT / "docs/accidents.md").read_text())
+    assert len(named) > 60
+    for file, test in named:
+        if file:
+            text = "".join(path.read_text() for path in (ROOT / "tests").glob(f"*/{file}"))
+            assert text, file
+        else:
+            assert f"\ndef {test}(" in text, test
+
+
 def test_nothing_names_a_machine():
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
     for name in tracked:
