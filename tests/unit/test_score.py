@@ -28,9 +28,12 @@ LENGTHS = torch.full((6,), 7)
 PLAIN = {"bloom", "gpt_neo"}
 
 
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.float32)
+@pytest.fixture(scope="module", autouse=True)
+def in_float32():
+    """Also for the model that all tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "pick_precision", lambda device: torch.float32)
+        yield
 
 
 @pytest.fixture
@@ -134,8 +137,7 @@ def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
     assert [len(batch[0]) for batch in batches] == [4, 2]
     for number, scores in enumerate(together):
         apart = torch.cat([batch[number] for batch in batches])
-        # rounding can decide whether a fork is read whose probability is just the negligible one
-        assert torch.allclose(apart.exp(), scores.exp(), atol=packed.NEGLIGIBLE)
+        assert torch.allclose(apart.exp(), scores.exp(), atol=1e-4)
 
 
 A, B, STOP, COMMA, X, Y = range(300, 306)  # tokens

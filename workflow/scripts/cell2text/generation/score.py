@@ -57,7 +57,8 @@ def score_names(
         rows = slice(start, start + batch_cells)
         batch = [part.to(model.device) for part in (*vectors[cells[rows]], torch.from_numpy(drafts[rows]))]
         if method is None:
-            packs = can_pack(model, *(part[:CELLS_TO_CHECK] for part in batch), steps)
+            some = _pick_cells(model, *batch[:2])
+            packs = can_pack(model, *(part[some] for part in batch), steps)
             method = (Packed if packs else Plain)(model, steps)
         yield leave_out_named(method.score(*batch), steps, batch[-1])
         progress.advance(len(batch[-1]))
@@ -172,6 +173,13 @@ def can_pack(
             type(model.base_model).__name__, reason,
         )  # fmt: skip
     return not reason
+
+
+@torch.no_grad()
+def _pick_cells(model: Cell2Text, vectors: Tensor, lengths: Tensor) -> np.ndarray:
+    """Return a cell, and if there are any another one with another number of soft tokens, and so with padding."""
+    numbers = model.projector(vectors, lengths)[1].sum(1).cpu().numpy()
+    return np.unique(numbers, return_index=True)[1][-CELLS_TO_CHECK:]
 
 
 def _pick(step: Candidates, drafts: Tensor) -> list[int]:
