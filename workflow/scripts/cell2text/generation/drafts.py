@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.grammar import PATHWAY, Slots, Terms, render
 
+AT_ONCE = 32  # tokens: what follows a wrong one is read in vain
 # When a text is not the beginning of a description, its last tokens are looked up among those of all descriptions
 KNOWN, LOOKED_UP = 3, 16  # tokens
 
@@ -51,7 +52,7 @@ class Drafts:
         return lambda cell, written: self.draft(first + cell, written)
 
     def draft(self, cell: int, written: list[int]) -> list[int]:
-        """Return the tokens after those written: of the names first, and once these are written, of their explanations.
+        """Return the next tokens: of the names first, and once these are written, of their explanations.
 
         Parameters
         ----------
@@ -72,7 +73,7 @@ class Drafts:
                 text = [token for step, number in names for token in step.tokens[number]]
                 text = text if len(written) < len(text) else self._tokenise(names)
                 if text[: len(written)] == written:
-                    return text[len(written) :]
+                    return text[len(written) :][:AT_ONCE]
         place = self.following.get(tuple(written[-KNOWN:]))
         return self.examples[place : place + LOOKED_UP] if place else []
 
