@@ -26,9 +26,12 @@ PAGES = [
     ROOT / "config/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+CLUSTER_PAGE, FLAGS = ROOT / "docs/cluster.md", re.MULTILINE | re.DOTALL
 DEMO = "reads results of the demo"
 ANNOTATE = "describes cells, as test_workflow.py does with a tiny model"
 BENCHMARK = "a measurement of minutes to hours"
+CLUSTER = "asks a SLURM that runs jobs"
+CONTAINER = "builds or runs an image, for which neither the program nor the network may be there"
 # Commands that are not tried here, and why
 NOT_TRIED = {
     "head -n 3 results/pbmc68k/annotated/clusters.tsv": DEMO,
@@ -36,6 +39,13 @@ NOT_TRIED = {
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my": ANNOTATE,
     'python -c "import cell2text, scanpy; '
     "print(cell2text.annotate(scanpy.read_h5ad('my.h5ad'), 'results/pbmc68k/model').obs)\"": ANNOTATE,
+    'squeue --me --format "%.10i %.9P %.60k %.10T %.10M %.20R"': CLUSTER,
+    "sacct --name <run id> --format JobID,Comment%60,Partition,State,Elapsed,MaxRSS": CLUSTER,
+    "scancel --name <run id>": CLUSTER,
+    "docker build --file envs/Dockerfile --tag cell2text .": CONTAINER,
+    'docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" cell2text --cores all': CONTAINER,
+    "apptainer build cell2text.sif envs/cell2text.def": CONTAINER,
+    'apptainer run --bind "$PWD:/work" --pwd /work cell2text.sif --cores all': CONTAINER,
     "cell2text annotate atlas.h5ad --model model --out annotated/atlas": BENCHMARK,
     "python tests/benchmarks/simulate_cells.py atlas.h5ad --cells 100000 --like pbmc3k.h5ad": BENCHMARK,
     "python tests/benchmarks/describe_cells.py results/pbmc68k --cells 500": BENCHMARK,
@@ -48,7 +58,7 @@ def commands():
     """Return the commands in the sh blocks of all pages, each once, in order, without comments and `.venv/bin/`."""
     found = {}
     for page in PAGES:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), FLAGS):
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.sub(r"\s+#.*", "", line).strip().removeprefix(".venv/bin/")
                 if command and not command.startswith("#"):
@@ -83,21 +93,29 @@ for number, arguments in enumerate(json.load(sys.stdin)):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the project with a packed model and files of cells in name only, which is all that planning needs."""
+    """A copy of the project with packed models and files of cells in name only, which is all that planning needs.
+
+    The site's own profile is the one that docs/cluster.md shows.
+    """
     for name in ("config", "profiles", "workflow"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "resources", tmp_path / "resources", ignore=shutil.ignore_patterns("models"))
     for name in ("Snakefile", "Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    model = tmp_path / "results/pbmc68k/model"
-    model.mkdir(parents=True)
     language_model = {"name": "lm", "source": "hf://organisation/lm@main", "sha256": {"config.json": "0"}}
     facts = {"format": FORMAT, "language_model": language_model, "projector": {}, "finetune": {}}
-    write_json(facts, model / "cell2text.json")
-    seal(model, "cell2text.json")
+    for run in ("pbmc68k", "blood"):
+        model = tmp_path / "results" / run / "model"
+        model.mkdir(parents=True)
+        write_json(facts, model / "cell2text.json")
+        seal(model, "cell2text.json")
     (tmp_path / "data").mkdir()
-    for name in ("my.h5ad", "data/my-study.h5ad"):
+    for name in ("my.h5ad", "my-blood.h5ad", "data/my-study.h5ad"):
         (tmp_path / name).touch()
+    profile = tmp_path / "home/snakemake/site/profile.yaml"
+    profile.parent.mkdir(parents=True)
+    shown = re.search(r"^```yaml\n(# ~/.config/snakemake/site/profile.yaml\n.*?)^```", CLUSTER_PAGE.read_text(), FLAGS)
+    profile.write_text(shown[1])
     return tmp_path
 
 
@@ -122,7 +140,10 @@ def test_commands_can_be_planned(checkout):
         assert result.returncode == 0, f"{command}: {result.stderr}"
     plans = [command for command, how in tried.items() if how == "plan"]
     assert len(plans) > 5
-    environment = os.environ | {"PYTHONPATH": str(checkout / "workflow/scripts")}
+    environment = os.environ | {
+        "PYTHONPATH": str(checkout / "workflow/scripts"),
+        "XDG_CONFIG_HOME": str(checkout / "home"),
+    }
     given = json.dumps([arguments_of(command) for command in plans])
     result = subprocess.run(
         [sys.executable, "-c", PLAN], input=given, capture_output=True, text=True, cwd=checkout, env=environment
