@@ -288,7 +288,7 @@ def test_the_first_screen_compares_each_score_with_the_best_baseline(files, tmp_
     accuracy = (table["metric"] == "accuracy") & (table["method"] == "majority")
     table.loc[accuracy, differences] = [0.65, 0.1, 0.05, 0.15]
     same = table[accuracy | ((table["metric"] == "accuracy") & (table["method"] == "cell2text"))].assign(slot="tissue")
-    same[differences[1:]] = 0.0  # as in a slot with a single term
+    same[differences[1:]] = 0.0  # the slot has a single term
     pd.concat([table, same]).to_csv(files.metrics, sep="\t", index=False)
     record_tables(files.metrics.parent)
     rows = compare_with_best(read_results(files))
@@ -308,6 +308,15 @@ def test_the_first_screen_compares_each_score_with_the_best_baseline(files, tmp_
     card = (tmp_path / "model_card.md").read_text()
     assert f"| Cell type, macro-F1 | {title_of('knn')} | -0.030 [-0.070, +0.010] | no clear difference |" in card
     assert "resampling cells, not donors" in card
+
+
+def test_a_tie_is_shown(files):
+    table = pd.read_csv(files.metrics, sep="\t")
+    table.loc[table["metric"] == "macro_f1", ["difference", "difference_low", "difference_high"]] = 0.0
+    table.to_csv(files.metrics, sep="\t", index=False)
+    record_tables(files.metrics.parent)
+    rows = {row["title"]: row["words"] for row in compare_with_best(read_results(files))}
+    assert rows["Cell type, macro-F1"] == "no clear difference"
 
 
 def test_held_out_cell_types_are_listed_apart(files, tmp_path):

@@ -99,18 +99,14 @@ def best_baseline(results: Results, slot: str, metric: str) -> dict[str, Any] | 
 def compare_with_best(results: Results) -> list[dict[str, Any]]:
     """Return one row per score of ``COMPARED``: title, Cell2Text's score, the best baseline's, and the verdict on it.
 
-    Scores without any difference, as in slots with one term, are skipped.
+    Slots with one term, which every method names, are skipped.
     """
     words = {"better": "baseline better", "worse": f"{title_of(METHOD)} better", "unclear": "no clear difference"}
     rows = []
     for title, slot, metric in COMPARED:
         own, baseline = results.metric(METHOD, slot, metric), best_baseline(results, slot, metric)
-        if (
-            own
-            and baseline
-            and (found := verdict(baseline))
-            and np.nan_to_num([baseline[end] for end in DIFFERENCE]).any()
-        ):
+        varies = slot not in TERM_SLOTS or len(_true_terms(results, slot)) > 1
+        if varies and own and baseline and (found := verdict(baseline)):
             rows.append({"title": title, "own": own, "baseline": baseline, "verdict": found, "words": words[found]})
     return rows
 
