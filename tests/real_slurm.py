@@ -126,7 +126,9 @@ class Slurm:
         for file in (key, self.folder / "slurmdbd.conf"):
             file.chmod(0o600)
         files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-        self.start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files)
+        self.start(
+            "munged", "--foreground", "--force", "--num-threads=10", f"--socket={self.folder}/munge.socket", *files
+        )
         self._start_database(ports["database"])
         self.start("slurmdbd", "-D")
         _wait(lambda: _listens(ports["dbd"]), "slurmdbd does not listen")  # slurmctld ends if it cannot reach it

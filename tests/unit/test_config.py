@@ -1,5 +1,6 @@
 """The configuration and the sheet of datasets: defaults, and mistakes reported before any rule runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_a_config_with_only_its_run_has_the_documented_defaults():
     assert config["split"] == "donors"
     assert config["split_shares"] == {"train": 0.8, "validation": 0.1, "test": 0.1}
     assert (config["finetune"]["opening_epochs"], config["finetune"]["epochs"]) == (1, 0)
+
+
+def test_the_order_of_keys_and_defaults_that_are_written_out_change_nothing():
+    caps = "{natural: {any: 0.1, 'UBERON:0000178': 0.2}, donor: {any: 0.5}}"
+    given = check(f"{{run: mine, qc: {{min_counts: 5, mads: 5}}, sample: {{caps: {caps}, cells: 300}}}}")
+    caps = "{donor: {any: 0.5}, natural: {'UBERON:0000178': 0.2, any: 0.1}}"
+    other = check(f"{{sample: {{cells: 300, caps: {caps}}}, qc: {{min_counts: 5}}, run: mine, annotate: {{}}}}")
+    assert repr(given) == repr(other)  # as Snakemake compares the parameters of rules
+    written = json.loads(json.dumps(given, sort_keys=True))
+    assert repr(check_config(written, SCHEMAS / "config.schema.yaml", "config.json")) == repr(given)
 
 
 def test_epochs_of_zero_train_the_projector_alone():

@@ -18,7 +18,7 @@ from cell2text.evaluation.metrics import HELD_OUT, SEEN, known, score_method, te
 from cell2text.evaluation.tables import confusion, per_class
 from cell2text.files import read_json, write_json, write_jsonl
 from cell2text.grammar import Terms
-from cell2text.provenance import hash_file
+from cell2text.provenance import hash_config, hash_file
 
 B_CELL, NK_CELL, CD4_T = "CL:0000236", "CL:0000623", "CL:0000624"
 NAMES = {B_CELL: "B cell", NK_CELL: "natural killer cell", CD4_T: "CD4-positive, alpha-beta T cell"}
@@ -276,9 +276,13 @@ def results(tmp_path):
     return tmp_path
 
 
+CONFIG = {"run": "é", "encoder": {"kind": "coexpression"}}
+
+
 def run(folder, name="evaluation"):
     outputs = {table: folder / name / f"{table}.tsv" for table in ("metrics", "per_class", "confusion")}
     outputs |= {"calibration": folder / name / "calibration.tsv", "provenance": folder / name / "provenance.json"}
+    outputs["config"] = folder / name / "config.json"
     evaluate(
         folder / "descriptions.parquet",
         folder / "terms.parquet",
@@ -290,7 +294,7 @@ def run(folder, name="evaluation"):
         outputs,
         seed=1,
         replicates=100,
-        config_hash="hash",
+        config=CONFIG,
     )
     return outputs
 
@@ -326,6 +330,8 @@ def test_evaluation_end_to_end(results):
     assert sorted(provenance["model"]) == ["adapter/weights.safetensors", "cell2text.json", "projector.safetensors"]
     assert provenance["threads"] == {"finetune": 3}
     assert provenance["language_model"] == {"licence": "Apache-2.0"}
+    assert read_json(outputs["config"]) == CONFIG
+    assert provenance["config"] == hash_config(CONFIG) and len(provenance["code"]) == 64
 
 
 def test_the_same_input_gives_the_same_files(results):

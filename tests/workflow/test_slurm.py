@@ -121,12 +121,12 @@ def _live_through(slurm, folder, ids, logs, runs):
     logs["unlocked"] = start("--unlock").ends()
     slurm.command("scancel", "--name", re.search(r"SLURM run ID: (\S+)", logs["killed"])[1])
 
-    (folder / "site/profile.yaml").write_text(PROFILE.replace("finetune: {", "finetune: {runtime: 1, "))
     run = start(*together)
     ids["timeout"] = run.running("finetune")
     checkpoint = folder / "results/tiny/finetuned.checkpoints/last.safetensors"
     run.wait_for(checkpoint.exists, "a checkpoint")
     slurm.signal_job(ids["timeout"], signal.SIGSTOP)  # until SLURM continues and terminates it at the time limit
+    slurm.command("scontrol", "update", f"JobId={ids['timeout']}", "TimeLimit=1")
     logs["resumed"] = run.ends(900)
 
 
@@ -168,7 +168,7 @@ def test_the_job_of_a_lost_node_is_requeued(story):
 @pytest.mark.slow
 def test_a_killed_run_is_unlocked_and_resumes(story):
     _, ids, jobs, logs = story
-    assert "Directory cannot be locked" in logs["locked"] and "Unlocking working directory" in logs["unlocked"]
+    assert "Directory cannot be locked" in logs["locked"] and "Unlocked working directory" in logs["unlocked"]
     assert set(jobs.loc[jobs["JobID"] == ids["orphan"], "State"].str.split().str[0]) == {"CANCELLED"}
     done = jobs.loc[jobs["State"] == "COMPLETED", "Comment"]
     assert done.is_unique  # what was finished before the kill was not run again
@@ -189,6 +189,21 @@ def test_jobs_of_a_group_share_a_submission(story):
     shared = jobs[jobs["Comment"].str.contains("embed_genes")]
     assert list(shared["State"]) == ["COMPLETED"] and shared["ReqTRES"].str.contains("cpu=4,mem=8000M").all()
     assert len(list((folder / "results/tiny/embeddings/pbmc68k").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_thousand_shards_are_about_a_hundred_submissions(tmp_path, tiny_model):
+    folder = new_folder(tmp_path / "work", tiny_model)
+    (folder / "many.yaml").write_text((folder / "tiny.yaml").read_text().replace("shards: 2", "shards: 1000"))
+    options = ["--snakefile", ROOT / "Snakefile", "--directory", folder, "--configfile", folder / "many.yaml"]
+    options += ["--workflow-profile", ROOT / "profiles/slurm", "--dry-run"]
+    run = subprocess.run([sys.executable, "-m", "snakemake", *options], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    planned = run.stdout + run.stderr
+    assert re.search(r"^embed_genes +1000$", planned, re.MULTILINE)
+    groups, alone = re.findall(r"Group job embed_genes", planned), re.findall(r"^Job \d+: ", planned, re.MULTILINE)
+    local = 2  # fetch_language_model and compare
+    assert len(groups) + len(alone) - local == 105
 
 
 def rules():

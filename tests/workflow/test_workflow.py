@@ -23,6 +23,7 @@ from tiny_geneformer import V2, write_checkpoint
 from tiny_run import ROOT, new_folder
 
 SECRET = "hf_PlantedSecretOfTheTests"
+AWKWARD = "Zellen für alle, l'été 細胞"  # a folder with spaces, a comma, an apostrophe and letters beyond ASCII
 # Python imports a module of this name at its start. No process of a run may look up or connect to another machine.
 OFFLINE = """
 import sys
@@ -75,7 +76,7 @@ def files_with(text, found):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_model):
     """A folder with the finished tiny run."""
-    folder = new_folder(tmp_path_factory.mktemp("tiny") / "work", tiny_model)
+    folder = new_folder(tmp_path_factory.mktemp("tiny") / AWKWARD, tiny_model)
     (folder.parent / "offline").mkdir()
     (folder.parent / "offline/sitecustomize.py").write_text(OFFLINE)
     variables = {"PYTHONPATH": str(folder.parent / "offline")}
@@ -136,16 +137,22 @@ def test_no_job_of_a_run_with_local_sources_connects_to_another_machine(finished
     (offline / "connections").unlink()
 
 
-def test_a_second_run_does_nothing(finished):
-    rules, output = planned(finished)
+def test_a_second_run_does_nothing_for_any_target(finished):
+    rules, output = planned(finished, "--nolock", "all", "models", "corpus", "embeddings")
     assert rules == set()
     assert "Nothing to be done" in output
+
+
+def test_the_recorded_settings_are_those_of_the_run(finished):
+    assert planned(finished, config="results/tiny/config.json")[0] == set()
 
 
 def test_a_new_clone_reruns_nothing_and_a_changed_module_what_uses_it(finished, tmp_path):
     for name in ("workflow", "profiles"):
         shutil.copytree(ROOT / name, tmp_path / "clone" / name, copy_function=shutil.copyfile)
     shutil.copyfile(ROOT / "Snakefile", tmp_path / "clone/Snakefile")
+    for path in [*(tmp_path / "clone").rglob("*.py"), *(tmp_path / "clone").rglob("*.smk")]:
+        path.write_text(path.read_text().replace('"""', '"""Documented. ', 1) + "\n# a comment\n")
     assert planned(finished, root=tmp_path / "clone")[0] == set()
     assert planned(finished, "--workflow-profile", "profiles/slurm", root=tmp_path / "clone")[0] == set()
     for name in ("scripts/compare.py", "scripts/cell2text/report/charts.py"):
@@ -304,7 +311,7 @@ def to_annotate(finished, tmp_path):
     query.X.data = np.rint(np.expm1(query.X.data) * 2)
     query.X.eliminate_zeros()
     query.write_h5ad(tmp_path / "mine.h5ad")
-    work = tmp_path / "work"
+    work = tmp_path / AWKWARD
     for name in ("config", "resources"):
         shutil.copytree(finished / name, work / name)
     shutil.copytree(finished / "results/tiny/model", work / "packed")
@@ -389,12 +396,11 @@ def test_the_slurm_profile_plans_the_same_jobs(fresh):
     assert planned(fresh, "--workflow-profile", str(ROOT / "profiles/slurm"))[0] == planned(fresh)[0]
 
 
-def test_the_snakemake_report_builds(finished):
-    code, output = snakemake(
-        finished, "--configfile", finished / "tiny.yaml", "--report", finished / "snakemake-report.html"
-    )
+@pytest.mark.parametrize("name", ["snakemake-report.html", "snakemake-report.zip"])
+def test_the_snakemake_report_builds(finished, name):
+    code, output = snakemake(finished, "--configfile", finished / "tiny.yaml", "--report", finished / name)
     assert code == 0, output
-    assert (finished / "snakemake-report.html").stat().st_size > 100_000
+    assert (finished / name).stat().st_size > 100_000
 
 
 def sheet(folder, **changes):

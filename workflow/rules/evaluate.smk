@@ -226,6 +226,7 @@ rule evaluate:
         confusion="<results>/evaluation/confusion.tsv",
         calibration="<results>/evaluation/calibration.tsv",
         provenance="<results>/evaluation/provenance.json",
+        config="<results>/config.json",
     log:
         "<logs>/evaluate.log",
     benchmark:

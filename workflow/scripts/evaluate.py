@@ -17,7 +17,7 @@ def main(snakemake):
         dict(snakemake.output.items()),
         seed=snakemake.params.seed,
         replicates=snakemake.params.bootstrap,
-        config_hash=snakemake.params.config_hash,
+        config=dict(snakemake.config),
     )
 
 

@@ -238,12 +238,11 @@ def _describe(error: ValidationError) -> str:
 
 
 def _fill_defaults(values: Any, schema: dict[str, Any]) -> Any:
-    if not isinstance(values, dict) or "properties" not in schema:
+    """Return the values with defaults, keys in the schema's order: Snakemake takes another order for a change."""
+    if not isinstance(values, dict):
         return values
-    filled = dict(values)
-    for key, entry in schema["properties"].items():
-        if "default" in entry:
-            filled.setdefault(key, entry["default"])
-        if key in filled:
-            filled[key] = _fill_defaults(filled[key], entry)
-    return filled
+    known, others = schema.get("properties", {}), schema.get("additionalProperties", {}) or {}
+    defaults = {key: entry["default"] for key, entry in known.items() if "default" in entry}
+    given = defaults | values
+    order = [key for key in known if key in given] + sorted(given.keys() - known.keys(), key=str)
+    return {key: _fill_defaults(given[key], known.get(key, others)) for key in order}

@@ -4,6 +4,7 @@ import logging
 import platform
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from cell2text.evaluation.sums import rate_programmes
 from cell2text.evaluation.tables import calibration, confusion, per_class
 from cell2text.files import read_json, read_jsonl, write_json
 from cell2text.grammar import Terms
-from cell2text.provenance import hash_file, versions
+from cell2text.provenance import PACKAGE, hash_config, hash_file, library_version, versions
 from cell2text.spreadsheet import write_tsv
 
 log = logging.getLogger("cell2text.evaluation")
@@ -52,7 +53,7 @@ def evaluate(
     outputs: dict[str, str],
     seed: int,
     replicates: int,
-    config_hash: str,
+    config: dict[str, Any],
 ) -> None:
     """Score the fine-tuned model and the baselines and write the tables of the evaluation.
 
@@ -67,11 +68,12 @@ def evaluate(
     model, language_model
         Directories of the fine-tuned and of the fetched model, for the provenance.
     outputs
-        Paths of the files to write: ``metrics``, ``per_class``, ``confusion``, ``calibration`` and ``provenance``.
+        Paths of the files to write: ``metrics``, ``per_class``, ``confusion``, ``calibration``, ``provenance`` and
+        ``config``, which has all settings and can be given to Snakemake to run again.
     seed, replicates
         Seed and number of replicates of the bootstrap.
-    config_hash
-        Hash of the run's configuration, for the provenance.
+    config
+        The run's configuration, with defaults.
 
     Raises
     ------
@@ -109,10 +111,13 @@ def evaluate(
     _write_tsv(metrics, outputs["metrics"])
     for table, columns in _TABLES.items():
         _write_tsv(_join(tables[table], ["split", "method", "slot", *columns]), outputs[table])
+    kind = config["encoder"]["kind"]
+    write_json(config, outputs["config"])
     drawn = {split: {"unit": one.unit(), "donors": one.count_donors()} for split, one in bootstraps.items()}
     write_json(
         {
-            "config": config_hash,
+            "config": hash_config(config),
+            "code": hash_config({path.name: library_version(path.name, kind) for path in PACKAGE.parent.glob("*.py")}),
             "seed": seed,
             "bootstrap": {"replicates": replicates, "splits": drawn},
             "descriptions": hash_file(descriptions),
