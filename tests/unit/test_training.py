@@ -362,6 +362,7 @@ def test_two_processes_equal_one_that_accumulates(files, tiny_model, batch_token
 
 def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_all_micro_batches(files, tiny_model, monkeypatch):
     monkeypatch.setattr(loop, "OWN_NOISE", 0.0)  # each micro-batch of a step has its own
+    monkeypatch.setattr(lm, "pick_precision", lambda device: torch.float32)
     whole = losses(finetune(files, tiny_model, "whole", batch_cells=4, align_weight=0.0))
     parts = losses(finetune(files, tiny_model, "parts", batch_cells=2, accumulate=2, align_weight=0.0))
     assert parts["tokens"].to_list() == whole["tokens"].to_list()
@@ -376,7 +377,8 @@ def test_checkpointed_activations_give_the_same_losses(files, tiny_model):
     pd.testing.assert_frame_equal(losses(recomputed), losses(stored), rtol=1e-3)
 
 
-def test_the_plain_path_learns_the_same_as_the_fast_one(files, tiny_model):
+def test_the_plain_path_learns_the_same_as_the_fast_one(files, tiny_model, monkeypatch):
+    monkeypatch.setattr(lm, "pick_precision", lambda device: torch.float32)
     fast, plain = (finetune(files, tiny_model, str(setting), fast=setting) for setting in ("auto", False))
     assert [read_json(folder / "cell2text.json")["fast"] for folder in (fast, plain)] == [True, False]
     np.testing.assert_allclose(losses(fast)["loss"], losses(plain)["loss"], rtol=2e-3)
