@@ -349,8 +349,7 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, 
     here = cell2text.annotate(query, work / "packed", models=work / "resources/models")
     columns = [name for name in found.obs if name.startswith("cell2text_")]
     both = [
-        table.obs[columns].astype({name: object for name in table.obs.select_dtypes("category")})
-        for table in (here, found)
+        table.obs[columns].astype(dict.fromkeys(table.obs.select_dtypes("category"), object)) for table in (here, found)
     ]
     pd.testing.assert_frame_equal(*both, rtol=0, atol=1e-3)
 
