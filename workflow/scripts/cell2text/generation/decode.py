@@ -113,10 +113,10 @@ def write_texts(
         log_probability, token = (logits.max(-1).values - logits.logsumexp(-1)), logits.argmax(-1)
         kept = ((drafted == token[:, :-1]) & is_drafted).cumprod(1)
         lengths_kept = kept.sum(1)
-        for row, cell in enumerate(cells):
-            new = 1 + int(lengths_kept[row])
-            ids[cell] += token[row, :new].tolist()
-            log_probabilities[cell] += log_probability[row, :new].tolist()
+        found = (part.tolist() for part in (lengths_kept, token, log_probability))  # one copy each from a GPU
+        for cell, length, tokens, values in zip(cells, *found, strict=True):
+            ids[cell] += tokens[: length + 1]
+            log_probabilities[cell] += values[: length + 1]
         going_on = [row for row, cell in enumerate(cells) if end not in ids[cell] and len(ids[cell]) < max_new_tokens]
         if not going_on:
             break
