@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 
+from cell2text.embedding.rank_genes import scale_counts
 from cell2text.progress import Progress
 
 SIGNIFICANT = 0.05  # p-value, adjusted by Benjamini and Hochberg
-SCALE = 1e4
 MARKERS = 10
 _CLUSTERS_AT_ONCE = 1000  # of which the sums of all genes are in memory
 
@@ -87,10 +87,8 @@ def _sum_blocks(
 
 
 def _log_normalise(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Return log1p of counts per 10,000, float64 CSR, as a copy; a cell without counts keeps its zeros."""
-    totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    factors = np.divide(SCALE, totals, out=np.zeros_like(totals), where=totals > 0)
-    return sparse.csr_matrix(sparse.diags(factors) @ counts).log1p()
+    """Return log1p of counts per 10,000, float64 CSR, as a copy."""
+    return sparse.csr_matrix((np.log1p(scale_counts(counts)), counts.indices, counts.indptr), counts.shape)
 
 
 def _moments(sums: np.ndarray, squares: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
