@@ -49,8 +49,7 @@ def describe_cells(
     check_limit(max_new_tokens, longest)
     limit = max_new_tokens or math.ceil(MARGIN * longest)
     if drafts:
-        vocabulary = model.base_model.config.get_text_config().vocab_size
-        batch_cells = min(batch_cells, max(1, LOGITS // (vocabulary * longest)))
+        batch_cells = min(batch_cells, max(1, LOGITS // (model.vocabulary * longest)))
     progress = Progress(len(vectors), "cells")
     for start in range(0, len(vectors), batch_cells):
         rows = np.arange(start, min(start + batch_cells, len(vectors)))

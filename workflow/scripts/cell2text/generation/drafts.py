@@ -81,11 +81,11 @@ class Drafts:
     def examples(self) -> list[int]:
         """The tokens of one description for each label, one after the other."""
         tokens: list[int] = []
-        steps = self.patterns[0]
-        for number, step in enumerate(steps):
+        # the second programme is another one than the first, if there are several
+        names = [(step, min(number, len(step.ids) - 1)) for number, step in enumerate(self.patterns[0])]
+        for number, (step, _) in enumerate(names):
             for label in range(len(step.ids)):
-                others = [(other, min(place, len(other.ids) - 1)) for place, other in enumerate(steps)]
-                tokens += self._tokenise([*others[:number], (step, label), *others[number + 1 :]])
+                tokens += self._tokenise([*names[:number], (step, label), *names[number + 1 :]])
         return tokens
 
     @cached_property

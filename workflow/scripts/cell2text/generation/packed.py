@@ -88,8 +88,7 @@ class Packed:
 
     def _count_cells(self, outputs: int) -> int:
         """Return how many cells may have a number of outputs with logits at once."""
-        vocabulary = self.model.base_model.config.get_text_config().vocab_size
-        return max(1, LOGITS // (vocabulary * max(1, outputs)))
+        return max(1, LOGITS // (self.model.vocabulary * max(1, outputs)))
 
 
 class Reading:

@@ -69,6 +69,11 @@ class Cell2Text(nn.Module):
         """Greatest number of tokens that the language model has positions for; None if it has no limit."""
         return count_positions(self.base_model.config)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits that the language model computes for each token."""
+        return self.base_model.config.get_text_config().vocab_size
+
     @torch.no_grad()
     def count_prompt(self, vectors: Tensor, lengths: Tensor) -> tuple[int, int]:
         """Return the number of tokens before a cell's text, and how many of them are soft tokens.
