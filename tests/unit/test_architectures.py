@@ -6,17 +6,14 @@ from transformers import AutoConfig
 
 from cell2text.errors import InputError
 from cell2text.generation.decode import write_texts
-from cell2text.model import fast, language_model
+from cell2text.model import fast
 from cell2text.models.check_language_model import check_language_model
 from tiny_architectures import FAMILIES, FEW_HEADS, build, write_model
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 TEXT = torch.randint(5, 300, (4, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
-
-
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.float32)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

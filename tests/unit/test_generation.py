@@ -18,11 +18,12 @@ from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.generation.score import score_names
 from cell2text.generation.score_candidates import Scorer, draft_names, score_candidates
 from cell2text.grammar import Terms, parse, render_rows
-from cell2text.model import language_model
 from cell2text.model.bundle import load, load_projector
 from finetune_run import finetune, write_files
 from scored_cells import LABELS, ROWS, draw, run_calibrate, terms_table, write_embeddings, write_run
 from tests_terms import two_names_per_slot
+
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 VARIANTS = {
     "default": {},
@@ -33,14 +34,6 @@ VARIANTS = {
 }
 PROGRAMMES = [["INTERFERON", "HYPOXIA"], ["CYTOTOXICITY", "INTERFERON"], ["HYPOXIA"]]
 SLOTS = ["cell_type", "tissue", "disease", "pathway"]  # with labels, in the order of their soft tokens
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_float32():
-    """So that rounding decides no token, whatever this machine multiplies fastest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "pick_precision", lambda device: torch.float32)
-        yield
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

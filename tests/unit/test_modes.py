@@ -13,11 +13,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PhiConfig
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.generation.decode import write_texts
-from cell2text.model import bundle, fast, language_model
+from cell2text.model import bundle, fast
 from cell2text.model.fast import attention as shared_prompt
 from cell2text.model.fast.layers import FusedLora, FusedNorm
 from cell2text.model.fast.loss import TextLoss
 from default_settings import finetune_settings, projector_settings
+
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 CPU = torch.device("cpu")
 SIZE = {"lora_rank": 4, "lora_alpha": 8}
@@ -26,11 +28,6 @@ FULL = {"mode": "full"}
 DORA, DROPOUT = SIZE | {"dora": True}, SIZE | {"lora_dropout": 0.4}
 TEXT = torch.randint(5, 300, (4, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.arange(9) < torch.tensor([9, 4, 7, 2])[:, None]
-
-
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    monkeypatch.setattr(language_model, "pick_precision", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="session")

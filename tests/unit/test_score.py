@@ -14,11 +14,13 @@ from cell2text.generation import packed
 from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.generation.score import Packed, Plain, can_pack, leave_out_named, score_names
 from cell2text.grammar import Terms
-from cell2text.model import bundle, language_model
+from cell2text.model import bundle
 from cell2text.model.prompt import Prompt
 from default_settings import finetune_settings, projector_settings
 from tests_terms import two_names_per_slot
 from tiny_architectures import CPU, FAMILIES, FEW_HEADS, build, write_model
+
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 TABLE = two_names_per_slot()
 LABELS = {slot: sorted(rows["id"]) for slot, rows in TABLE.groupby("slot")}
@@ -26,14 +28,6 @@ VECTORS = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
 LENGTHS = torch.full((6,), 7)
 # bloom derives positions from the mask (ALiBi), gpt_neo lets each token read only those before it in its row
 PLAIN = {"bloom", "gpt_neo"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_float32():
-    """Also for the model that all tests share."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "pick_precision", lambda device: torch.float32)
-        yield
 
 
 @pytest.fixture
