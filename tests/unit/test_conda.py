@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,8 +15,8 @@ from packaging.requirements import Requirement
 from rattler import Channel, MatchSpec, Version, VersionSpec
 
 from cell2text.provenance import find_modules
+from project_files import ROOT, bodies_of_rules
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
 ENVIRONMENTS = sorted((ROOT / "envs").glob("*.yaml"))
 
@@ -50,11 +49,8 @@ def test_conda_reads_an_environment_file(path):
 def environments_of_rules():
     """Return the name of the environment of each rule."""
     return {
-        name: environment
-        for path in (ROOT / "workflow/rules").glob("*.smk")
-        for name, environment in re.findall(
-            r'^rule (\w+):\n(?:    .*\n|\n)*?    conda:\n        "\.\./\.\./envs/(\w+)\.yaml"', path.read_text(), re.M
-        )
+        name: re.search(r'^    conda:\n        "\.\./\.\./envs/(\w+)\.yaml"', body, re.MULTILINE)[1]
+        for name, body in bodies_of_rules().items()
     }
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import tomllib
 from modulefinder import ModuleFinder
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,31 +16,16 @@ import yaml
 from cell2text import settings
 from cell2text.config import check_config
 from cell2text.provenance import find_modules, library_version
+from project_files import ROOT, bodies_of_rules, load
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 CELLS_PACKAGES = ["anndata", "scanpy", "cellxgene_ontology_guide"]
 LANGUAGE_PACKAGES = ["torch", "transformers", "peft"]
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def requirements_module():
     return load("envs/requirements.py")
-
-
-def bodies_of_rules():
-    return {
-        name: body
-        for path in (ROOT / "workflow/rules").glob("*.smk")
-        for name, body in re.findall(r"^rule (\w+):\n((?:\n|    .*\n)+)", path.read_text(), re.MULTILINE)
-    }
 
 
 def test_requirements_hold_the_pins_of_the_environments():

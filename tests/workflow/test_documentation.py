@@ -1,6 +1,5 @@
 """The documentation: commands that work, a site without loose ends, tables and messages as in the code."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -18,8 +16,8 @@ from cell2text import contracts
 from cell2text.annotation.pack_model import FORMAT
 from cell2text.contracts import TableContract, TensorContract
 from cell2text.files import seal, write_json
+from project_files import ROOT, load
 
-ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -230,15 +228,8 @@ def test_files_of_the_project_are_pages_and_links_lead_to_them(site):
     assert "Rules of the house" in (site / "contributing.html").read_text()
 
 
-def columns_module():
-    spec = importlib.util.spec_from_file_location("columns", ROOT / "docs/columns.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tables_of_columns_are_those_of_the_contracts(monkeypatch):
-    columns = columns_module()
+    columns = load("docs/columns.py")
     texts = {path.name: path.read_text() for path in columns.PAGES}
     for name, text in texts.items():
         assert columns.render(text) == text, f"docs/stages/{name}: run `make docs`"

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from project_files import bodies_of_rules
 from real_slurm import ACCOUNT, Slurm, missing
 from tiny_run import ROOT, new_folder
 
@@ -206,18 +207,10 @@ def test_a_thousand_shards_are_about_a_hundred_submissions(tmp_path, tiny_model)
     assert len(groups) + len(alone) - local == 105
 
 
-def rules():
-    """Return the text of each rule that has a script."""
-    texts = [path.read_text() for path in sorted((ROOT / "workflow/rules").glob("*.smk"))]
-    found = dict(
-        part for text in texts for part in re.findall(r"^rule (\w+):\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
-    )
-    assert len(found) > 30 and all("    script:\n" in text for text in found.values())
-    return found
-
-
 def test_every_rule_declares_its_memory_and_time():
-    assert [name for name, text in rules().items() if "mem_mb=" not in text or "runtime=" not in text] == []
+    rules = bodies_of_rules()
+    assert len(rules) > 30 and all("    script:\n" in text for text in rules.values())
+    assert [name for name, text in rules.items() if "mem_mb=" not in text or "runtime=" not in text] == []
 
 
 def test_the_profile_leaves_the_keys_of_the_site_to_the_user():
@@ -228,5 +221,5 @@ def test_the_profile_leaves_the_keys_of_the_site_to_the_user():
 def test_the_documented_profile_names_every_rule_with_a_gpu():
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
     named = yaml.safe_load(block)["set-resources"]
-    assert set(named) == {name for name, text in rules().items() if re.search(r"\bgpu=", text)}
+    assert set(named) == {name for name, text in bodies_of_rules().items() if re.search(r"\bgpu=", text)}
     assert all(resources == {"slurm_partition": "gpu"} for resources in named.values())
