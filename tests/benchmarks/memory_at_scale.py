@@ -5,10 +5,10 @@
 
 Snakemake runs the workflow rule by rule on one simulated study in one shard, with the default configuration except for
 what ``CONFIG`` says: all cells are used, 80% of them for training, and the language model is that of the tests, so that
-what remains is the memory that cells take. Two small studies are beside it, because only then are studies left out. The
-packed model then annotates the file of the large study, in which it ignores the labels. ``--on-the-fly`` computes gene
-vectors in each step instead of storing them, and measures the rules that do so. docs/memory.md has the results and says
-what the memory of each rule depends on.
+what remains is the memory that cells take. Two small studies are added, because with fewer than three none is excluded
+from alignment. The packed model then annotates the file of the large study, in which it ignores the labels.
+``--on-the-fly`` computes gene vectors in each step instead of storing them, and measures the rules that do so.
+docs/memory.md has the results and says what the memory of each rule depends on.
 
 While a job runs, /proc tells the maximum resident memory of its process so far, imports included, and its private
 memory at the moment, which is what must be requested: the rest are pages of files, which the system drops when memory

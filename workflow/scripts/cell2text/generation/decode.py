@@ -69,7 +69,7 @@ def write_texts(
         Maximum length of a text, in tokens; longer texts, and those for which the language model has no positions,
         are truncated and marked as not ended.
     draft
-        Returns from the number of a cell and the tokens of its text so far how the text probably goes on, as tokens.
+        Returns from the number of a cell and the tokens of its text so far the tokens that probably follow.
         The model reads them in one pass and keeps those that it would have chosen itself, and its own token after them
         (arXiv 2211.17192). So the texts are the same without drafts, up to rounding; a good draft saves passes.
 

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.grammar import PATHWAY, Slots, Terms, render
 
-AT_ONCE = 32  # tokens: what follows a wrong one is read in vain
+AT_ONCE = 32  # tokens: those after a wrong one are read for nothing
 # When a text is not the beginning of a description, its last tokens are looked up among those of all descriptions
 KNOWN, LOOKED_UP = 3, 16  # tokens
 
 
 class Drafts:
-    """How the texts of some cells probably go on.
+    """The tokens that probably follow in the texts of some cells.
 
     Parameters
     ----------
@@ -41,10 +41,10 @@ class Drafts:
 
     @cached_property
     def patterns(self) -> list[list[Candidates]]:
-        """The steps of a description in which all slots are known, and of those that leave out some of the sample's."""
+        """The steps of a description in which all slots are known, and of those that omit some of the sample's."""
         sample = [slot for slot in self.labels if slot not in ("cell_type", PATHWAY)]
-        left_out = [some for number in range(len(sample) + 1) for some in combinations(sample, number)]
-        known = [{slot: self.labels[slot] for slot in self.labels if slot not in some} for some in left_out]
+        omitted = [some for number in range(len(sample) + 1) for some in combinations(sample, number)]
+        known = [{slot: self.labels[slot] for slot in self.labels if slot not in some} for some in omitted]
         return [find_candidates(one, self.programmes_per_cell, self.terms, self.tokenizer) for one in known]
 
     def of_cells_from(self, first: int) -> Callable[[int, list[int]], list[int]]:
