@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
@@ -107,6 +108,7 @@ class Slurm:
         return self
 
     def __exit__(self, *_):
+        self._kill_jobs()
         for name in reversed(self.daemons):
             self.stop(name, signal.SIGTERM)
 
@@ -188,15 +190,18 @@ class Slurm:
         """End the node's daemon and all processes of its jobs at once, as if it lost power."""
         self.daemons["slurmd"].kill()
         self.daemons["slurmd"].wait()
+        self._kill_jobs()
+
+    def _kill_jobs(self):
         for process, name, environment in self._processes():
             if name == "slurmstepd" or "SLURM_JOB_ID" in environment:
-                os.kill(process, signal.SIGKILL)
+                _signal(process, signal.SIGKILL)
 
-    def signal_job(self, job, number):
-        """Send a signal to the processes of a job."""
-        for process, name, environment in self._processes():
-            if environment.get("SLURM_JOB_ID") == job and name != "slurmstepd":
-                os.kill(process, number)
+    def signal_script(self, job, script, number):
+        """Send a signal to the process of a job that runs a rule's script."""
+        for process, _, environment in self._processes():
+            if environment.get("SLURM_JOB_ID") == job and script in Path(f"/proc/{process}/cmdline").read_text():
+                _signal(process, number)
 
     def _processes(self):
         """Return id, name and environment of all processes that belong to this SLURM."""
@@ -216,6 +221,11 @@ class Slurm:
         columns = ("JobID", "Comment", "Partition", "Account", "State", "ElapsedRaw", "Timelimit", "ReqTRES")
         listed = self.command("sacct", "-X", "-n", "-P", "-D", "-a", "-o", ",".join(columns))
         return [dict(zip(columns, line.split("|"), strict=True)) for line in listed.splitlines()]
+
+
+def _signal(process, number):
+    with suppress(ProcessLookupError):  # it has ended
+        os.kill(process, number)
 
 
 def _free_ports(number):

@@ -126,7 +126,8 @@ def _live_through(slurm, folder, ids, logs, runs):
     ids["timeout"] = run.running("finetune")
     checkpoint = folder / "results/tiny/finetuned.checkpoints/last.safetensors"
     run.wait_for(checkpoint.exists, "a checkpoint")
-    slurm.signal_job(ids["timeout"], signal.SIGSTOP)  # until SLURM continues and terminates it at the time limit
+    # until SLURM continues and terminates it at the time limit
+    slurm.signal_script(ids["timeout"], "finetune.py", signal.SIGSTOP)
     slurm.command("scontrol", "update", f"JobId={ids['timeout']}", "TimeLimit=1")
     logs["resumed"] = run.ends(900)
 
