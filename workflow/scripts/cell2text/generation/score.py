@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from cell2text.progress import Progress
 log = logging.getLogger("cell2text.generation")
 
 SEQUENCES = 16  # per forward pass
-CELLS_TO_CHECK, NAMES_TO_CHECK = 2, 2
+CELLS_TO_CHECK = 2
 TOLERANCE = 1e-3  # of a log-probability in float32, and thus relative in the probability
 
 
@@ -145,9 +146,14 @@ def can_pack(
 ) -> bool:
     """Return whether :class:`Packed` scores some names of some cells as :class:`Plain` does; log why not.
 
-    Not every language model takes an attention mask of its caller's, or positions. The scores are compared in float32.
+    Not every language model takes an attention mask of its caller's, or positions. The scores are compared in float32,
+    those of some names of the first and of the last step that has several.
     """
-    some = [step.take(_pick(step, draft[:, number])) for number, step in enumerate(candidates)]
+    several = [number for number, step in enumerate(candidates) if len(step.ids) > 1]
+    some = []
+    for number, step in enumerate(candidates):
+        drafts = set(draft[:, number].tolist())
+        some.append(step.take(_pick(step, drafts) if number in (*several[:1], *several[-1:]) else sorted(drafts)))
     names = [[candidates[number].ids[i] for i in row] for number, row in enumerate(draft.T.tolist())]
     draft = torch.tensor([[step.ids.index(one) for one in row] for step, row in zip(some, names, strict=True)]).T
     inputs, reason = (vectors, lengths, draft.to(vectors.device)), ""
@@ -182,8 +188,13 @@ def _pick_cells(model: Cell2Text, vectors: Tensor, lengths: Tensor) -> np.ndarra
     return np.unique(numbers, return_index=True)[1][-CELLS_TO_CHECK:]
 
 
-def _pick(step: Candidates, drafts: Tensor) -> list[int]:
-    """Return candidates of a step: those of the drafts, and some of all lengths."""
-    by_length = sorted(range(len(step.tokens)), key=lambda i: len(step.tokens[i]))
-    spread = np.linspace(0, len(by_length) - 1, NAMES_TO_CHECK, dtype=int)
-    return sorted({*drafts.tolist(), *(by_length[i] for i in spread)})
+def _pick(step: Candidates, drafts: set[int]) -> list[int]:
+    """Return candidates of a step: those of the drafts, and two others that part as late as any, so off the draft."""
+    others = sorted(set(range(len(step.ids))) - drafts, key=lambda i: step.tokens[i])
+    late = max(pairwise(others), key=lambda pair: _count_shared(*(step.tokens[i] for i in pair)), default=others)
+    return sorted({*drafts, *late})
+
+
+def _count_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two names begin with that are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
