@@ -54,7 +54,7 @@ def align(
         Rows of ``contracts.HISTORY``, one for every tenth step and the last.
     """
     projector = model.projector
-    adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01)
+    adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01, fused=True)
     schedule = warm_up_then_decay(adam, steps)
     history, start = [], time.monotonic()
     count = len(cells.labels) if among is None else len(among)
