@@ -36,7 +36,7 @@ OTHER_VALUES = {
 
 def values_of(section, key):
     rule = SECTIONS[section]["properties"][key]
-    named = {"score_doublets": [True, False], "batch_tokens": [None, 500]}
+    named = {"score_doublets": [True, False], "batch_tokens": [None, 500], "refine": [False, True]}
     return rule.get("enum") or named[key]
 
 

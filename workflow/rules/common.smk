@@ -18,7 +18,13 @@ from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
 from cell2text.errors import InputError
-from cell2text.evaluation.methods import BASELINES, GREEDY
+from cell2text.evaluation.methods import (
+    BASELINES,
+    FINE_TUNED,
+    GREEDY,
+    ON_GRAPH,
+    REFINABLE,
+)
 from cell2text.files import check_ours
 from cell2text.job import INVOCATION
 from cell2text.models import fetch_encoder, fetch_language_model
@@ -82,6 +88,8 @@ QUERY_SHARDS = [str(shard) for shard in range(config["annotate"]["shards"])]
 COMPARED = [
     name for name in BASELINES if name != GREEDY or config["evaluate"]["greedy"]
 ]
+REFINED = REFINABLE if config["graph"]["refine"] else ()
+COMPARED += ON_GRAPH if REFINED else []
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 # The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [
@@ -271,6 +279,7 @@ def benchmarks_of_this_run(wildcards):
         "part": PARTS,
         "split": SPLITS,
         "census": sorted(CENSUS),
+        "method": REFINED,
         "name": [Path(model).name for model in [LANGUAGE_MODEL, *FETCHED_ENCODER]],
     }
     names = [one.name for one in workflow.rules if one.benchmark]

@@ -211,6 +211,42 @@ rule baseline_aligned:
         "../scripts/baseline_aligned.py"
 
 
+rule refine_on_graph:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+        predictions=branch(
+            lambda wildcards: wildcards.method == FINE_TUNED,
+            then=GENERATIONS,
+            otherwise="<results>/baselines/{method}.parquet",
+        ),
+    output:
+        refined="<results>/baselines/{method}_graph.parquet",
+        control="<results>/baselines/{method}_random_graph.parquet",
+    log:
+        "<logs>/refine_on_graph/{method}.log",
+    benchmark:
+        "<benchmarks>/refine_on_graph/{method}.jsonl"
+    wildcard_constraints:
+        method="|".join(REFINABLE),
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        # the probability of each of up to some 700 labels, a few times
+        mem_mb=mem(4000, 20 + POOLED / 64),
+        runtime=hours(4),
+    params:
+        neighbours=lookup("graph/neighbours", within=config),
+        seed=lookup("seed", within=config),
+        library=library_version("refine_on_graph.py"),
+    message:
+        "Refining the predictions of {wildcards.method} on a graph of cells"
+    script:
+        "../scripts/refine_on_graph.py"
+
+
 rule evaluate:
     input:
         descriptions="<results>/corpus/descriptions.parquet",

@@ -26,9 +26,19 @@ class Method:
 
 METHODS = {
     FINE_TUNED: Method("Cell2Text", "the fine-tuned language model describes the cell from its gene vectors"),
+    "cell2text_graph": Method("Cell2Text, graph", "its terms refined on a graph of similar cells of each study"),
+    "cell2text_random_graph": Method(
+        "Cell2Text, random graph", "control: the same, with the cells of the graph shuffled"
+    ),
     "majority": Method("Most frequent label", "predicts each slot's most frequent training label for every cell"),
     "pca_logistic": Method(
         "PCA + logistic regression", "logistic regression on principal components of log-normalised counts"
+    ),
+    "pca_logistic_graph": Method(
+        "PCA + logistic regression, graph", "its terms refined on a graph of similar cells of each study"
+    ),
+    "pca_logistic_random_graph": Method(
+        "PCA + logistic regression, random graph", "control: the same, with the cells of the graph shuffled"
     ),
     "knn": Method("k nearest neighbours", "vote of the training cells with the nearest embeddings"),
     "nearest_text": Method(
@@ -43,8 +53,11 @@ METHODS = {
     ),
 }
 GREEDY = "greedy"  # only if asked for: it takes as long as training
-NO_RIVALS = (GREEDY, "shuffled")  # the fine-tuned model itself, used in another way
-BASELINES = [name for name in METHODS if name != FINE_TUNED]
+REFINABLE = (FINE_TUNED, "pca_logistic")
+ON_GRAPH = [f"{name}_{graph}" for name in REFINABLE for graph in ("graph", "random_graph")]  # only if asked for
+# the fine-tuned model itself, used in another way, and controls
+NO_RIVALS = (GREEDY, "shuffled", "cell2text_graph", "cell2text_random_graph", "pca_logistic_random_graph")
+BASELINES = [name for name in METHODS if name not in (FINE_TUNED, *ON_GRAPH)]
 
 
 def title_of(method: str) -> str:

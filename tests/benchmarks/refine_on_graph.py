@@ -1,0 +1,118 @@
+"""Cell types predicted by PCA + logistic regression, refined on a mutual, a symmetric and a shuffled graph of cells.
+
+    for seed in 42 43 44; do
+      .venv/bin/snakemake embeddings results/studies-$seed/baselines/pca_logistic.parquet --cores 1 \\
+        --configfile tests/config/studies_2000.yaml --config run=studies-$seed seed=$seed
+    done
+    .venv/bin/python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} [--plot docs/neighbours.svg]
+
+Each folder is that of a run with descriptions, embeddings and predictions. The weight of each graph is the one that
+``refine_on_graph`` would choose on the validation cells. All scores are of the test cells: accuracy, macro-F1, and the
+mean F1 of rare types, which have fewer than ``RARE`` training cells.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "workflow/scripts"))
+from cell2text.contracts import PREDICTIONS, datasets_of  # noqa: E402
+from cell2text.evaluation.baselines.slots import is_training, read_pooled, read_slots  # noqa: E402
+from cell2text.evaluation.refine_on_graph import (  # noqa: E402
+    WEIGHTS,
+    choose_weight,
+    initial_probabilities,
+    join_neighbours,
+    propagate,
+    shuffle_cells,
+)
+from cell2text.evaluation.tables import per_class  # noqa: E402
+from cell2text.files import whole_file  # noqa: E402
+from cell2text.grammar import Terms  # noqa: E402
+
+SLOT, NEIGHBOURS, RARE = "cell_type", 15, 10
+NO_NAMES = Terms(pd.DataFrame({"slot": [], "id": [], "name": [], "definition": []}))
+COLOURS = {"mutual": "#0072B2", "symmetric": "#D55E00", "shuffled": "#666666"}
+SCORES = ("accuracy", "macro-F1", "F1 of rare types")
+
+
+def score(true: pd.Series, predicted: np.ndarray, training: pd.Series) -> tuple[float, ...]:
+    """Return ``SCORES`` of predicted ids; cells without a true label are not counted."""
+    labelled = true.notna().to_numpy()
+    true, predicted = true[labelled].reset_index(drop=True), pd.Series(predicted[labelled], dtype=object)
+    classes = per_class(SLOT, true, predicted, NO_NAMES).set_index("id")["f1"]
+    rare = training.value_counts().reindex(classes.index, fill_value=0) < RARE
+    return (true == predicted).mean(), classes.mean(), classes[rare].mean()
+
+
+def refine(results: Path) -> pd.DataFrame:
+    """Return a row per graph and weight: whether it is the chosen weight, the mean degree, and ``SCORES``."""
+    described = read_slots(results / "corpus/descriptions.parquet")
+    given = PREDICTIONS.read(results / "baselines/pca_logistic.parquet")
+    given = given.set_index("cell_id").reindex(described["cell_id"]).reset_index()
+    studies, new = datasets_of(described["cell_id"]).to_numpy(), ~is_training(described)
+    files = [str(path) for path in results.glob("embeddings/*/*.safetensors")]
+    vectors, true = read_pooled(files, described["cell_id"]), described[f"{SLOT}_id"]
+    training, validation = true.mask(new, None), true.where(described["split"] == "validation", None)
+    test = (described["split"] == "test").to_numpy()
+    labels, start = initial_probabilities(given[f"{SLOT}_id"], given[f"{SLOT}_confidence"], training)
+    known = training.notna().to_numpy()
+    mutual, symmetric = (join_neighbours(vectors, studies, NEIGHBOURS, kind) for kind in (True, False))
+    graphs = {"mutual": mutual, "symmetric": symmetric, "shuffled": shuffle_cells(mutual, studies, 0)}
+    rows = []
+    for name, graph in graphs.items():
+        chosen, degrees = choose_weight(start, known, graph, labels, validation), np.diff(graph.indptr)
+        for weight in WEIGHTS:
+            predicted = labels[propagate(start, known, graph, weight)[test].argmax(axis=1)]
+            scores = score(true[test], predicted, training)
+            rows.append((name, weight, weight == chosen, degrees.mean(), (degrees == 0).mean(), *scores))
+    return pd.DataFrame(rows, columns=["graph", "weight", "chosen", "neighbours", "isolated", *SCORES])
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Plot accuracy and macro-F1 against the weight, means over the runs, as SVG."""
+    means = table.groupby(["graph", "weight"])[list(SCORES[:2])].mean()
+    # A fixed salt and no date: the same table gives the same bytes.
+    with rc_context({"svg.hashsalt": "cell2text", "font.family": "DejaVu Sans", "font.size": 9}):
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        for axis, metric in zip(figure.subplots(1, 2, sharey=True), SCORES[:2], strict=True):
+            for name, colour in COLOURS.items():
+                axis.plot(range(len(WEIGHTS)), means.loc[name, metric], "o-", color=colour, label=name, markersize=4)
+            axis.set_title(f"Cell type, {metric}", fontsize=9.5, color="#222222", loc="left")
+            axis.set_xticks(range(len(WEIGHTS)), [f"{weight:g}" for weight in WEIGHTS])
+            axis.set(xlabel="weight of the graph", ylim=(0, 1))
+            axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+            axis.set_axisbelow(True)
+            axis.spines[:].set_visible(False)
+        figure.axes[0].legend(title="graph", frameon=False, loc="lower left")
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, format="svg", metadata={"Date": None, "Title": "Refined on a graph of cells"})
+
+
+def main() -> None:
+    """Print the scores of each run, and their means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--plot", type=Path, help="SVG file to write")
+    given = parser.parse_args()
+    tables = [refine(results).assign(run=results.name) for results in given.results]
+    table = pd.concat(tables)
+    before = table[(table["weight"] == 0) & (table["graph"] == "mutual")].assign(graph="none")
+    shown = pd.concat([before, table[table["chosen"]]])
+    print(shown.drop(columns="chosen").set_index("run").to_string(float_format="{:.3f}".format))
+    print("\nmeans, weight chosen on validation cells")
+    print(shown.groupby("graph", sort=False)[list(SCORES)].mean().to_string(float_format="{:.3f}".format))
+    print("\nmeans by weight")
+    print(table.groupby(["graph", "weight"])[list(SCORES)].mean().to_string(float_format="{:.3f}".format))
+    if given.plot:
+        plot(table, given.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Predictions refined on a graph of similar cells of each study, and on the same graph with its cells shuffled.
+
+Nothing is trained. The probabilities P0 of a method become P = (I + weight L)^-1 P0, where L is the Laplacian of the
+graph, so that cells that are joined get similar probabilities; training cells keep their true labels. This is label
+propagation with a prior (Zhou et al., NeurIPS 2003; Zhu et al., ICML 2003).
+"""
+
+import logging
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from scipy.sparse.csgraph import laplacian
+from scipy.sparse.linalg import cg
+from sklearn.neighbors import NearestNeighbors
+
+from cell2text.contracts import PREDICTIONS, TERM_SLOTS, datasets_of
+from cell2text.evaluation.baselines.slots import (
+    cells_to_describe,
+    is_training,
+    read_pooled,
+    read_slots,
+    refuse_missing,
+    write_predictions,
+)
+from cell2text.evaluation.sums import class_terms, macro_f1
+from cell2text.files import read_jsonl
+
+log = logging.getLogger("cell2text.evaluation")
+
+WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SCALE_NEIGHBOUR = 7  # its distance is a cell's scale (Zelnik-Manor and Perona, NeurIPS 2004)
+
+
+def refine_on_graph(
+    descriptions: str,
+    terms: str,
+    embeddings: list[str],
+    predictions: list[str],
+    refined: str,
+    control: str,
+    neighbours: int,
+    seed: int,
+) -> None:
+    """Refine the ontology terms of a method's predictions on a graph of similar cells; gene programmes stay.
+
+    The weight of the graph is chosen for each slot by the macro-F1 of the validation cells. Labels of test cells are
+    not used. The texts are rendered again from the refined terms.
+
+    Parameters
+    ----------
+    descriptions, terms
+        Files of ``contracts.DESCRIPTIONS`` and ``contracts.TERMS``.
+    embeddings
+        Files of ``contracts.EMBEDDINGS``.
+    predictions
+        The method's file of ``contracts.PREDICTIONS``, or JSONL files with its columns as keys.
+    refined, control
+        Files of ``contracts.PREDICTIONS`` to write. For the control, the cells of each study are shuffled on the graph,
+        and everything is repeated on it, the choice of the weight included.
+    neighbours
+        Number of nearest neighbours of a cell that it may be joined with.
+    seed
+        Seed of the shuffled cells.
+
+    Raises
+    ------
+    InputError
+        If a described cell has no embedding or no prediction.
+    """
+    described = read_slots(descriptions)
+    given = _read_predictions(predictions)
+    refuse_missing(cells_to_describe(described)["cell_id"], pd.Index(given["cell_id"]), predictions)
+    given = given.set_index("cell_id").reindex(described["cell_id"]).reset_index()
+    studies = datasets_of(described["cell_id"]).to_numpy()
+    graph = join_neighbours(read_pooled(embeddings, described["cell_id"]), studies, neighbours)
+    log.info("%d cells, %.1f neighbours each", len(described), graph.nnz / max(len(described), 1))
+    shuffled = shuffle_cells(graph, studies, seed)
+    new = ~is_training(described)
+    described.loc[described["split"] == "test", [f"{slot}_id" for slot in TERM_SLOTS]] = None
+    tables = {path: given[new].assign(split=described["split"]) for path in (refined, control)}
+    for slot in TERM_SLOTS:
+        true = described[f"{slot}_id"]
+        labels, start = initial_probabilities(given[f"{slot}_id"], given[f"{slot}_confidence"], true.mask(new, None))
+        known = true.notna().to_numpy() & ~new
+        for path, used in ((refined, graph), (control, shuffled)):
+            weight = choose_weight(start, known, used, labels, true.where(new, None))
+            log.info("%s: %s: weight %g", Path(path).stem, slot, weight)
+            found = propagate(start, known, used, weight)[new]
+            named = given.loc[new, f"{slot}_id"].notna().to_numpy()
+            tables[path][f"{slot}_id"] = np.where(named, labels[found.argmax(axis=1)] if len(labels) else None, None)
+            tables[path][f"{slot}_confidence"] = np.where(named, found.max(axis=1, initial=0), np.nan)
+    kept = ["cell_id", "split", "pathway_ids", "pathway_confidences"]
+    slots = [f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", "_confidence")]
+    for path, table in tables.items():
+        write_predictions(table[kept + slots], terms, path)
+
+
+def _read_predictions(files: list[str]) -> pd.DataFrame:
+    """Return predictions from a Parquet file or from JSONL files."""
+    if Path(files[0]).suffix == ".parquet":
+        return PREDICTIONS.read(files[0])
+    rows = chain.from_iterable(read_jsonl(path) for path in files)
+    return pd.DataFrame(rows).reindex(columns=list(PREDICTIONS.columns))
+
+
+def join_neighbours(
+    vectors: np.ndarray, studies: np.ndarray, neighbours: int, mutual: bool = True
+) -> scipy.sparse.csr_array:
+    """Return the graph of similar cells: symmetric weights from 0 to 1, float64 (cells, cells).
+
+    Two cells of a study are joined if each is among the nearest of the other, so that a common cell type does not
+    absorb a rare one beside it. The weight falls with the squared distance, relative to the scales of both cells.
+
+    Parameters
+    ----------
+    vectors
+        Vectors of cells, (cells, dimensions).
+    studies
+        Study of each cell.
+    neighbours
+        Number of nearest neighbours.
+    mutual
+        False: two cells are joined if one is among the nearest of the other.
+    """
+    rows, columns, weights = [np.empty(0, int)], [np.empty(0, int)], [np.empty(0)]
+    for study in pd.unique(studies):
+        own = np.flatnonzero(studies == study)
+        most = min(neighbours, len(own) - 1)
+        if not most:
+            continue
+        distances, nearest = NearestNeighbors(n_neighbors=most).fit(vectors[own]).kneighbors()
+        scale = np.maximum(distances[:, min(SCALE_NEIGHBOUR, most) - 1], 1e-30)  # identical cells
+        rows.append(np.repeat(own, most))
+        columns.append(own[nearest].ravel())
+        weights.append(np.exp(-(distances**2) / (scale[:, None] * scale[nearest])).ravel())
+    indices = np.concatenate(rows), np.concatenate(columns)
+    joined = scipy.sparse.csr_array((np.concatenate(weights), indices), shape=(len(vectors), len(vectors)))
+    return joined.minimum(joined.T) if mutual else joined.maximum(joined.T)
+
+
+def shuffle_cells(graph: scipy.sparse.csr_array, studies: np.ndarray, seed: int) -> scipy.sparse.csr_array:
+    """Return the graph with the cells of each study in random places: the same degrees, but unrelated neighbours."""
+    rng, places = np.random.default_rng(seed), np.arange(len(studies))
+    for study in pd.unique(studies):
+        own = np.flatnonzero(studies == study)
+        places[own] = rng.permutation(own)
+    return graph[places][:, places]
+
+
+def initial_probabilities(
+    ids: pd.Series, confidences: pd.Series, training_labels: pd.Series
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels of a slot, sorted, and the probability of each before refinement, float64 (cells, labels).
+
+    A training cell has its label. The label that a method predicts has its confidence; the rest is split among the
+    others by their shares among the training cells, as far as none exceeds the predicted label. A cell with neither has
+    these shares.
+
+    Parameters
+    ----------
+    ids, confidences
+        Prediction for each cell, missing for training cells.
+    training_labels
+        Label of each training cell, missing for others.
+    """
+    labels = pd.Index(sorted({*ids.dropna(), *training_labels.dropna()}), dtype=object)
+    counts = training_labels.value_counts().reindex(labels, fill_value=0).to_numpy(dtype=float)
+    start = np.tile(counts / max(counts.sum(), 1), (len(ids), 1))
+    column, true = labels.get_indexer(ids), labels.get_indexer(training_labels)
+    named = np.flatnonzero(column >= 0)
+    confidence = confidences.to_numpy(dtype=float)[named, None]
+    others = start[named]
+    others[np.arange(len(named)), column[named]] = 0
+    others *= (1 - confidence) / np.maximum(others.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+    start[named] = np.minimum(others, 0.99 * confidence)
+    start[named, column[named]] = confidence[:, 0]
+    known = np.flatnonzero(true >= 0)
+    start[known] = 0
+    start[known, true[known]] = 1
+    return labels.to_numpy(), start
+
+
+def propagate(start: np.ndarray, known: np.ndarray, graph: scipy.sparse.csr_array, weight: float) -> np.ndarray:
+    """Return the probabilities P that solve (I + weight L) P = P0, float64 (cells, labels).
+
+    They minimise ||P - P0||^2 + weight x the sum over pairs of cells of their weight in the graph x ||P_i - P_j||^2.
+    Solved by conjugate gradients, label by label.
+
+    Parameters
+    ----------
+    start
+        P0, (cells, labels).
+    known
+        Cells that keep P0, bool (cells,).
+    graph
+        Symmetric weights, (cells, cells).
+    weight
+        Weight of the graph; 0 returns P0.
+    """
+    new = np.flatnonzero(~known)
+    refined = start.copy()
+    if not len(new):
+        return refined
+    system = (scipy.sparse.eye_array(len(start)) + weight * scipy.sparse.csr_array(laplacian(graph))).tocsr()[new]
+    target = start[new] - system[:, known] @ start[known]
+    system = system[:, new]
+    for label in range(start.shape[1]):
+        refined[new, label], failed = cg(system, target[:, label], x0=start[new, label], rtol=1e-8)
+        if failed:
+            raise ArithmeticError(f"no convergence in {failed} steps at weight {weight}")
+    return refined
+
+
+def choose_weight(
+    start: np.ndarray, known: np.ndarray, graph: scipy.sparse.csr_array, labels: np.ndarray, truth: pd.Series
+) -> float:
+    """Return the weight of the graph with the highest macro-F1, the smallest of equals; 0 without labelled cells.
+
+    Parameters
+    ----------
+    start, known, graph
+        As for :func:`propagate`.
+    labels
+        Ids of the columns of ``start``.
+    truth
+        Label of each validation cell, missing for others.
+    """
+    labelled = truth.notna().to_numpy()
+    if len(labels) < 2 or not labelled.any():
+        return WEIGHTS[0]
+    true = truth[labelled].reset_index(drop=True)
+    classes = pd.Index(sorted(true.unique()))
+
+    def score(weight: float) -> float:
+        predicted = pd.Series(labels[propagate(start, known, graph, weight)[labelled].argmax(axis=1)])
+        return macro_f1(class_terms(true, predicted, classes).sum(axis=0)[None])[0]
+
+    return max(WEIGHTS, key=score)
