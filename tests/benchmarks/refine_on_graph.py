@@ -7,8 +7,8 @@
     .venv/bin/python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} [--plot docs/neighbours.svg]
 
 Each folder is that of a run with descriptions, embeddings and predictions. The weight of each graph is the one that
-``refine_on_graph`` would choose on the validation cells. All scores are of the test cells: accuracy, macro-F1, and the
-mean F1 of rare types, which have fewer than ``RARE`` training cells.
+``refine_on_graph`` would choose on the validation cells. Scores are of the test cells: accuracy, macro-F1, mean F1 of
+rare types, which have fewer than ``RARE`` training cells, and the calibration error of confidences.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from cell2text.evaluation.refine_on_graph import (  # noqa: E402
     propagate,
     shuffle_cells,
 )
+from cell2text.evaluation.sums import calibration_error, calibration_terms  # noqa: E402
 from cell2text.evaluation.tables import per_class  # noqa: E402
 from cell2text.files import whole_file  # noqa: E402
 from cell2text.grammar import Terms  # noqa: E402
@@ -39,16 +40,18 @@ from cell2text.grammar import Terms  # noqa: E402
 SLOT, NEIGHBOURS, RARE = "cell_type", 15, 10
 NO_NAMES = Terms(pd.DataFrame({"slot": [], "id": [], "name": [], "definition": []}))
 COLOURS = {"mutual": "#0072B2", "symmetric": "#D55E00", "shuffled": "#666666"}
-SCORES = ("accuracy", "macro-F1", "F1 of rare types")
+SCORES = ("accuracy", "macro-F1", "F1 of rare types", "calibration error")
 
 
-def score(true: pd.Series, predicted: np.ndarray, training: pd.Series) -> tuple[float, ...]:
-    """Return ``SCORES`` of predicted ids; cells without a true label are not counted."""
-    labelled = true.notna().to_numpy()
-    true, predicted = true[labelled].reset_index(drop=True), pd.Series(predicted[labelled], dtype=object)
+def score(true: pd.Series, probabilities: np.ndarray, labels: np.ndarray, training: pd.Series) -> tuple[float, ...]:
+    """Return ``SCORES`` of probabilities, (cells, labels); cells without a true label are not counted."""
+    probabilities, true = probabilities[true.notna()], true.dropna().reset_index(drop=True)
+    predicted, every = pd.Series(labels[probabilities.argmax(axis=1)], dtype=object), np.ones(len(true), dtype=bool)
     classes = per_class(SLOT, true, predicted, NO_NAMES).set_index("id")["f1"]
     rare = training.value_counts().reindex(classes.index, fill_value=0) < RARE
-    return (true == predicted).mean(), classes.mean(), classes[rare].mean()
+    correct = (true == predicted).to_numpy()
+    error = calibration_error(calibration_terms(probabilities.max(axis=1), correct, every).sum(axis=0)[None])[0]
+    return correct.mean(), classes.mean(), classes[rare].mean(), error
 
 
 def refine(results: Path) -> pd.DataFrame:
@@ -69,8 +72,7 @@ def refine(results: Path) -> pd.DataFrame:
     for name, graph in graphs.items():
         chosen, degrees = choose_weight(start, known, graph, labels, validation), np.diff(graph.indptr)
         for weight in WEIGHTS:
-            predicted = labels[propagate(start, known, graph, weight)[test].argmax(axis=1)]
-            scores = score(true[test], predicted, training)
+            scores = score(true[test], propagate(start, known, graph, weight)[test], labels, training)
             rows.append((name, weight, weight == chosen, degrees.mean(), (degrees == 0).mean(), *scores))
     return pd.DataFrame(rows, columns=["graph", "weight", "chosen", "neighbours", "isolated", *SCORES])
 

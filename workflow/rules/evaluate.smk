@@ -219,7 +219,7 @@ rule refine_on_graph:
         predictions=branch(
             lambda wildcards: wildcards.method == FINE_TUNED,
             then=GENERATIONS,
-            otherwise="<results>/baselines/{method}.parquet",
+            otherwise=["<results>/baselines/{method}.parquet"],
         ),
     output:
         refined="<results>/baselines/{method}_graph.parquet",

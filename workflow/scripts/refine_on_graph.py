@@ -9,8 +9,8 @@ def main(snakemake):
     refine_on_graph(
         snakemake.input.descriptions,
         snakemake.input.terms,
-        list(snakemake.input.embeddings),
-        list(snakemake.input.predictions),
+        snakemake.input.embeddings,
+        snakemake.input.predictions,
         snakemake.output.refined,
         snakemake.output.control,
         neighbours=snakemake.params.neighbours,

@@ -26,7 +26,7 @@ class Method:
 
 METHODS = {
     FINE_TUNED: Method("Cell2Text", "the fine-tuned language model describes the cell from its gene vectors"),
-    "cell2text_graph": Method("Cell2Text, graph", "its terms refined on a graph of similar cells of each study"),
+    "cell2text_graph": Method("Cell2Text, graph", "its cell types refined on a graph of similar cells of each study"),
     "cell2text_random_graph": Method(
         "Cell2Text, random graph", "control: the same, with the cells of the graph shuffled"
     ),
@@ -35,7 +35,7 @@ METHODS = {
         "PCA + logistic regression", "logistic regression on principal components of log-normalised counts"
     ),
     "pca_logistic_graph": Method(
-        "PCA + logistic regression, graph", "its terms refined on a graph of similar cells of each study"
+        "PCA + logistic regression, graph", "its cell types refined on a graph of similar cells of each study"
     ),
     "pca_logistic_random_graph": Method(
         "PCA + logistic regression, random graph", "control: the same, with the cells of the graph shuffled"

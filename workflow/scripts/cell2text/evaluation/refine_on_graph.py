@@ -1,4 +1,4 @@
-"""Predictions refined on a graph of similar cells of each study, and on the same graph with its cells shuffled.
+"""Cell types refined on a graph of similar cells of each study, and on the same graph with its cells shuffled.
 
 Nothing is trained. The probabilities P0 of a method become P = (I + weight L)^-1 P0, where L is the Laplacian of the
 graph, so that cells that are joined get similar probabilities; training cells keep their true labels. This is label
@@ -31,6 +31,8 @@ from cell2text.files import read_jsonl
 log = logging.getLogger("cell2text.evaluation")
 
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_KEPT = ["cell_id", "pathway_ids", "pathway_confidences"]
+_KEPT += [f"{slot}{suffix}" for slot in TERM_SLOTS if slot != "cell_type" for suffix in ("_id", "_confidence")]
 SCALE_NEIGHBOUR = 7  # its distance is a cell's scale (Zelnik-Manor and Perona, NeurIPS 2004)
 
 
@@ -44,10 +46,11 @@ def refine_on_graph(
     neighbours: int,
     seed: int,
 ) -> None:
-    """Refine the ontology terms of a method's predictions on a graph of similar cells; gene programmes stay.
+    """Refine the cell types that a method predicts on a graph of similar cells, and render the texts again.
 
-    The weight of the graph is chosen for each slot by the macro-F1 of the validation cells. Labels of test cells are
-    not used. The texts are rendered again from the refined terms.
+    The weight of the graph is chosen by the macro-F1 of the validation cells; labels of test cells are not used. The
+    other slots stay. Tissue, disease, sex and stage are the sample's, so that any graph within a study, even a random
+    one, would take them from the study's training cells.
 
     Parameters
     ----------
@@ -74,28 +77,23 @@ def refine_on_graph(
     given = _read_predictions(predictions)
     refuse_missing(cells_to_describe(described)["cell_id"], pd.Index(given["cell_id"]), predictions)
     given = given.set_index("cell_id").reindex(described["cell_id"]).reset_index()
-    studies = datasets_of(described["cell_id"]).to_numpy()
+    studies, new = datasets_of(described["cell_id"]).to_numpy(), ~is_training(described)
+    true = described["cell_type_id"].mask(described["split"] == "test", None)
+    labels, start = initial_probabilities(given["cell_type_id"], given["cell_type_confidence"], true.mask(new, None))
+    known = true.notna().to_numpy() & ~new
+    named = given.loc[new, "cell_type_id"].notna()
+    kept = given.loc[new, _KEPT].assign(split=described["split"])
     graph = join_neighbours(read_pooled(embeddings, described["cell_id"]), studies, neighbours)
-    log.info("%d cells, %.1f neighbours each", len(described), graph.nnz / max(len(described), 1))
-    shuffled = shuffle_cells(graph, studies, seed)
-    new = ~is_training(described)
-    described.loc[described["split"] == "test", [f"{slot}_id" for slot in TERM_SLOTS]] = None
-    tables = {path: given[new].assign(split=described["split"]) for path in (refined, control)}
-    for slot in TERM_SLOTS:
-        true = described[f"{slot}_id"]
-        labels, start = initial_probabilities(given[f"{slot}_id"], given[f"{slot}_confidence"], true.mask(new, None))
-        known = true.notna().to_numpy() & ~new
-        for path, used in ((refined, graph), (control, shuffled)):
-            weight = choose_weight(start, known, used, labels, true.where(new, None))
-            log.info("%s: %s: weight %g", Path(path).stem, slot, weight)
-            found = propagate(start, known, used, weight)[new]
-            named = given.loc[new, f"{slot}_id"].notna().to_numpy()
-            tables[path][f"{slot}_id"] = np.where(named, labels[found.argmax(axis=1)] if len(labels) else None, None)
-            tables[path][f"{slot}_confidence"] = np.where(named, found.max(axis=1, initial=0), np.nan)
-    kept = ["cell_id", "split", "pathway_ids", "pathway_confidences"]
-    slots = [f"{slot}{suffix}" for slot in TERM_SLOTS for suffix in ("_id", "_confidence")]
-    for path, table in tables.items():
-        write_predictions(table[kept + slots], terms, path)
+    log.info("%d cells, joined with %.1f neighbours on average", len(described), graph.nnz / max(len(described), 1))
+    for path, used in ((refined, graph), (control, shuffle_cells(graph, studies, seed))):
+        weight = choose_weight(start, known, used, labels, true.where(new, None))
+        log.info("%s: weight %g", Path(path).stem, weight)
+        found = propagate(start, known, used, weight)[new]
+        table = kept.assign(cell_type_id=None, cell_type_confidence=np.nan)
+        if named.any():
+            table["cell_type_id"] = np.where(named, labels[found.argmax(axis=1)], None)
+            table["cell_type_confidence"] = np.where(named, found.max(axis=1), np.nan)
+        write_predictions(table, terms, path)
 
 
 def _read_predictions(files: list[str]) -> pd.DataFrame:
@@ -153,7 +151,7 @@ def shuffle_cells(graph: scipy.sparse.csr_array, studies: np.ndarray, seed: int)
 def initial_probabilities(
     ids: pd.Series, confidences: pd.Series, training_labels: pd.Series
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of a slot, sorted, and the probability of each before refinement, float64 (cells, labels).
+    """Return the labels, sorted, and the probability of each before refinement, float64 (cells, labels).
 
     A training cell has its label. The label that a method predicts has its confidence; the rest is split among the
     others by their shares among the training cells, as far as none exceeds the predicted label. A cell with neither has
