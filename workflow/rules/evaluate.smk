@@ -234,7 +234,7 @@ rule refine_on_graph:
         "../../envs/report.yaml"
     threads: 1
     resources:
-        # the probability of each of up to some 700 labels, a few times
+        # three copies of the probabilities of some 700 cell types
         mem_mb=mem(4000, 20 + POOLED / 64),
         runtime=hours(4),
     params:
