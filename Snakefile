@@ -52,6 +52,7 @@ rule models:
     input:
         LANGUAGE_MODEL,
         FETCHED_ENCODER,
+        collect("<resources>/models/{resource}", resource=RESOURCES),
 
 
 rule census:

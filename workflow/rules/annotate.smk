@@ -69,6 +69,7 @@ rule fetch_query:
     input:
         files=lambda wildcards: local_files(QUERIES[wildcards.query]),
         gene_table=config["genes"]["table"] or [],
+        orthologues=ORTHOLOGUES,
     output:
         counts=temp("<annotated>/{query}/counts.h5ad"),
     log:
@@ -84,10 +85,7 @@ rule fetch_query:
         runtime=hours(2),
     params:
         row=lambda wildcards: QUERIES[wildcards.query],
-        genes={
-            "gene_table": config["genes"]["table"],
-            "min_counts_kept": config["genes"]["min_counts_kept"],
-        },
+        genes=READ_GENES,
         columns={key: config[key] for key in ("clusters", "own_labels")},
         library=library_version("fetch_query.py"),
     message:

@@ -78,6 +78,7 @@ rule fetch_dataset:
     input:
         files=dataset_files,
         gene_table=config["genes"]["table"] or [],
+        orthologues=ORTHOLOGUES,
     output:
         cells=temp("<results>/raw/{dataset}.h5ad"),
     log:
@@ -94,10 +95,7 @@ rule fetch_dataset:
         runtime=hours(2),
     params:
         row=dataset_row,
-        genes={
-            "gene_table": config["genes"]["table"],
-            "min_counts_kept": config["genes"]["min_counts_kept"],
-        },
+        genes=READ_GENES,
         library=library_version("fetch_dataset.py"),
     message:
         "Reading {wildcards.dataset}"

@@ -27,8 +27,8 @@ from cell2text.evaluation.methods import (
 )
 from cell2text.files import check_ours
 from cell2text.job import INVOCATION
-from cell2text.models import fetch_encoder, fetch_language_model
-from cell2text.models.sources import check_target, fingerprint
+from cell2text.models import fetch_encoder, fetch_language_model, fetch_resource
+from cell2text.models.sources import check_target, fingerprint, is_local
 from cell2text.provenance import hash_config, library_version
 
 os.environ.setdefault(INVOCATION, uuid4().hex)
@@ -52,6 +52,17 @@ try:
             QUERY_LANGUAGE_MODEL = "<resources>/models/{}".format(found["name"])
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
     PIECES = cut_census(SHEET, config["shards"])
+    # The table of orthologues: an input of all studies if one of them is of mice, or if the config names it.
+    ORTHOLOGUES, RESOURCES = [], {}
+    if "orthologues" in config["genes"] or any(
+        row.get("species") == "mouse" for row in [*SHEET.values(), *QUERIES.values()]
+    ):
+        source = config["genes"].get("orthologues", fetch_resource.ORTHOLOGUES)
+        ORTHOLOGUES = fetch_resource.locate_resource(
+            source, "<resources>/models", fetch_resource.ORTHOLOGUES_KEY
+        )
+        if not is_local(source):
+            RESOURCES[ORTHOLOGUES.removeprefix("<resources>/models/")] = source
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -71,6 +82,14 @@ for name, pieces in PIECES.items():
     SHEET |= dict.fromkeys(pieces, SHEET.pop(name))
 DATASETS = sorted(SHEET)
 library_version = partial(library_version, encoder=config["encoder"]["kind"])
+READ_GENES = {
+    "gene_table": config["genes"]["table"],
+    "min_counts_kept": config["genes"]["min_counts_kept"],
+} | {
+    key: config["genes"][key]
+    for key in ["orthologue_sources"]
+    if key in config["genes"]
+}
 SHARDS = [str(shard) for shard in range(config["shards"])]
 EMBEDDINGS = collect(
     "<results>/embeddings/{dataset}/{shard}.safetensors", dataset=DATASETS, shard=SHARDS

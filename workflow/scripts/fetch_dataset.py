@@ -6,7 +6,12 @@ from cell2text.job import run_job
 
 def main(snakemake):
     """Run the rule."""
-    fetch_dataset(snakemake.params.row, snakemake.output.cells, **snakemake.params.genes)
+    fetch_dataset(
+        snakemake.params.row,
+        snakemake.output.cells,
+        orthologues=snakemake.input.orthologues or None,
+        **snakemake.params.genes,
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,13 @@ from cell2text.job import run_job
 
 def main(snakemake):
     """Run the rule."""
-    columns = snakemake.params.columns
-    fetch_query(snakemake.params.row, snakemake.output.counts, **snakemake.params.genes, **columns)
+    fetch_query(
+        snakemake.params.row,
+        snakemake.output.counts,
+        orthologues=snakemake.input.orthologues or None,
+        **snakemake.params.genes,
+        **snakemake.params.columns,
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cell2text.tables import read_table
 CENSUS = "census://"  # prefix of sources in CELLxGENE Census
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Keys whose values are files of the user; null or a word such as `donors` if there is none.
-FILES = ("genes.table", "split", "pathways.gene_sets", "pathways.descriptions")
+FILES = ("genes.table", "genes.orthologues", "split", "pathways.gene_sets", "pathways.descriptions")
 SOURCES = ("source", "label_table", "cell_table")  # columns of the sheet with files
 CENSUS_COLUMNS = {"dataset", "source", "notes", "min_genes", "min_counts", "max_mitochondrial_percent"}
 # A user name, password or token in a URL: before the host, or in a query. No source has either.
@@ -118,8 +118,9 @@ def check_files(config: dict[str, Any], where: str | Path) -> None:
     """
     values = dict(_flatten(config))
     for key in FILES:
-        if values[key] and (key != "split" or values[key].endswith(".tsv")):
-            check_file(values[key], f"{where}: {key}")
+        value = values.get(key)
+        if value and "://" not in value and (key != "split" or value.endswith(".tsv")):
+            check_file(value, f"{where}: {key}")
 
 
 def check_file(path: str, where: str) -> None:

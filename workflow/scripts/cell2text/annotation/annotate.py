@@ -28,11 +28,14 @@ from cell2text.annotation.rank_query import rank_query
 from cell2text.annotation.render_query import render_query
 from cell2text.annotation.score_query import score_query
 from cell2text.cells.counts import TOTALS
+from cell2text.cells.fetch_dataset import find_species
 from cell2text.cells.filter_cells import flag_cells
+from cell2text.cells.studies import SPECIES, open_study
 from cell2text.contracts import TERMS
 from cell2text.errors import InputError
 from cell2text.files import whole_file
 from cell2text.models.fetch_language_model import fetch_language_model
+from cell2text.models.fetch_resource import ORTHOLOGUES, ORTHOLOGUES_KEY, fetch_resource, locate_resource
 from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.annotation")
@@ -49,6 +52,7 @@ def annotate(
     clusters: str | None = None,
     own_labels: str | None = None,
     evidence: bool = False,
+    species: str | None = None,
 ) -> ad.AnnData:
     """Describe the cells of an object in memory.
 
@@ -70,6 +74,9 @@ def annotate(
         Column of ``obs`` with labels to compare the clusters with; None if there are none.
     evidence
         Whether to list the genes that argue for and against the cell type of each cell, not only of each cluster.
+    species
+        ``"human"`` or ``"mouse"``, whose genes are mapped to human orthologues; None to take it from
+        ``organism_ontology_term_id`` in ``obs`` or ``uns``, or else for human.
 
     Returns
     -------
@@ -90,12 +97,13 @@ def annotate(
         query = Path(folder, "query.h5ad")
         wanted = ("donor_id", "organism_ontology_term_id", *TOTALS, clusters, own_labels)
         columns = adata.obs[[name for name in adata.obs if name in wanted]]
-        slim = ad.AnnData(adata.X, columns, adata.var, layers=dict(adata.layers))
+        facts = {name: adata.uns[name] for name in wanted if name in adata.uns}
+        slim = ad.AnnData(adata.X, columns, adata.var, facts, layers=dict(adata.layers))
         if adata.raw is not None:
             slim.raw = ad.AnnData(adata.raw.X, columns, adata.raw.var)
         slim.write_h5ad(query)
         del slim
-        given = (clusters, own_labels, evidence)
+        given = (clusters, own_labels, evidence, species)
         steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table, *given)
         cells = read_predictions([steps["descriptions"]], steps["tokens"], steps["qc"], TERMS.read(steps["terms"]))
         facts = facts_of(steps["model"], steps["fit"], steps["cluster_table"], "an object in memory")
@@ -114,6 +122,7 @@ def annotate_file(
     clusters: str | None = None,
     own_labels: str | None = None,
     evidence: bool = False,
+    species: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Describe the cells of a file and write ``OUTPUTS`` to a folder.
@@ -122,7 +131,7 @@ def annotate_file(
     ----------
     source
         An h5ad file, an AnnData Zarr folder, a 10x HDF5 file or a 10x folder. It is only read.
-    model, models, gene_table, clusters, own_labels, evidence
+    model, models, gene_table, clusters, own_labels, evidence, species
         See :func:`annotate`.
     out
         Folder to write.
@@ -139,7 +148,7 @@ def annotate_file(
     if present and not overwrite:
         raise InputError(out / present[0], "exists already", "Choose another folder, or add --overwrite")
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
-        given = (model, models, gene_table, clusters, own_labels, evidence)
+        given = (model, models, gene_table, clusters, own_labels, evidence, species)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
         for name, table in zip(OUTPUTS[1:3], ("cluster_table", "evidence_table"), strict=True):
             with whole_file(out / name) as unfinished:
@@ -162,6 +171,7 @@ def _run_steps(
     clusters: str | None,
     own_labels: str | None,
     evidence: bool,
+    species: str | None,
 ) -> dict[str, str]:
     """Run the steps from counts to descriptions and return the paths of their files."""
     models = Path(models) if models else _models_folder()
@@ -178,7 +188,10 @@ def _run_steps(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / one) for one in names]
     counts, qc, genes, tokens, fit, embeddings, scores, descriptions, of_cells, cluster_table, *explained = paths
-    fetch_query({"dataset": name, "source": source}, counts, gene_table, 0.5, clusters, own_labels)
+    with open_study(source) as study:
+        row = {"dataset": name, "source": source, "species": find_species(study, species)}
+    orthologues = _fetch_orthologues(models) if row["species"] == "mouse" else None
+    fetch_query(row, counts, gene_table, 0.5, clusters, own_labels, orthologues)
     rank_query(counts, packed, source, genes, tokens, fit, threads=os.cpu_count() or 1)
     flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]), SEED)
     embed_query(packed, tokens, genes, embeddings)
@@ -197,6 +210,14 @@ def _run_steps(
         "embeddings": embeddings,
         "terms": str(Path(packed) / "terms.parquet"),
     }
+
+
+def _fetch_orthologues(models: Path) -> str:
+    """Return the path of the table of orthologues, which is fetched unless it is there."""
+    path = locate_resource(ORTHOLOGUES, str(models), ORTHOLOGUES_KEY)
+    if not Path(path).exists():
+        fetch_resource(ORTHOLOGUES, path, ORTHOLOGUES_KEY)
+    return path
 
 
 def _models_folder() -> Path:
@@ -224,6 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--clusters", help="column of obs with the clusters to describe; without it, clusters are found")
     one.add_argument("--own-labels", help="column of obs with labels to compare the clusters with")
     one.add_argument("--evidence", action="store_true", help="list the genes behind the cell type of each cell")
+    one.add_argument("--species", choices=SPECIES.values(), help="species of the cells, if the file does not name it")
     one.add_argument("--overwrite", action="store_true", help="replace earlier outputs")
     given = vars(parser.parse_args(arguments))
     given.pop("command")

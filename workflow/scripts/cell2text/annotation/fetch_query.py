@@ -7,7 +7,8 @@ import pandas as pd
 
 from cell2text.annotation.clusters import check_clusters
 from cell2text.cells.counts import TOTALS
-from cell2text.cells.fetch_dataset import check_species, write_counts
+from cell2text.cells.fetch_dataset import choose_orthologues, write_counts
+from cell2text.cells.orthologues import MIN_SOURCES
 from cell2text.cells.studies import Study, open_study
 from cell2text.errors import InputError
 
@@ -23,6 +24,8 @@ def fetch_query(
     min_counts_kept: float,
     clusters: str | None = None,
     own_labels: str | None = None,
+    orthologues: str | Path | None = None,
+    orthologue_sources: int = MIN_SOURCES,
 ) -> None:
     """Write the counts of all cells of a study as ``fetch_dataset`` does.
 
@@ -35,7 +38,7 @@ def fetch_query(
         ``dataset``, ``source`` and other fields of a row of the datasets sheet.
     path
         The h5ad file to write.
-    gene_table, min_counts_kept
+    gene_table, min_counts_kept, orthologues, orthologue_sources
         See ``fetch_dataset``.
     clusters, own_labels
         Columns of ``obs`` with the cluster of each cell and its label, which are kept; None if there are none.
@@ -43,18 +46,18 @@ def fetch_query(
     Raises
     ------
     InputError
-        If the file, its counts, genes or clusters are invalid, or they are not human.
+        If the file, its counts, genes or clusters are invalid, or they are neither of humans nor of mice.
     """
     wanted = [name for name in ("donor_id", *TOTALS, clusters, own_labels) if name]
     with open_study(row["source"], wanted) as study:
-        check_species(study)
+        pairs = choose_orthologues(study, row, orthologues, orthologue_sources)
         obs = _name_cells(study.obs, row["dataset"])
         for key, new, name in (("clusters", CLUSTER, clusters), ("own_labels", OWN_LABEL, own_labels)):
             if name:
                 obs[new] = _read_column(study, name, key).to_numpy()
         if clusters:
             check_clusters(obs[CLUSTER], f"{study.where}: obs: {clusters}")
-        write_counts(study, obs, row, path, gene_table, min_counts_kept)
+        write_counts(study, obs, row, path, gene_table, min_counts_kept, pairs)
 
 
 def _read_column(study: Study, name: str, key: str) -> pd.Series:

@@ -20,7 +20,8 @@ def find_queries(
     Parameters
     ----------
     config
-        The configuration: ``query`` is a study or a sheet of studies, ``model`` a folder or a source.
+        The configuration: ``query`` is a study or a sheet of studies, ``model`` a folder or a source, ``species`` that
+        of studies whose row of the sheet has none.
     schema
         Schema of the sheet of datasets.
     models
@@ -32,12 +33,15 @@ def find_queries(
         If one of the two keys is missing, a file does not exist, or the folder is no packed model.
     """
     query, model = config["query"], config["model"]
+    species = {"species": config["species"]} if "species" in config else {}
+    if query is None and species:
+        raise InputError("config: species", "is that of a query", "For training, use the column species of the sheet")
     if query is None and model is None:
         return {}, []
     if query is None or model is None:
         absent, example = ("query", "my.h5ad") if query is None else ("model", "results/pbmc68k/model")
         raise InputError(f"config: {absent}", "is missing", f"Add {absent}={example} to --config")
-    rows = read_queries(query, schema)
+    rows = {name: species | row for name, row in read_queries(query, schema).items()}
     folder = fetch_model(model, models)
     read_model(folder)
     # The path is absolute so that no rule of a run makes the folder: it is used as it is.

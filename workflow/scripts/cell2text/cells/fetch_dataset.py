@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import sparse
 
@@ -12,7 +13,14 @@ from cell2text.cells.counts import TOTALS, NotCountsError, check_counts, recover
 from cell2text.cells.genes import GeneMap, map_genes, read_gene_table
 from cell2text.cells.h5ad import write_cells
 from cell2text.cells.labels import OBS_COLUMNS, label_cells
-from cell2text.cells.studies import HUMAN, Study, open_study
+from cell2text.cells.orthologues import (
+    MIN_SOURCES,
+    Orthologues,
+    describe_mapping,
+    map_mouse_genes,
+    read_orthologues,
+)
+from cell2text.cells.studies import SPECIES, Study, open_study
 from cell2text.errors import InputError
 from cell2text.progress import Progress
 
@@ -24,7 +32,12 @@ FIX = 'Put raw counts (whole numbers) in X, raw.X or layers["counts"], or name t
 
 
 def fetch_dataset(
-    row: dict[str, str], path: str | Path, gene_table: str | Path | None = None, min_counts_kept: float = 0.5
+    row: dict[str, str],
+    path: str | Path,
+    gene_table: str | Path | None = None,
+    min_counts_kept: float = 0.5,
+    orthologues: str | Path | None = None,
+    orthologue_sources: int = MIN_SOURCES,
 ) -> None:
     """Convert a study to the common format and write it as h5ad.
 
@@ -38,22 +51,26 @@ def fetch_dataset(
     path
         Where to write. ``X`` holds counts (CSR, float32); ``obs`` is indexed by ``{dataset}|{barcode}`` and holds the
         columns of the CELLxGENE schema; ``var`` is indexed by gene id and holds ``symbol``; ``uns`` holds the source
-        of the counts and the share of them in the genes that are kept.
+        of the counts and the share of them in the genes that are kept. Of a study of mice, ``uns["orthologues"]``
+        says as JSON what became of its genes.
     gene_table
         Ensembl ids and symbols, see ``genes.read_gene_table``; None to keep symbols as they are.
     min_counts_kept
         Minimum share of the counts in the genes that are kept.
+    orthologues, orthologue_sources
+        Table of the human genes of mouse genes, and the minimum number of sources of a pair, see
+        ``orthologues.read_orthologues``; only for mice.
 
     Raises
     ------
     InputError
-        If the file, its counts, genes, labels or ontology ids are invalid.
+        If the file, its species, counts, genes, labels or ontology ids are invalid.
     """
     wanted = [*OBS_COLUMNS, *TOTALS, *([row["label_column"]] if "label_column" in row else [])]
     with open_study(row["source"], wanted) as study:
-        check_species(study)
-        obs = label_cells(study.obs, row, study.obs_columns)
-        write_counts(study, obs, row, path, gene_table, min_counts_kept)
+        pairs = choose_orthologues(study, row, orthologues, orthologue_sources)
+        obs = label_cells(study.obs, row, study.obs_columns, "mouse" if pairs else "human")
+        write_counts(study, obs, row, path, gene_table, min_counts_kept, pairs)
 
 
 def write_counts(
@@ -63,6 +80,7 @@ def write_counts(
     path: str | Path,
     gene_table: str | Path | None,
     min_counts_kept: float,
+    orthologues: Orthologues | None,
 ) -> None:
     """Find the counts of an open study and write them with the given metadata; see :func:`fetch_dataset`."""
     path, where = Path(path), row["source"]
@@ -72,11 +90,12 @@ def write_counts(
         for place in choose_places(study, row.get("matrix")):
             if read is recover_counts and not errors[place].maybe_logs:
                 continue
-            genes = map_genes(study.matrices[place][1], where, table)
+            var = study.matrices[place][1]
+            genes = map_mouse_genes(var, where, orthologues, table) if orthologues else map_genes(var, where, table)
             uns = {"source": f"{where} ({place})"}
             blocks = read(study, place, path.with_name(f".{path.name}.entries"))
             try:
-                counts = keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns)
+                counts = keep_genes(blocks, genes, len(obs), where, min_counts_kept, uns, orthologues)
                 write_cells(path, counts, [obs.index], obs, genes.genes, uns)
             except NotCountsError as error:
                 first = f"{errors[place]}; " if place in errors else ""
@@ -90,13 +109,52 @@ def write_counts(
     raise InputError(where, f"no raw counts found ({reasons})", FIX)
 
 
-def check_species(study: Study) -> None:
-    """Raise an ``InputError`` if a study names another species than humans."""
-    foreign = [species for species in study.species if species != HUMAN]
-    if foreign:
+def find_species(study: Study, given: str | None) -> str:
+    """Return the species of a study, ``"human"`` or ``"mouse"``.
+
+    Parameters
+    ----------
+    study
+        An open study, which may name its species.
+    given
+        The species according to its row of the sheet; None if empty.
+
+    Raises
+    ------
+    InputError
+        If the file names another species, several, or not the one of the row.
+    """
+    where = f"{study.where}: organism_ontology_term_id"
+    known = ", ".join(f"{taxon} ({name})" for taxon, name in SPECIES.items())
+    if len(study.species) > 1:
+        raise InputError(where, f"several species: {', '.join(study.species)}", "Give a file for each species")
+    for taxon in study.species:
+        if taxon not in SPECIES:
+            raise InputError(where, f"{taxon} is not one of {known}", "Give human cells, or those of mice")
+        if given and SPECIES[taxon] != given:
+            raise InputError(where, f"{taxon} is {SPECIES[taxon]}, but `species` is {given}", "Correct one of them")
+    return given or next((SPECIES[taxon] for taxon in study.species), "human")
+
+
+def choose_orthologues(
+    study: Study, row: dict[str, str], orthologues: str | Path | None, min_sources: int
+) -> Orthologues | None:
+    """Return the orthologues for a study of mice, None for one of humans.
+
+    Raises
+    ------
+    InputError
+        As in :func:`find_species`, or if a study of mice comes without a table of orthologues.
+    """
+    if find_species(study, row.get("species")) == "human":
+        return None
+    if orthologues is None:
         raise InputError(
-            f"{study.where}: organism_ontology_term_id", f"{foreign[0]} is not human ({HUMAN})", "Give human cells"
+            f"{study.where}: organism_ontology_term_id",
+            "these are cells of mice, and no table of orthologues was fetched",
+            "Set `species` to mouse, in the row of the datasets sheet or for `annotate` in the config",
         )
+    return read_orthologues(orthologues, min_sources)
 
 
 def choose_places(study: Study, named: str | None) -> list[str]:
@@ -133,6 +191,7 @@ def keep_genes(
     where: str,
     min_counts_kept: float,
     uns: dict[str, Any],
+    orthologues: Orthologues | None = None,
 ) -> Iterator[sparse.csr_matrix]:
     """Yield counts over the genes that are kept; at the end record the share of all counts in them.
 
@@ -150,6 +209,8 @@ def keep_genes(
         Minimum share of the counts that must be kept.
     uns
         The share is added to it as ``counts_kept``.
+    orthologues
+        Those by which genes of mice were mapped; what became of the counts is added to ``uns`` as ``orthologues``.
 
     Raises
     ------
@@ -158,11 +219,13 @@ def keep_genes(
     InputError
         If the share is below the minimum.
     """
-    progress, measured, kept = Progress(cells, "cells"), 0.0, 0.0
+    progress, measured, kept, totals = Progress(cells, "cells"), 0.0, 0.0, np.zeros(len(genes.column))
     for block in blocks:
         measured += float((block @ genes.measured.astype(float)).sum())
         gathered = genes.gather(block)
         kept += float(gathered.data.sum(dtype=float))
+        if orthologues:
+            totals += np.asarray(block.sum(axis=0, dtype=float)).ravel()
         progress.advance(block.shape[0])
         yield gathered
     if not measured:
@@ -178,3 +241,5 @@ def keep_genes(
             "Check the species and the gene table, or lower genes: min_counts_kept",
         )
     uns["counts_kept"] = share
+    if orthologues:
+        uns["orthologues"] = describe_mapping(genes, totals, orthologues)

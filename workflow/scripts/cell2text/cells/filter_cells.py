@@ -4,6 +4,7 @@ Counts are read block by block and never held in memory as a whole: one pass com
 cells into files for doublet scoring, one writes the cells that are kept.
 """
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -106,7 +107,7 @@ def _judge_file(
         "genes_mitochondrial": int(is_mitochondrial(found.symbols).sum()),
         "genes_ribosomal": int(is_ribosomal(found.symbols).sum()),
         "source": found.source,
-    }
+    } | ({"orthologues": json.loads(found.orthologues)} if found.orthologues else {})
     QC.write_parts(_add_ids(cells_file, found.table(kept, reasons)), table_file)
     draw_qc(found.metrics, kept, found.bounds, name, plot_file)
     write_json(summary, summary_file)
@@ -149,6 +150,8 @@ class Measured:
         Number of genes with counts.
     source
         Where the counts came from.
+    orthologues
+        What became of the genes of a study of mice, as JSON; else empty.
     """
 
     study: pd.Categorical
@@ -159,6 +162,7 @@ class Measured:
     symbols: pd.Series
     detected: int
     source: str
+    orthologues: str
 
     def table(self, kept: np.ndarray, reasons: pd.Categorical) -> dict[str, Any]:
         """Return the columns of ``contracts.QC`` besides the ids."""
@@ -184,7 +188,8 @@ def measure_file(
     if limits.score_doublets:
         good = judge_cells(metrics, samples, bounds)[0] == ""
         metrics["doublet_score"] = score_doublets(cells_file, good, samples, len(symbols), seed, scratch)
-    return Measured(study, samples, metrics, bounds, fixed, symbols, detected, str(uns.get("source", "")))
+    source, orthologues = (str(uns.get(key, "")) for key in ("source", "orthologues"))
+    return Measured(study, samples, metrics, bounds, fixed, symbols, detected, source, orthologues)
 
 
 def _count_dropped(failed: pd.Categorical, name: str) -> dict[str, int]:

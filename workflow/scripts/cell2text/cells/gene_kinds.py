@@ -40,7 +40,7 @@ NOT_GENES = {
 }
 RNA = "Give the counts of genes (RNA) of the same cells"
 NAME_THEM = "Give Ensembl ids or symbols as index, or symbols in the column gene_symbol of var"
-ORTHOLOGUES = "Give human genes, or map them to human orthologues"
+ORTHOLOGUES = "If they are of mice, set `species` to mouse (docs/mouse.md); otherwise give human orthologues"
 
 
 class _Wrong(NamedTuple):
@@ -144,11 +144,11 @@ def check_kinds(names: pd.Series, kinds: pd.Series, where: str) -> None:
     genes = names[kinds == ""]
     if len(genes) < MIN_GENES and len(genes) < (1 - MOST) * len(names):
         kind = kinds[kinds != ""].mode()[0]
-        raise _wrong(where, f"rows are {_LABELS.get(kind, kind)}, not genes", names[kinds == kind], RNA)
+        raise wrong_genes(where, f"rows are {_LABELS.get(kind, kind)}, not genes", names[kinds == kind], RNA)
     # a panel of antibodies without feature types; none has as many as 500
     antigens = genes[genes.str.fullmatch(_ANTIGENS)]
     if len(genes) < 500 and len(antigens) >= 3:
-        raise _wrong(where, f"rows are {_LABELS['antibodies']}, not genes", antigens, RNA)
+        raise wrong_genes(where, f"rows are {_LABELS['antibodies']}, not genes", antigens, RNA)
 
 
 def check_species(names: pd.Series, symbols: pd.Series, other: pd.Series, any_ids: bool, where: str) -> None:
@@ -171,14 +171,14 @@ def check_species(names: pd.Series, symbols: pd.Series, other: pd.Series, any_id
         If nearly all genes are of another species, or most symbols look like those of a mouse.
     """
     if other.mean() > MOST:
-        raise _wrong(where, "genes are from other species", names[other], ORTHOLOGUES)
+        raise wrong_genes(where, "genes are from other species", names[other], ORTHOLOGUES)
     if any_ids:
         return
     symbols = symbols[~other]
     for species, pattern, share in _SYMBOLS_OF_OTHERS:
         foreign = symbols.str.fullmatch(pattern)
         if foreign.mean() > share:
-            raise _wrong(where, f"symbols look like {species} genes", symbols[foreign], ORTHOLOGUES)
+            raise wrong_genes(where, f"symbols look like {species} genes", symbols[foreign], ORTHOLOGUES)
 
 
 def check_names(symbols: pd.Series, any_table: bool, where: str) -> None:
@@ -203,7 +203,7 @@ def check_names(symbols: pd.Series, any_table: bool, where: str) -> None:
         if found.mean() <= MOST or not len(found):
             continue
         if wrong is not _NO_SYMBOLS or not any_table:
-            raise _wrong(where, wrong.problem, symbols[found], wrong.fix)
+            raise wrong_genes(where, wrong.problem, symbols[found], wrong.fix)
         log.warning(
             "%s: %d of %d genes have an Ensembl id without a symbol in the table, and gene sets need symbols",
             where,
@@ -212,8 +212,9 @@ def check_names(symbols: pd.Series, any_table: bool, where: str) -> None:
         )
     named = symbols[~symbols.str.fullmatch(_NO_SYMBOLS.names)].drop_duplicates()
     if len(named) >= MIN_NAMES and not named.str.match(_FAMILIES).any():
-        raise _wrong(where, f"none of the {len(named)} names is that of a usual human gene", named, NAME_THEM)
+        raise wrong_genes(where, f"none of the {len(named)} names is that of a usual human gene", named, NAME_THEM)
 
 
-def _wrong(where: str, problem: str, examples: pd.Series, fix: str) -> InputError:
+def wrong_genes(where: str, problem: str, examples: pd.Series, fix: str) -> InputError:
+    """Return an error about the genes of a file, with three of them as examples."""
     return InputError(f"{where}: var", f"{problem} ({', '.join(examples[:3])})", fix)

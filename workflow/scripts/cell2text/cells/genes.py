@@ -1,7 +1,7 @@
 """Gene names: which rows of a study are human genes, their Ensembl ids and their symbols."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,18 @@ class GeneMap:
         Which rows are genes, not antibodies, peaks or spike-ins; bool.
     excluded
         Number of excluded rows by reason.
+    reasons
+        Only for a study of mice: why each row is excluded, empty if it is not; str.
+    ties
+        Only for a study of mice: choices between human genes that are equally well supported.
     """
 
     genes: pd.DataFrame
     column: np.ndarray
     measured: np.ndarray
     excluded: dict[str, int]
+    reasons: np.ndarray | None = None
+    ties: list[str] = field(default_factory=list)
 
     def gather(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
         """Convert counts over the rows of the file to counts over ``genes``; rows of the same gene are summed."""
@@ -107,15 +113,9 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     InputError
         If the rows are not genes, the genes are not human, or they have no symbols and there is no table.
     """
-    names = _as_text(pd.Series(var.index))
-    columns = [names, *(_as_text(var[column]) for column in ID_COLUMNS if column in var)]
-    symbol_columns = [_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var]
-    ids = [column.str.upper().str.extract(f"({ENSEMBL})")[0] for column in (*columns, *symbol_columns)]
-    ids = max(ids, key=lambda found: found.notna().sum())
-    kinds = find_kinds(names.mask(ids.notna(), ""), _as_text(var["feature_types"]) if "feature_types" in var else None)
-    if len(names):
-        check_kinds(names, kinds, where)
-    measured = kinds == ""
+    names, columns, symbol_columns = text_columns(var)
+    ids = find_ids([*columns, *symbol_columns], ENSEMBL)
+    measured = find_genes(var, names, ids, where)
     other = pd.concat([column.str.contains(OTHER_SPECIES) for column in columns], axis=1).any(axis=1) & ids.isna()
 
     symbols = pd.Series("", index=names.index)
@@ -145,6 +145,27 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     )
     excluded = {"not genes": ~measured, "from other species": measured & other, "not in the gene table": unknown}
     return GeneMap(genes, column, measured.to_numpy(), {reason: int(rows.sum()) for reason, rows in excluded.items()})
+
+
+def text_columns(var: pd.DataFrame) -> tuple[pd.Series, list[pd.Series], list[pd.Series]]:
+    """Return as text the index of a gene table, the columns that may have ids (it is one), and those with symbols."""
+    names = _as_text(pd.Series(var.index))
+    columns = [names, *(_as_text(var[column]) for column in ID_COLUMNS if column in var)]
+    return names, columns, [_as_text(var[column]) for column in SYMBOL_COLUMNS if column in var]
+
+
+def find_ids(columns: list[pd.Series], pattern: str) -> pd.Series:
+    """Return the Ensembl ids in the column that has the most, NaN for rows without."""
+    ids = [column.str.upper().str.extract(f"({pattern})")[0] for column in columns]
+    return max(ids, key=lambda found: found.notna().sum())
+
+
+def find_genes(var: pd.DataFrame, names: pd.Series, ids: pd.Series, where: str) -> pd.Series:
+    """Return which rows of a gene table are genes (bool); an ``InputError`` if there are hardly any."""
+    kinds = find_kinds(names.mask(ids.notna(), ""), _as_text(var["feature_types"]) if "feature_types" in var else None)
+    if len(names):
+        check_kinds(names, kinds, where)
+    return kinds == ""
 
 
 def _as_text(column: pd.Series) -> pd.Series:

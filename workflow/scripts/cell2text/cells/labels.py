@@ -19,7 +19,7 @@ TERM_COLUMNS = [f"{column}_ontology_term_id" for column in CELLXGENE.values()]
 OBS_COLUMNS = ["donor_id", "assay_ontology_term_id", "is_primary_data", *TERM_COLUMNS]
 
 
-def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> pd.DataFrame:
+def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str], species: str = "human") -> pd.DataFrame:
     """Return the metadata of each cell in the columns of the CELLxGENE schema, each a categorical.
 
     Values that the file lacks are filled from the constants of the row; what remains unknown is ``"unknown"``.
@@ -33,6 +33,8 @@ def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
         The study's row of the datasets sheet.
     columns
         Names of all columns of the file's ``obs``, for messages.
+    species
+        ``"human"`` or ``"mouse"``, which decides the ontology of the stages.
 
     Raises
     ------
@@ -67,9 +69,9 @@ def label_cells(obs: pd.DataFrame, row: dict[str, str], columns: list[str]) -> p
             place += "" if "label_table" in row else " (no label_table given)"
         else:
             ids, place = _fill(obs, f"{column}_ontology_term_id", row.get(slot)), f"{where}: {column}_ontology_term_id"
-        ids = _rename(ids, {term: live_id(slot, term, place) for term in ids.categories})
+        ids = _rename(ids, {term: live_id(slot, term, place, species) for term in ids.categories})
         known[f"{column}_ontology_term_id"] = ids
-        known[column] = _rename(ids, {term: name_of(slot, term) for term in ids.categories})
+        known[column] = _rename(ids, {term: name_of(slot, term, species=species) for term in ids.categories})
     if "is_primary_data" in obs and (secondary := (obs["is_primary_data"].astype(str) == "False").sum()):
         log.info("%s: %d of %d cells are not primary data: another study has them too", dataset, secondary, len(obs))
     return known

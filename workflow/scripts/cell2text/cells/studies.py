@@ -25,7 +25,7 @@ from cell2text.cells.matrix_market import EntryList
 from cell2text.errors import InputError
 from cell2text.tables import read_columns
 
-HUMAN = "NCBITaxon:9606"
+SPECIES = {"NCBITaxon:9606": "human", "NCBITaxon:10090": "mouse"}
 CHUNK_CACHE = 32 * 2**20  # bytes of HDF5 chunks kept unpacked per array, so that reading in batches unpacks each once
 _REWRITE = "Download or write the file again"
 

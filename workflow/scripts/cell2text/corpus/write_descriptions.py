@@ -15,7 +15,7 @@ from cell2text.corpus.score_pathways import kept_share
 from cell2text.errors import InputError
 from cell2text.files import write_json
 from cell2text.grammar import Slots, Terms, render
-from cell2text.ontology import slot_terms
+from cell2text.ontology import MOUSE, slot_terms
 from cell2text.progress import Progress
 
 log = logging.getLogger("cell2text.pathways")
@@ -90,6 +90,7 @@ def write_descriptions(
     table = pd.concat(
         [
             *(slot_terms(slot) for slot in TERM_SLOTS),
+            *(slot_terms(slot, "mouse") for slot, root in MOUSE.items() if _has_terms(corpus[f"{slot}_id"], root)),
             name_pathways(list(kept.index), pathways_file).assign(ancestors=[[]] * len(kept)),
         ],
         ignore_index=True,
@@ -97,6 +98,10 @@ def write_descriptions(
     DESCRIPTIONS.write_parts(_describe(corpus, chosen, list(kept.index), Terms(table)), descriptions_file)
     TERMS.write(table, terms_file)
     write_json(kept.rename_axis("id").reset_index().to_dict("records"), kept_file)
+
+
+def _has_terms(ids: pd.Series, ontology: str) -> bool:
+    return any(str(term).startswith(f"{ontology}:") for term in ids.cat.categories)
 
 
 def _describe(corpus: pd.DataFrame, chosen: np.ndarray, sets: list[str], terms: Terms) -> Iterator[pa.Table]:

