@@ -82,13 +82,10 @@ for name, pieces in PIECES.items():
     SHEET |= dict.fromkeys(pieces, SHEET.pop(name))
 DATASETS = sorted(SHEET)
 library_version = partial(library_version, encoder=config["encoder"]["kind"])
-READ_GENES = {
-    "gene_table": config["genes"]["table"],
-    "min_counts_kept": config["genes"]["min_counts_kept"],
-} | {
-    key: config["genes"][key]
-    for key in ["orthologue_sources"]
-    if key in config["genes"]
+READ_GENES = {"gene_table": config["genes"]["table"]} | {
+    key: value
+    for key, value in config["genes"].items()
+    if key in ("min_counts_kept", "orthologue_sources")
 }
 SHARDS = [str(shard) for shard in range(config["shards"])]
 EMBEDDINGS = collect(
@@ -300,6 +297,7 @@ def benchmarks_of_this_run(wildcards):
         "census": sorted(CENSUS),
         "method": REFINED,
         "name": [Path(model).name for model in [LANGUAGE_MODEL, *FETCHED_ENCODER]],
+        "resource": list(RESOURCES),
     }
     names = [one.name for one in workflow.rules if one.benchmark]
     names.remove("render_report")  # its own cost is known only afterwards

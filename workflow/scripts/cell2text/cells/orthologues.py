@@ -139,7 +139,7 @@ def map_mouse_genes(var: pd.DataFrame, where: str, orthologues: Orthologues, tab
         bare = column.str.replace(MOUSE_GENOME, "", regex=True)
         bare = bare.str.replace(rf"[-_|:; ]?{MOUSE_ENSEMBL}(?:\.\d+)?[-_|:; ]?", "", regex=True)
         symbols = symbols.mask(symbols == "", clean_names(bare))
-    _check_mouse(symbols[measured], other[measured], ids[measured], orthologues, where)
+    _check_mouse(names[measured], symbols[measured], other[measured], ids[measured], orthologues, where)
     mouse = ids.where(ids.isin(orthologues.genes.index), _look_up(symbols, orthologues.ids)).mask(other)
     chosen = orthologues.genes.reindex(mouse).reset_index(drop=True)
     few = chosen["sources"] < orthologues.min_sources
@@ -171,10 +171,12 @@ def map_mouse_genes(var: pd.DataFrame, where: str, orthologues: Orthologues, tab
     )
 
 
-def _check_mouse(symbols: pd.Series, other: pd.Series, ids: pd.Series, orthologues: Orthologues, where: str) -> None:
+def _check_mouse(
+    names: pd.Series, symbols: pd.Series, other: pd.Series, ids: pd.Series, orthologues: Orthologues, where: str
+) -> None:
     """Raise an ``InputError`` if genes have ids of other species, or more of them human symbols than mouse symbols."""
     if other.mean() > MOST:
-        raise wrong_genes(where, "species is mouse, but genes are from other species", symbols[other], HUMAN_INSTEAD)
+        raise wrong_genes(where, "species is mouse, but genes are from other species", names[other], HUMAN_INSTEAD)
     mouse = symbols.isin(orthologues.ids.index) | ids.notna()
     human = symbols.isin(orthologues.human_symbols) & ~mouse
     if human.sum() > mouse.sum():
