@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cell2text.ontology import ONTOLOGIES
+from cell2text.models.fetch_resource import ORTHOLOGUES
+from cell2text.ontology import MOUSE, ONTOLOGIES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs/licences.md").read_text()
@@ -31,7 +32,7 @@ def without_version(source):
 
 def named_sources():
     schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())["properties"]
-    values = [schema["language_model"]["properties"]["source"]["default"]]
+    values = [schema["language_model"]["properties"]["source"]["default"], ORTHOLOGUES]
     values += [schema["pathways"]["properties"][key]["default"] for key in ("gene_sets", "descriptions")]
     for path in (ROOT / "config").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
@@ -50,7 +51,7 @@ def shipped_files():
 
 def ontologies():
     code = "".join(path.read_text() for path in (ROOT / "workflow/scripts").rglob("*.py"))
-    return {*ONTOLOGIES.values(), *re.findall(r"(?:ontology|live_terms)\(\"(\w+)\"", code)}
+    return {*ONTOLOGIES.values(), *MOUSE.values(), *re.findall(r"(?:ontology|live_terms)\(\"(\w+)\"", code)}
 
 
 def test_all_that_is_shipped_or_fetched_has_a_licence():

@@ -35,6 +35,7 @@ NOT_TRIED = {
     "head -n 3 results/pbmc68k/annotated/clusters.tsv": DEMO,
     "head -n 1 results/pbmc68k/generations/test/0.jsonl": DEMO,
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my": ANNOTATE,
+    "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my --species mouse": ANNOTATE,
     'python -c "import cell2text, scanpy; '
     "print(cell2text.annotate(scanpy.read_h5ad('my.h5ad'), 'results/pbmc68k/model').obs)\"": ANNOTATE,
     'squeue --me --format "%.10i %.9P %.60k %.10T %.10M %.20R"': CLUSTER,
@@ -48,6 +49,7 @@ NOT_TRIED = {
     "python tests/benchmarks/simulate_cells.py atlas.h5ad --cells 100000 --like pbmc3k.h5ad": BENCHMARK,
     "python tests/benchmarks/describe_cells.py results/pbmc68k --cells 500": BENCHMARK,
     "python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere": BENCHMARK,
+    "python tests/benchmarks/mouse.py ../shared/data/studies": BENCHMARK,
     "python tests/benchmarks/new_study.py --work somewhere --test-cells 250 --plot docs/new_study.svg": BENCHMARK,
     "python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} --plot docs/neighbours.svg": BENCHMARK,
 }

