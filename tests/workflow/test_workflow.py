@@ -477,6 +477,19 @@ def test_mistakes_in_the_config_are_reported_before_anything_runs(fresh, mistake
     assert files_with(SECRET, contents(fresh)) == [fresh / "tiny.yaml"] * (mistake == "secret")
 
 
+def test_orthologues_are_fetched_for_a_study_of_mice_unless_the_table_is_local(fresh):
+    (fresh / "mice.tsv").write_text("dataset\tsource\tspecies\nmice\tmice.h5ad\tmouse\n")
+    (fresh / "mice.h5ad").touch()
+    (fresh / "pairs.csv").touch()
+    settings = (fresh / "tiny.yaml").read_text().replace("config/datasets.tsv", "mice.tsv")
+    (fresh / "mice.yaml").write_text(settings)
+    (fresh / "local.yaml").write_text(f"{settings}genes:\n  orthologues: pairs.csv\n")
+    # `--cores` ends the list of config files, which a target would be read as
+    assert "fetch_resource" in planned(fresh, "--cores", "1", "models", config="mice.yaml")[0]
+    rules, _ = planned(fresh, config="local.yaml")
+    assert "fetch_dataset" in rules and "fetch_resource" not in rules
+
+
 def test_a_run_inherits_nothing_from_the_demo(fresh):
     (fresh / "mine.yaml").write_text("run: mine\ndatasets: config/datasets.tsv\n")
     assert "Splitting the corpus by donors" in planned(fresh, config="mine.yaml")[1]
