@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="results folder of a finished run")
     parser.add_argument("language_model", help="a model directory, such as resources/models/smollm2-135m-instruct")
     parser.add_argument("--epochs", type=int, default=4, help="the Trainer's, with a linearly falling learning rate")
-    parser.add_argument("--every", type=int, default=30, help="steps between two validations")
+    parser.add_argument("--every", type=int, default=10, help="steps between two validations")
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
