@@ -74,23 +74,24 @@ def explain_query(
     of_cells = CLUSTERS.read(clusters).assign(guess=lambda rows: rows["cell_id"].map(guess))
     named = of_cells.groupby("cluster", sort=False)["guess"].agg(lambda ids: ids.mode().iloc[0])
     drawn = of_cells.sample(frac=1, random_state=seed).groupby("cluster").head(cells_per_cluster(len(named)))
-    targets = drawn.set_index("cell_id")["cluster"].map(named)
+    cluster_of = drawn.set_index("cell_id")["cluster"]
+    targets = cluster_of.map(named)
     symbols = _symbols(genes)
     ids = pd.Index(labels["cell_type"])
-    tables, rows = [], []
+    sums, rows = [], []
     try:
         for part in _read(tokens, genes):
             some = part.take(np.flatnonzero(np.isin(part.cell_ids, targets.index)))
             weights = attribute(*given, some, ids.get_indexer(targets.loc[some.cell_ids]), top_k)
-            cell = np.repeat(some.cell_ids, some.lengths)
-            tables.append(pd.DataFrame({"cell_id": cell, "gene": symbols[some.tokens], "weight": weights}))
+            cluster = np.repeat(cluster_of.loc[some.cell_ids].to_numpy(), some.lengths)
+            rows_of_part = pd.DataFrame({"cluster": cluster, "gene": symbols[some.tokens], "weight": weights})
+            sums.append(rows_of_part.groupby(["cluster", "gene"])["weight"].sum())
             if each_cell:
                 rows += _explain_each(given, part, ids.get_indexer(guess.loc[part.cell_ids]), top_k, symbols)
     except InputError as error:
         log.warning("no evidence: %s", error)
-        tables = rows = []
-    summed = _sum_by_cluster(tables, drawn, named, terms)
-    write_tsv(summed, table, float_format="%.4f")
+        sums = rows = []
+    write_tsv(_list_genes(sums, named, terms), table, float_format="%.4f")
     EVIDENCE.write(pd.DataFrame(rows, columns=list(EVIDENCE.columns)), cells)
 
 
@@ -124,16 +125,20 @@ def _explain_each(
     ]
 
 
-def _sum_by_cluster(
-    tables: Sequence[pd.DataFrame], drawn: pd.DataFrame, named: pd.Series, terms: pd.DataFrame
-) -> pd.DataFrame:
-    """Return the weightiest genes of each cluster on each side, with their share of all weights on that side."""
+def _list_genes(sums: Sequence[pd.Series], named: pd.Series, terms: pd.DataFrame) -> pd.DataFrame:
+    """Return the weightiest genes of each cluster on each side, with their share of all weights on that side.
+
+    Parameters
+    ----------
+    sums
+        Weight of each gene in each cluster, summed over some of the cells.
+    named, terms
+        Cell type of each cluster, and the names of the types.
+    """
     columns = ["cluster", "cell_type", "side", "rank", "gene", "share"]
-    if not tables:
+    if not sums:
         return pd.DataFrame(columns=columns)
-    cluster = drawn.set_index("cell_id")["cluster"]
-    weights = pd.concat(tables)
-    weights = weights.assign(cluster=weights["cell_id"].map(cluster)).groupby(["cluster", "gene"])["weight"].sum()
+    weights = pd.concat(sums).groupby(["cluster", "gene"]).sum()
     parts = []
     for side, values in (("for", weights[weights > 0]), ("against", -weights[weights < 0])):
         share = values / values.groupby("cluster").transform("sum")
