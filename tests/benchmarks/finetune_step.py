@@ -19,10 +19,12 @@ from threading import Event
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "workflow/scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import stock_trainer
 
 from cell2text.contracts import DESCRIPTIONS
 from cell2text.device import pick_precision
@@ -82,27 +84,8 @@ def stock_seconds(directory: str, made: list[dict], float32_adapters: bool) -> l
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=pick_precision(CPU), local_files_only=True)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **LORA)
     times = StepTimes()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=1,  # one item of the dataset is a whole batch
-            max_steps=len(made),
-            learning_rate=1e-3,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            remove_unused_columns=False,
-        )
-        Trainer(
-            get_peft_model(base, config, autocast_adapter_dtype=float32_adapters),
-            arguments,
-            train_dataset=made,
-            data_collator=lambda items: items[0],
-            callbacks=[times],
-        ).train()
+    model = get_peft_model(base, config, autocast_adapter_dtype=float32_adapters)
+    stock_trainer.train(model, made, times, learning_rate=1e-3, warmup=0)
     return times.seconds
 
 

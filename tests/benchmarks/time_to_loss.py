@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
 sys.path.insert(0, str(ROOT / "tests"))
+
+import stock_trainer  # noqa: E402
 
 from cell2text.contracts import DESCRIPTIONS, TERMS  # noqa: E402
 from cell2text.device import pick_precision  # noqa: E402
@@ -134,24 +136,7 @@ def stock_seconds(language_model: str, train: Cells, validation: Cells, goal: fl
     names = ("vectors", "lengths", "text", "text_mask")
     batches = [dict(zip(names, train.batch(rows, CPU), strict=False)) for rows in batches]
     watch = Watch(model, validation, goal, given.every)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=1,  # one item of the dataset is a whole batch
-            max_steps=len(batches),
-            learning_rate=settings.learning_rate,
-            warmup_steps=10,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            remove_unused_columns=False,
-        )
-        Trainer(
-            Stock(model), arguments, train_dataset=batches, data_collator=lambda items: items[0], callbacks=[watch]
-        ).train()
+    stock_trainer.train(Stock(model), batches, watch, settings.learning_rate, warmup=10)
     return watch.found
 
 

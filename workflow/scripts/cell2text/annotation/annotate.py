@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
@@ -28,9 +29,8 @@ from cell2text.annotation.rank_query import rank_query
 from cell2text.annotation.render_query import render_query
 from cell2text.annotation.score_query import score_query
 from cell2text.cells.counts import TOTALS
-from cell2text.cells.fetch_dataset import find_species
 from cell2text.cells.filter_cells import flag_cells
-from cell2text.cells.studies import SPECIES, open_study
+from cell2text.cells.studies import SPECIES
 from cell2text.contracts import TERMS
 from cell2text.errors import InputError
 from cell2text.files import whole_file
@@ -188,10 +188,8 @@ def _run_steps(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / one) for one in names]
     counts, qc, genes, tokens, fit, embeddings, scores, descriptions, of_cells, cluster_table, *explained = paths
-    with open_study(source) as study:
-        row = {"dataset": name, "source": source, "species": find_species(study, species)}
-    orthologues = _fetch_orthologues(models) if row["species"] == "mouse" else None
-    fetch_query(row, counts, gene_table, 0.5, clusters, own_labels, orthologues)
+    row = {"dataset": name, "source": source} | ({"species": species} if species else {})
+    fetch_query(row, counts, gene_table, 0.5, clusters, own_labels, partial(_fetch_orthologues, models))
     rank_query(counts, packed, source, genes, tokens, fit, threads=os.cpu_count() or 1)
     flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]), SEED)
     embed_query(packed, tokens, genes, embeddings)

@@ -1,6 +1,7 @@
 """The counts of a file to annotate, in the common format: all of its cells, whatever their labels and names."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ def fetch_query(
     min_counts_kept: float,
     clusters: str | None = None,
     own_labels: str | None = None,
-    orthologues: str | Path | None = None,
+    orthologues: str | Path | Callable[[], str] | None = None,
     orthologue_sources: int = MIN_SOURCES,
 ) -> None:
     """Write the counts of all cells of a study as ``fetch_dataset`` does.

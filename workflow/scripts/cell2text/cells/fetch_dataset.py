@@ -1,7 +1,7 @@
 """Convert a study to the common format: raw counts, columns of the CELLxGENE schema, one id per cell."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,18 @@ def find_species(study: Study, given: str | None) -> str:
 
 
 def choose_orthologues(
-    study: Study, row: dict[str, str], orthologues: str | Path | None, min_sources: int
+    study: Study, row: dict[str, str], orthologues: str | Path | Callable[[], str] | None, min_sources: int
 ) -> Orthologues | None:
     """Return the orthologues for a study of mice, None for one of humans.
+
+    Parameters
+    ----------
+    study, row
+        An open study, and its row of the datasets sheet.
+    orthologues
+        Path of the table, or a function that fetches it and returns its path, called only for mice; None without one.
+    min_sources
+        See ``orthologues.read_orthologues``.
 
     Raises
     ------
@@ -154,7 +163,7 @@ def choose_orthologues(
             "these are cells of mice, and no table of orthologues was fetched",
             "Set `species` to mouse, in the row of the datasets sheet or for `annotate` in the config",
         )
-    return read_orthologues(orthologues, min_sources)
+    return read_orthologues(orthologues() if callable(orthologues) else orthologues, min_sources)
 
 
 def choose_places(study: Study, named: str | None) -> list[str]:

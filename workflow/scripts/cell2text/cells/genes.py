@@ -135,14 +135,7 @@ def map_genes(var: pd.DataFrame, where: str, table: GeneTable | None = None) -> 
     check_names(found.fillna(symbols)[measured & ~other], table is not None, where)
     symbols = found.fillna(usual)
 
-    kept = measured & ~other & ~unknown
-    codes, unique = pd.factorize(ids[kept])
-    column = np.full(len(names), -1)
-    column[kept] = codes
-    first = np.unique(codes, return_index=True)[1]
-    genes = pd.DataFrame(
-        {"symbol": symbols[kept].to_numpy(dtype=object)[first]}, index=pd.Index(unique, name="gene_id", dtype=object)
-    )
+    genes, column = number_genes(ids, symbols, measured & ~other & ~unknown)
     excluded = {"not genes": ~measured, "from other species": measured & other, "not in the gene table": unknown}
     return GeneMap(genes, column, measured.to_numpy(), {reason: int(rows.sum()) for reason, rows in excluded.items()})
 
@@ -166,6 +159,24 @@ def find_genes(var: pd.DataFrame, names: pd.Series, ids: pd.Series, where: str) 
     if len(names):
         check_kinds(names, kinds, where)
     return kinds == ""
+
+
+def number_genes(ids: pd.Series, symbols: pd.Series, kept: pd.Series) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return ``genes`` and ``column`` of a :class:`GeneMap`; rows with the same id become one gene, named as the first.
+
+    Parameters
+    ----------
+    ids, symbols
+        Id and symbol of each row of a gene table.
+    kept
+        Which rows are kept; bool.
+    """
+    codes, unique = pd.factorize(ids[kept])
+    column = np.full(len(ids), -1)
+    column[kept] = codes
+    first = np.unique(codes, return_index=True)[1]
+    index = pd.Index(unique, name="gene_id", dtype=object)
+    return pd.DataFrame({"symbol": symbols[kept].to_numpy(dtype=object)[first]}, index=index), column
 
 
 def _as_text(column: pd.Series) -> pd.Series:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cell2text.cells.gene_kinds import MOST, OTHER_SPECIES, wrong_genes
 from cell2text.cells.gene_names import ENSEMBL, HUMAN_GENOME, MITOCHONDRIAL_SYMBOLS, clean_names
-from cell2text.cells.genes import GeneMap, GeneTable, find_genes, find_ids, text_columns
+from cell2text.cells.genes import GeneMap, GeneTable, find_genes, find_ids, number_genes, text_columns
 from cell2text.errors import InputError
 from cell2text.provenance import hash_file
 from cell2text.tables import read_table
@@ -63,7 +63,7 @@ def read_orthologues(path: str | Path, min_sources: int = MIN_SOURCES) -> Orthol
     ----------
     path
         Table with ``COLUMNS``, one row per pair, as in HCOP's and BioMart's. The column ``supporting_source`` lists
-        the sources of a pair, separated by commas; without it, all pairs count alike.
+        the sources of a pair, separated by commas; without it, all pairs count the same.
     min_sources
         Minimum number of sources of a pair.
 
@@ -150,16 +150,8 @@ def map_mouse_genes(var: pd.DataFrame, where: str, orthologues: Orthologues, tab
         default="",
     ).astype(object)
     kept = reasons == ""
-    codes, human = pd.factorize(chosen["human"][kept])
-    column = np.full(len(names), -1)
-    column[kept] = codes
-    first = np.flatnonzero(kept)[np.unique(codes, return_index=True)[1]]
     known = (table.symbols.to_dict() if table else {}) | MITOCHONDRIAL_SYMBOLS
-    symbols_of_table = chosen["human_symbol"].iloc[first]
-    human_symbols = [known.get(gene, symbol) for gene, symbol in zip(human, symbols_of_table, strict=True)]
-    genes = pd.DataFrame(
-        {"symbol": np.array(human_symbols, dtype=object)}, index=pd.Index(human, name="gene_id", dtype=object)
-    )
+    genes, column = number_genes(chosen["human"], chosen["human"].map(known).fillna(chosen["human_symbol"]), kept)
     ties = chosen.assign(symbol=symbols)[kept & (chosen["others"].str.len() > 0)].drop_duplicates("human_symbol")
     return GeneMap(
         genes,

@@ -110,7 +110,7 @@ def join_neighbours(
     """Return the graph of similar cells: symmetric weights from 0 to 1, float64 (cells, cells).
 
     Two cells of a study are joined if each is among the nearest of the other, so that a common cell type does not
-    absorb a rare one beside it. The weight falls with the squared distance, relative to the scales of both cells.
+    absorb a rare one near it. The weight falls with the squared distance, relative to the scales of both cells.
 
     Parameters
     ----------
