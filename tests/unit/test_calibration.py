@@ -81,6 +81,30 @@ def test_the_projector_helps_where_it_knows_more():
     assert calibrate_slot(weak, CANDIDATES, names, -strong).weights[1] == 0
 
 
+SHARES = np.array([0.6, 0.3, 0.08, 0.015, 0.005])
+
+
+@pytest.mark.parametrize(("too_much", "weight"), [(0.6, -0.6), (0.0, 0.0), (-0.6, 0.0), (1.5, -1.0)])
+def test_what_common_names_gained_too_much_is_taken_back(too_much, weight):
+    given, names = draw(2000)
+    overrated = log_softmax(given + too_much * np.log(SHARES), axis=1)
+    fitted = calibrate_slot(overrated, CANDIDATES, names, shares=SHARES)
+    assert fitted.share_weight == pytest.approx(weight, abs=0.06)
+    if too_much == 0.6:
+        assert fitted.probabilities(overrated) == pytest.approx(np.exp(given), abs=0.03)
+        without = calibrate_slot(overrated, CANDIDATES, names)
+        equal = calibrate_slot(overrated, CANDIDATES, names, shares=np.full(5, 0.2))
+        assert equal.weights == pytest.approx(without.weights) and without.share_weight == 0
+        assert calibration_error(fitted.probabilities(overrated), names) < 0.03
+
+
+def test_the_gain_of_a_name_by_hand():
+    fitted = SlotCalibration(9, share_weight=-0.5, log_shares=(np.log(0.64), np.log(0.04)))
+    assert fitted.gains == pytest.approx([-np.log(0.8), -np.log(0.2)])
+    # 0.8 / 0.8 to 0.2 / 0.2
+    assert fitted.probabilities(np.log([[0.8, 0.2]])) == pytest.approx(np.array([[0.5, 0.5]]))
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_few_cells_change_little(right):
     given = log_softmax(np.array([[5.0, 0, 0, 0, 0]] * 3), axis=1)
@@ -176,6 +200,10 @@ def test_calibrations_survive_json():
     slot = calibrate_slot(given, CANDIDATES, names, given)
     assert slot.steps is not None
     assert SlotCalibration.from_dict(json.loads(json.dumps(slot.to_dict(), allow_nan=False))) == slot
+    old = {name: value for name, value in slot.to_dict().items() if name not in ("share_weight", "log_shares")}
+    assert (SlotCalibration.from_dict(old).probabilities(given, given) == slot.probabilities(given, given)).all()
+    rare = SlotCalibration(9, share_weight=-0.5, log_shares=(-1.0, -2.0))
+    assert SlotCalibration.from_dict(json.loads(json.dumps(rare.to_dict()))) == rare
     rng = np.random.default_rng(0)
     programmes = calibrate_programmes(rng.random(2000), rng.random(2000) < 0.3)
     assert ProgrammeCalibration.from_dict(json.loads(json.dumps(programmes.to_dict(), allow_nan=False))) == programmes

@@ -28,6 +28,11 @@ def test_leads_by_hand():
         find_leads(scores, {"cell_type": SlotCalibration(weights=(0.0, 1.0))}, SlotCalibration(weights=(0, 1)))
     ).all()
     assert find_leads(scores, {"cell_type": SlotCalibration()}, ranking).tolist() == [0, 0]
+    # shares of 1/4 and 1/16 with a weight of -1/2 double and quadruple: 2 log(0.8 * 2 / (0.1 * 4)) for the first cell
+    rare = SlotCalibration(weights=(0.5, 1.0), share_weight=-0.5, log_shares=tuple(np.log([1 / 4, 1 / 16, 1 / 16])))
+    assert find_leads({"projector_cell_type": scores["projector_cell_type"]}, {"cell_type": rare}, ranking) == (
+        pytest.approx([2 * np.log(4), 2 * np.log(1.6)])
+    )
     # fewer programmes than a text names two of, and names that are impossible
     few = {"projector_pathway": np.log([[0.7, 0.3]]), "projector_cell_type": np.array([[0, -np.inf, -np.inf]])}
     assert find_leads(few, {"cell_type": SlotCalibration(weights=(1.0, 1.0))}, ranking) == pytest.approx(

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import log_softmax
 
@@ -160,6 +161,14 @@ def test_cells_without_programmes_name_none():
     scores = {"cell_type": log([[0.9, 0.1]]), "projector_cell_type": log([[0.9, 0.1]])}
     table = CONFIDENCE.describe(scores, {"cell_type": ["BM", "BN"]}, ANCESTORS)
     assert table["pathway_ids"].to_list() == [[]] and table["pathway_confidences"].to_list() == [None]
+
+
+def test_shares_of_the_training_cells_by_hand():
+    cells = pd.DataFrame({"cell_type_id": pd.Categorical(["a", "b", "a", None, "a", "c"], categories=list("cab"))})
+    labels = {"cell_type": ["b", "a", "c", "never trained on"], "pathway": ["P"]}
+    shares = calibrating._find_shares(cells, labels)
+    assert list(shares) == ["cell_type"]
+    assert shares["cell_type"].tolist() == pytest.approx([1 / 6, 3 / 6, 1 / 6, 1 / 6])  # at least one cell each
 
 
 def calibration_error(confidence, right):

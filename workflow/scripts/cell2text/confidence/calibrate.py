@@ -78,14 +78,15 @@ def calibrate(
     limit = choose_limit(compared.novelty(own))
     found = read_scores(scores, validation, labels)
     # a projector that names all cells is not weighed against a language model, which a new file would need then
-    alone = _fit_projector(found, about, validation, limit) if by != "model" else None
-    fitted = alone if by == "projector" else _fit(found, labels, validation, limit)
+    shares = _find_shares(training, labels)
+    alone = _fit_projector(found, about, shares, validation, limit) if by != "model" else None
+    fitted = alone if by == "projector" else _fit(found, labels, shares, validation, limit)
     fitted = replace(fitted, studies=_find_studies(training, labels))
     new, cells = read_left_out(left_out, descriptions, labels)
     if len(cells):
         # How the language model's scores should be weighed in new studies is unknown: none was trained without a study.
         log.info("new studies: %d cells of studies that the projector had not seen", len(cells))
-        fitted = replace(fitted, new_studies=_fit_projector(new, about, cells, limit))
+        fitted = replace(fitted, new_studies=_fit_projector(new, about, shares, cells, limit))
     if by == "cascade":
         fitted = _add_cascade(fitted, alone, found, agreement)
     _log_weights(fitted, "")
@@ -98,7 +99,8 @@ def calibrate(
 
 def _log_weights(fitted: Confidence, where: str) -> None:
     for slot, one in (fitted.slots | {"programmes": fitted.ranking}).items():
-        log.info("%s%s: weights of language model and projector %.2f and %.2f", where, slot, *one.weights)
+        line = "%s%s: weights of language model, projector and share of training cells %.2f, %.2f and %.2f"
+        log.info(line, where, slot, *one.weights, one.share_weight)
 
 
 def read_validation_cells(descriptions: str) -> pd.DataFrame:
@@ -126,9 +128,16 @@ def read_left_out(
 
 
 def _fit(
-    scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], cells: pd.DataFrame, limit: float | None
+    scores: Mapping[str, np.ndarray],
+    labels: Mapping[str, Sequence[str]],
+    shares: Mapping[str, np.ndarray],
+    cells: pd.DataFrame,
+    limit: float | None,
 ) -> Confidence:
-    """Fit calibrations on the scores of cells, given as rows of ``contracts.DESCRIPTIONS``."""
+    """Fit calibrations on the scores of cells, given as rows of ``contracts.DESCRIPTIONS``.
+
+    ``shares`` has the share of the training cells of each label of the slots with terms.
+    """
     slots = {}
     for slot in [slot for slot in TERM_SLOTS if slot in labels]:
         truth = true_terms(cells, slot)
@@ -136,7 +145,7 @@ def _fit(
         # A name without cells in the other studies was no candidate for a study left out of training.
         impossible = np.isneginf(projector[np.arange(len(truth)), pd.Index(labels[slot]).get_indexer(truth)])
         candidates = ["" if out and one else one for one, out in zip(truth, impossible, strict=True)]
-        slots[slot] = calibrate_slot(language, labels[slot], candidates, projector)
+        slots[slot] = calibrate_slot(language, labels[slot], candidates, projector, shares[slot])
     ranking, programmes = SlotCalibration(), ProgrammeCalibration()
     if PATHWAY in labels:
         ranking, programmes = _calibrate_programmes(scores, labels[PATHWAY], cells["pathway_ids"])
@@ -150,10 +159,14 @@ def true_terms(cells: pd.DataFrame, slot: str) -> list[str | None]:
 
 
 def _fit_projector(
-    scores: Mapping[str, np.ndarray], about: Mapping[str, Any], cells: pd.DataFrame, limit: float | None
+    scores: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+    shares: Mapping[str, np.ndarray],
+    cells: pd.DataFrame,
+    limit: float | None,
 ) -> Confidence:
     """Fit calibrations as :func:`_fit` does, on the projector's scores alone."""
-    fitted = _fit(without_language_model(scores, about), about["labels"], cells, limit)
+    fitted = _fit(without_language_model(scores, about), about["labels"], shares, cells, limit)
     alone = {slot: _projector_alone(one) for slot, one in fitted.slots.items()}
     return replace(fitted, slots=alone, ranking=_projector_alone(fitted.ranking))
 
@@ -215,6 +228,15 @@ def _read_training_cells(descriptions: str, labels: Mapping[str, Sequence[str]])
             descriptions, f"{len(cells)} training cells, with which no cell can be compared", "Add training cells"
         )
     return cells
+
+
+def _find_shares(cells: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return the share of each label of a slot with terms among the training cells that have one, (labels,)."""
+    shares = {}
+    for slot in [slot for slot in labels if slot != PATHWAY]:
+        count = cells[f"{slot}_id"].value_counts().reindex(labels[slot]).fillna(0).clip(lower=1).to_numpy()
+        shares[slot] = count / count.sum()
+    return shares
 
 
 def _find_studies(cells: pd.DataFrame, labels: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -1,18 +1,20 @@
 """Calibration: probabilities that equal the share of right answers on validation cells.
 
-A slot's candidates get the probabilities (1 - none) * softmax(a * language model + b * projector) of their two
-log-probabilities. 1 / a is the temperature of Guo et al., ICML 2017. The weights are those of the greatest
-likelihood, which is convex in them, with a weak normal prior around (1, 0) so that few cells change little. ``none``
-is the share of labelled validation cells whose true term is no candidate. It is 0 where every type has training
-cells, and keeps confidences from being overstated where validation studies bring types of their own. It is the same
-for all cells: which cell is of an unseen type is the subject of ``novelty``.
+A slot's candidates get the probabilities (1 - none) * softmax(a * language model + b * projector + c * log(share)) of
+their two log-probabilities and their share of the training cells. 1 / a is the temperature of Guo et al., ICML 2017.
+c, from -1 to 0, takes back some or all of what a name gains by being common in training (logit adjustment, Menon et al.,
+ICLR 2021): models trained on few cells overrate common types. The weights are those of the greatest likelihood, which
+is convex in them, with a weak normal prior around (1, 0, 0) so that few cells change little. ``none`` is the share of
+labelled validation cells whose true term is no candidate. It is 0 where every type has training cells, and keeps
+confidences from being overstated where validation studies bring types of their own. It is the same for all cells:
+which cell is of an unseen type is the subject of ``novelty``.
 
 With at least 1,000 labelled cells, isotonic regression then maps the greatest probability of a cell to the share of
 right answers, but only if it lowers the Brier score and the log loss in five-fold cross-validation.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -20,9 +22,10 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit, softmax
 
 FEWEST_FOR_ISOTONIC = 1000
-MOST_CELLS = 20_000  # evenly spaced among more; two weights and a step function need no more
+MOST_CELLS = 20_000  # evenly spaced among more; three weights and a step function need no more
+_DEFAULTS = np.array([1.0, 0.0, 0.0])  # of the weights a, b and c
 _PRIOR_SD = 1.0  # of each weight around its default
-_WEIGHTS = ((0.05, 20.0), (0.0, 20.0))  # bounds of a and b; a temperature from 0.05 to 20
+_BOUNDS = ((0.05, 20.0), (0.0, 20.0), (-1.0, 0.0))  # a temperature from 0.05 to 20
 _LEAST = -50.0  # log-probabilities below are raised to it, which changes no probability and keeps the fit finite
 _EDGE = 1e-6
 _FOLDS = 5
@@ -61,6 +64,10 @@ class SlotCalibration:
         Number of labelled validation cells it rests on.
     weights
         Of the log-probabilities of the language model and of the projector.
+    share_weight
+        Of the logarithms of the candidates' shares of the training cells.
+    log_shares
+        These logarithms; empty if they are not known.
     none
         Probability that the true term is no candidate.
     steps
@@ -71,6 +78,13 @@ class SlotCalibration:
     weights: tuple[float, float] = (1.0, 0.0)
     none: float = 0.0
     steps: Steps | None = None
+    share_weight: float = 0.0
+    log_shares: tuple[float, ...] = ()
+
+    @property
+    def gains(self) -> np.ndarray:
+        """What each candidate's score gains by its share of the training cells, float64 (candidates,) or ()."""
+        return self.share_weight * np.array(self.log_shares or 0.0)
 
     def probabilities(self, log_probabilities: np.ndarray, projector: np.ndarray | None = None) -> np.ndarray:
         """Return the calibrated probabilities of the candidates.
@@ -90,7 +104,8 @@ class SlotCalibration:
         if (projector is None) and self.weights[1]:
             raise ValueError("the calibration was fitted with the projector's scores")
         inputs = _inputs(log_probabilities, projector)
-        found = (1 - self.none) * softmax(np.tensordot(inputs, self.weights[: len(inputs.T)], 1), axis=1)
+        scores = np.tensordot(inputs, self.weights[: len(inputs.T)], 1) + self.gains
+        found = (1 - self.none) * softmax(scores, axis=1)
         return found if self.steps is None else _with_greatest(found, self.steps)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +115,9 @@ class SlotCalibration:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
         """Return the calibration of :meth:`to_dict`."""
-        return cls(**saved | {"weights": tuple(saved["weights"]), "steps": Steps.from_dict(saved["steps"])})
+        # models of older versions have no shares
+        tuples = {"weights": tuple(saved["weights"]), "log_shares": tuple(saved.get("log_shares", ()))}
+        return cls(**saved | tuples | {"steps": Steps.from_dict(saved["steps"])})
 
 
 def calibrate_slot(
@@ -108,6 +125,7 @@ def calibrate_slot(
     candidates: Sequence[str],
     truth: Sequence[str | None],
     projector: np.ndarray | None = None,
+    shares: np.ndarray | None = None,
 ) -> SlotCalibration:
     """Fit the calibration of a slot on validation cells, at most 20,000 of them.
 
@@ -121,6 +139,8 @@ def calibrate_slot(
         True id of each cell; None if unknown, which excludes the cell. It may be no candidate.
     projector
         Log-probabilities of the projector for the same candidates, or None.
+    shares
+        Share of each candidate of the training cells, above 0, (candidates,); None to give it no weight.
 
     Raises
     ------
@@ -136,11 +156,14 @@ def calibrate_slot(
     if not len(codes) or not column:
         return SlotCalibration(len(codes))
     known = codes >= 0
-    weights = _fit_weights(inputs[known], codes[known])
-    fitted = SlotCalibration(len(codes), weights, float(np.mean(~known)))
-    found = (1 - fitted.none) * softmax(np.tensordot(inputs, weights[: len(inputs.T)], 1), axis=1)
-    steps = fit_steps(found.max(axis=1), found.argmax(axis=1) == codes) if len(column) > 1 else None
-    return SlotCalibration(len(codes), weights, fitted.none, steps)
+    log_shares = np.log(np.ones(len(column)) if shares is None else shares)
+    *weights, share_weight = _fit_weights(inputs[known], log_shares, codes[known])
+    none = float(np.mean(~known))
+    fitted = SlotCalibration(len(codes), tuple(weights), none, None, share_weight, tuple(log_shares.tolist()))
+    if len(column) == 1:
+        return fitted
+    found = fitted.probabilities(*np.moveaxis(inputs, 2, 0))
+    return replace(fitted, steps=fit_steps(found.max(axis=1), found.argmax(axis=1) == codes))
 
 
 def _inputs(log_probabilities: np.ndarray, projector: np.ndarray | None) -> np.ndarray:
@@ -152,22 +175,24 @@ def _inputs(log_probabilities: np.ndarray, projector: np.ndarray | None) -> np.n
     return np.maximum(scores, _LEAST)
 
 
-def _fit_weights(inputs: np.ndarray, codes: np.ndarray) -> tuple[float, float]:
+def _fit_weights(inputs: np.ndarray, log_shares: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]:
     """Return the weights of the greatest posterior probability for cells whose true term is a candidate."""
-    used = inputs.shape[2]
-    start = np.array([1.0, 0.0])[:used]
     cells = np.arange(len(codes))
+    scored = inputs.shape[2]
+    used = [*range(scored), 2]  # without the projector, its weight is missing
+    start = _DEFAULTS[used]
+    right = np.append(inputs[cells, codes].sum(axis=0), log_shares[codes].sum())
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        scores = inputs @ weights
-        probabilities = softmax(scores, axis=1)
+        probabilities = softmax(inputs @ weights[:scored] + weights[scored] * log_shares, axis=1)
         likelihood = np.log(np.maximum(probabilities[cells, codes], 1e-300)).sum()
-        slope = np.einsum("nc,ncw->w", probabilities, inputs) - inputs[cells, codes].sum(axis=0)
+        expected = np.append(np.einsum("nc,ncw->w", probabilities, inputs), probabilities.sum(axis=0) @ log_shares)
         away = (weights - start) / _PRIOR_SD**2
-        return float(away @ (weights - start) / 2 - likelihood), away + slope
+        return float(away @ (weights - start) / 2 - likelihood), away + expected - right
 
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=_WEIGHTS[:used])
-    return tuple(map(float, (*found.x, 0.0)))[:2]
+    found = _DEFAULTS.copy()
+    found[used] = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[_BOUNDS[i] for i in used]).x
+    return tuple(found.tolist())
 
 
 def _with_greatest(probabilities: np.ndarray, steps: Steps) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 The names of a cell follow from the scores of language model and projector together. The lead of a cell is how much
 more than the projector's names the language model would have to favour others, in nats, to change one of them: the
-difference between the projector's best and second-best score, times the projector's weight over the language model's,
-for the slot in which that is least. Cells with a great lead are described by the projector alone.
+difference between the best and second-best weighted score without the language model, over the language model's
+weight, for the slot in which that is least. Cells with a great lead are described by the projector alone.
 
 How great is chosen on the validation cells, for which both descriptions are known: the smallest lead from which few
 enough of them differ that at most a share of 1 - agreement of all new cells get other names than if the language model
@@ -40,11 +40,13 @@ def find_leads(
 
 def _leads_of(projector: np.ndarray, named: int, weighed: SlotCalibration) -> np.ndarray:
     language_weight, weight = weighed.weights
-    ranked = -np.sort(-projector.astype(np.float64), axis=1)[:, : named + 1]
-    if ranked.shape[1] < 2 or not language_weight:
+    if projector.shape[1] < 2 or not language_weight:
         return np.full(len(projector), np.inf)
+    if not weight:
+        return np.zeros(len(projector))
+    ranked = -np.sort(-weight * projector.astype(np.float64) - weighed.gains, axis=1)[:, : named + 1]
     gaps = np.nan_to_num(ranked[:, :-1] - ranked[:, 1:], nan=0.0)  # two impossible names differ by nothing
-    return gaps.min(axis=1) * weight / language_weight if weight else np.zeros(len(projector))
+    return gaps.min(axis=1) / language_weight
 
 
 def choose_least_lead(leads: np.ndarray, same: np.ndarray, agreement: float) -> float | None:
