@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +18,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+import cell2text
+import srun_stand_in
 from cell2text.contracts import DESCRIPTIONS
 from cell2text.errors import InputError
 from cell2text.files import read_json
@@ -27,7 +31,7 @@ from cell2text.model import language_model as lm
 from cell2text.model.bundle import load
 from cell2text.model.cell2text import Cell2Text
 from cell2text.model.fast import FastCell2Text
-from cell2text.processes import count_processes
+from cell2text.processes import count_processes, run_on_nodes
 from finetune_run import finetune, losses, schedule, weights, write_files
 from small_disk import small_files
 from tests_terms import small_table
@@ -405,3 +409,50 @@ def test_there_is_a_process_for_each_gpu_of_the_config(monkeypatch, visible, all
     else:
         with pytest.raises(InputError, match=f"^config: finetune.gpus: {found}$"):
             count_processes(gpus, allowed)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+sys.path[:0] = [{scripts!r}, {tests!r}]
+from cell2text.job import find_process_number
+from cell2text.processes import run_on_nodes
+from finetune_run import finetune
+
+if __name__ == "__main__":
+    if find_process_number() is None:
+        run_on_nodes(2, 1)
+    else:
+        finetune(Path({files!r}), Path({model!r}), "nodes", **{changes!r})
+"""
+
+
+def train_on_two_nodes(files, tiny_model, tmp_path, **changes):
+    """Fine-tune in a script that starts itself on two nodes, and return how that ended."""
+    folders = {"scripts": Path(cell2text.__file__).parents[1], "tests": Path(__file__).parents[1]}
+    given = {name: str(path) for name, path in (folders | {"files": files, "model": tiny_model}).items()}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(**given, changes=changes))
+    environment = srun_stand_in.put_in_path(tmp_path / "bin", nodes=2) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_nodes_train_like_two_processes_of_one(files, tiny_model, tmp_path):
+    done = train_on_two_nodes(files, tiny_model, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_json(files / "nodes/cell2text.json")["processes"] == 2
+    assert weights(files / "nodes") == weights(finetune(files, tiny_model, "processes", processes=2))
+
+
+def test_nodes_that_the_job_does_not_have_are_one_line(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    fix = r"2 nodes, but this job has 1\. Set it to 1, or run with --workflow-profile slurm"
+    with pytest.raises(InputError, match=f"^config: finetune.nodes: {fix}$"):
+        run_on_nodes(2, 1)
+
+
+def test_a_failure_on_a_node_ends_the_others(files, tiny_model, tmp_path):
+    done = train_on_two_nodes(files, tiny_model, tmp_path, max_new_tokens=1)
+    assert done.returncode == 1 and "max_new_tokens" in done.stderr and not (files / "nodes").exists()

@@ -5,6 +5,15 @@ Inputs: <resources>/models/, <results>/embeddings/, <results>/corpus/description
 Outputs: <results>/finetuned/. Checkpoints are in <results>/finetuned.checkpoints/ until training is finished.
 """
 
+NODES, GPUS = config["finetune"]["nodes"], config["finetune"]["gpus"]
+# The executor plugin then runs the job on the first node without srun, and the script starts srun itself.
+ON_NODES = {
+    "mpi": "srun",
+    "tasks": NODES * GPUS,
+    "tasks_per_gpu": 0,  # it would otherwise be that of tasks
+    "slurm_extra": f"--ntasks-per-node={GPUS} --gpus-per-node={GPUS}",
+}
+
 
 rule finetune:
     input:
@@ -25,17 +34,18 @@ rule finetune:
         "../../envs/llm.yaml"
     threads: 8
     resources:
+        **(ON_NODES if NODES > 1 else {}),
         mem_mb=mem_language_model(
-            config["finetune"]["gpus"],
+            GPUS,
             per_cell=5,
             cells_at_once=4096,
             optimiser=config["finetune"]["mode"] == "full",
         ),
         runtime=hours(12),
-        gpu=config["finetune"]["gpus"],
-        # only SLURM uses these two
+        gpu=NODES * GPUS,
+        # only SLURM uses these
         cpus_per_gpu=8,
-        nodes=1,
+        nodes=NODES,
     params:
         seed=lookup("seed", within=config),
         projector=lookup("projector", within=config),

@@ -2,15 +2,19 @@
 
 from cell2text.embedding.vectors import Embeddings
 from cell2text.finetuning.finetune import finetune
-from cell2text.job import run_job
-from cell2text.processes import count_processes
+from cell2text.job import find_process_number, run_job
+from cell2text.processes import count_processes, run_on_nodes
 from cell2text.settings import FinetuneSettings, ProjectorSettings
 
 
 def main(snakemake):
     """Run the rule."""
     settings = FinetuneSettings(**snakemake.params.finetune)
-    processes = count_processes(settings.gpus, snakemake.resources.gpu)  # before anything is read
+    # before anything is read
+    processes = count_processes(settings.gpus, snakemake.resources.gpu // settings.nodes)
+    if settings.nodes > 1 and find_process_number() is None:
+        run_on_nodes(settings.nodes, processes)
+        return
     stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
     with stored.with_store() as embeddings:
         finetune(

@@ -17,6 +17,12 @@ from cell2text.files import writing
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 INVOCATION = "CELL2TEXT_INVOCATION"  # environment variable, different for each call of Snakemake; its jobs inherit it
+MEETING = "CELL2TEXT_MEETING"  # environment variable of processes that srun starts: the address where they meet
+
+
+def find_process_number() -> int | None:
+    """Return the number of this process, from 0, among those that ``processes.run_on_nodes`` started; None if alone."""
+    return int(os.environ["SLURM_PROCID"]) if MEETING in os.environ else None
 
 
 def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
@@ -35,9 +41,10 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         The object that Snakemake passes to a script. ``params.seed``, if the rule has it, seeds Python and numpy.
     """
     failure = Path(f"{snakemake.log[0]}.failed") if snakemake.log else None
+    number = find_process_number()
     logging.raiseExceptions = False  # on a full disk, each line would be followed by a traceback
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.ERROR if number else logging.INFO,  # the first of several processes reports
         stream=sys.stderr,
         format=f"%(asctime)s {snakemake.rule}: %(message)s",
         datefmt="%H:%M:%S",
@@ -59,7 +66,7 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         give_memory_back()
     try:
         if snakemake.log:
-            _log_to(Path(snakemake.log[0]))
+            _log_to(Path(snakemake.log[0]), new=number is None)
         main(snakemake)
         log.info("threads: %d", snakemake.threads)  # on a CPU, results depend on their number in the last digits
     except Exception as raised:
@@ -74,11 +81,13 @@ def run_job(main: Callable[[Any], None], snakemake: Any) -> None:
         raise
 
 
-def _log_to(path: Path) -> None:
+def _log_to(path: Path, new: bool) -> None:
     root = logging.getLogger()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, mode="w")
+        if new:
+            path.write_text("")
+        file = logging.FileHandler(path)  # appends, because processes on several nodes write to the same file
     file.setFormatter(root.handlers[0].formatter)
     root.addHandler(file)
 

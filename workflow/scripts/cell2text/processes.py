@@ -4,6 +4,8 @@ import ctypes
 import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from torch import Tensor, distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
 from cell2text.errors import InputError, in_one_line
+from cell2text.job import MEETING, find_process_number
 
 log = logging.getLogger("cell2text.training")
 
@@ -127,8 +130,38 @@ def count_processes(gpus: int, allowed: int) -> int:
     return gpus
 
 
+def run_on_nodes(nodes: int, per_node: int) -> None:
+    """Run this script again, ``per_node`` times on each of the nodes of a SLURM job, and wait until all have ended.
+
+    In these processes, :func:`run_in_processes` calls its function, and ``job.find_process_number`` has their numbers.
+    This process ends with the exit code of the first that fails. SIGTERM and SIGINT are passed on.
+
+    Raises
+    ------
+    InputError
+        If this is not a job on so many nodes.
+    """
+    given = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    if given != nodes:
+        problem = f"{nodes} nodes, but this job has {given}"
+        raise InputError("config: finetune.nodes", problem, "Set it to 1, or run with --workflow-profile slurm")
+    # a port that another job on the node hardly uses
+    address = f"tcp://{socket.gethostname()}:{20_000 + int(os.environ['SLURM_JOB_ID']) % 10_000}"
+    command = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={per_node}", "--kill-on-bad-exit=1"]
+    log.info("training on %d nodes, with %d processes each", nodes, per_node)
+    started = []
+    with listen_for_signals(lambda: [one.terminate() for one in started]) as stop:
+        again = [*command, sys.executable, *sys.argv]  # of this process
+        started.append(subprocess.Popen(again, env=os.environ | {MEETING: address}))  # noqa: S603
+        if stop.is_set():  # received before it was in the list
+            started[0].terminate()
+        code = started[0].wait()
+    if code:
+        sys.exit(TERMINATED if stop.is_set() else code)
+
+
 def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) -> None:
-    """Call a function in ``size`` new processes, or in this process if ``size`` is 1.
+    """Call a function in ``size`` new processes, or in this process if ``size`` is 1 or srun started several.
 
     Each process has its own GPU, or an equal share of the CPU's threads. If one of them stops, all stop. SIGTERM and
     SIGINT are passed on to them; each then ends as it would alone, and this process with the exit code ``TERMINATED``.
@@ -142,6 +175,12 @@ def run_in_processes(function: Callable[..., None], size: int, *arguments: Any) 
     arguments
         Must be picklable.
     """
+    number = find_process_number()
+    if number is not None:
+        tasks, on_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_LOCALID"])
+        with _meet(number, tasks, os.environ[MEETING], on_node) as team:
+            function(team, *arguments)
+        return
     if size == 1:
         function(ALONE, *arguments)
         return
@@ -185,13 +224,9 @@ def _run(
         level=logging.INFO if rank == 0 else logging.ERROR, handlers=handlers, format=line, datefmt="%H:%M:%S"
     )
     torch.set_num_threads(threads)
-    os.environ["LOCAL_RANK"] = str(rank)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size)
-        function(Team(rank, size), *arguments)
+        with _meet(rank, size, address, rank) as team:
+            function(team, *arguments)
     except Exception as raised:
         error = in_one_line(raised)
         if isinstance(error, InputError):
@@ -202,6 +237,18 @@ def _run(
         raise
     except KeyboardInterrupt:  # before the training listens for signals; torch would report success
         sys.exit(TERMINATED)
+
+
+@contextmanager
+def _meet(rank: int, size: int, address: str, on_node: int) -> Iterator[Team]:
+    """Yield the team of this process, which is number ``on_node`` of its node, once all processes have met."""
+    os.environ["LOCAL_RANK"] = str(on_node)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(on_node)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        distributed.init_process_group(backend, init_method=address, rank=rank, world_size=size)
+        yield Team(rank, size)
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -95,4 +95,5 @@ class FinetuneSettings:
     checkpoint_activations: bool
     balance: bool
     gpus: int
+    nodes: int
     checkpoint_steps: int

@@ -2,12 +2,12 @@
 
 A slot's candidates get the probabilities (1 - none) * softmax(a * language model + b * projector + c * log(share)) of
 their two log-probabilities and their share of the training cells. 1 / a is the temperature of Guo et al., ICML 2017.
-c, from -1 to 0, takes back some or all of what a name gains by being common in training (logit adjustment, Menon et al.,
-ICLR 2021): models trained on few cells overrate common types. The weights are those of the greatest likelihood, which
-is convex in them, with a weak normal prior around (1, 0, 0) so that few cells change little. ``none`` is the share of
-labelled validation cells whose true term is no candidate. It is 0 where every type has training cells, and keeps
-confidences from being overstated where validation studies bring types of their own. It is the same for all cells:
-which cell is of an unseen type is the subject of ``novelty``.
+c, from -1 to 0, takes back some or all of what a name gains by being common in training (logit adjustment, Menon et
+al., ICLR 2021): models trained on few cells overrate common types. The weights are those of the greatest likelihood,
+which is convex in them, with a weak normal prior around (1, 0, 0) so that few cells change little. ``none`` is the
+share of labelled validation cells whose true term is no candidate. It is 0 where every type has training cells, and
+keeps confidences from being overstated where validation studies bring types of their own. It is the same for all
+cells: which cell is of an unseen type is the subject of ``novelty``.
 
 With at least 1,000 labelled cells, isotonic regression then maps the greatest probability of a cell to the share of
 right answers, but only if it lowers the Brier score and the log loss in five-fold cross-validation.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cell2text.device import pick_precision
 from cell2text.finetuning.data import Cells
 from cell2text.model.alignment import DescriptionTargets, LabelTargets
 from cell2text.model.cell2text import Cell2Text
@@ -56,6 +57,7 @@ def align(
     projector = model.projector
     adam = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.01, fused=True)
     schedule = warm_up_then_decay(adam, steps)
+    precision = pick_precision(device)
     history, start = [], time.monotonic()
     count = len(cells.labels) if among is None else len(among)
     progress = Progress(steps, "alignment steps")
@@ -67,7 +69,10 @@ def align(
             views, noise = cells.draw_views(len(rows), view_share, random)
             seen = cells.vectors.seen(rows, views)
             vectors, lengths, aligned_to = (part.to(device) for part in (*seen, cells.aligned_to[rows]))
-            loss = targets.loss(*projector(add_noise(vectors, noise, projector, random), lengths), aligned_to)
+            vectors = add_noise(vectors, noise, projector, random)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                soft, present = projector(vectors, lengths)
+            loss = targets.loss(soft.float(), present, aligned_to)
             adam.param_groups[0]["lr"] = ALIGN_RATE * schedule(step)
             adam.zero_grad()
             loss.backward()
