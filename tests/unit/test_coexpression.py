@@ -1,7 +1,7 @@
 """Gene vectors sum to the coordinates of a cell; validation cells decide how many axes are kept."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ import pytest
 
 from cell2text.embedding.axes import Axes
 from cell2text.embedding.encoders import coexpression, load_encoder
-from cell2text.embedding.encoders.coexpression import Coexpression, choose_candidate
+from cell2text.embedding.encoders.coexpression import Coexpression, ProgrammeMeans, choose_candidate
 from cell2text.errors import InputError
 from cell2text.files import read_json
 from default_settings import encoder_settings
@@ -188,6 +188,35 @@ def test_coordinates_and_types_belong_to_the_same_cells(tmp_path):
     coordinates, found = coexpression._project(train, chosen, axes)
     assert found.tolist() == ["CL:8", "CL:9", "CL:7"]
     np.testing.assert_allclose(coordinates, expression[[3, 34, 100]] - 1, rtol=1e-5, atol=1e-5)
+
+
+def test_means_of_programmes_by_hand():
+    members = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]], dtype=np.uint8)
+    means = ProgrammeMeans(members, np.array([1, 10, 100], dtype=np.float32))
+    panels = np.array([[True, True, True, True], [True, False, False, False]])
+    cells = replace(ranked_cells([[3, 0, 2], [0]], [[2, 1, 1], [4]], 4), panel=np.array([0, 1]), panels=panels)
+    mean = np.array([0.5, 0, 0, 1])
+    # all genes: (1 - 0.5) / 2, 10 * 1 / 2 and 100 * (2 - 1); gene 0 alone: 4 - 0.5, and none measured of two programmes
+    np.testing.assert_allclose(means.place(cells, cells.expression, mean), [[0.25, 5, 100], [3.5, 0, 0]])
+
+
+def test_means_of_programmes_vary_twice_as_much_as_the_axes_and_survive_saving(tmp_path):
+    train, validation = write_cells(tmp_path, simulate(60, 30, 4))
+    members = np.zeros((30, 3), dtype=bool, order="F")  # as a sparse matrix of columns returns it
+    members[:5, 0] = members[5:7, 1] = True  # the third has no gene
+    encoder = Coexpression.fit(train, validation, encoder_settings(dimensions=8), 0, None, programmes=members)
+    (cells,) = train
+    pooled = encoder.embed(cells, 1)["pooled"]
+    means = pooled[:, 2 * encoder.dimensions :]
+    assert pooled.shape[1] == encoder.pooled_dimensions and means.shape[1] == 3
+    expected = 2 * np.sqrt(np.mean(encoder.axes.variance / encoder.scale**2))
+    assert means.std(axis=0) == pytest.approx([expected, expected, 0], rel=1e-3)
+    # the mean expression of the genes itself, up to its place and scale
+    table = cells.matrix(encoder.axes.expression(cells)).toarray()
+    assert np.corrcoef(means[:, 0], table[:, :5].mean(axis=1))[0, 1] == pytest.approx(1, abs=1e-5)
+    (tmp_path / "encoder").mkdir()
+    encoder.save(tmp_path / "encoder")
+    assert (Coexpression.load(tmp_path / "encoder").embed(cells, 1)["pooled"] == pooled).all()
 
 
 def test_embed_keeps_the_highest_ranked_genes():

@@ -223,6 +223,9 @@ AXES |= {name: torch.ones(3) for name in ("variance", "scale")}
         AXES | {"profile": torch.ones(6)},
         AXES | {"vectors": torch.ones(21)},
         AXES | {"centre": torch.ones(3)},
+        AXES | {"members": torch.ones(7, 2, dtype=torch.uint8)},
+        AXES | {"members": torch.ones(6, 2, dtype=torch.uint8), "programme_scale": torch.ones(2)},
+        AXES | {"members": torch.ones(7, 2, dtype=torch.uint8), "programme_scale": torch.ones(3)},
     ],
 )
 def test_axes_that_do_not_fit_together_are_refused(encoders, tmp_path, tensors):

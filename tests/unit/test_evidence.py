@@ -8,6 +8,7 @@ import torch
 
 from cell2text.annotation import evidence
 from cell2text.annotation.evidence import attribute, explain_cells, integrate
+from cell2text.embedding.encoders.coexpression import Coexpression, ProgrammeMeans
 from cell2text.errors import InputError
 from cell2text.model import bundle
 from cell2text.model.alignment import LabelTargets
@@ -38,6 +39,14 @@ def whitened_encoder():
     encoder = random_encoder(GENES, DIMENSIONS)
     encoder.scale = np.linspace(0.5, 2, DIMENSIONS, dtype=np.float32)
     return encoder
+
+
+def with_programmes(encoder):
+    """Return the encoder with three gene programmes, one of which the second panel does not measure."""
+    members = np.zeros((GENES, 3), dtype=np.uint8)
+    members[:20, 0] = members[5:30, 1] = members[::3, 2] = 1
+    programmes = ProgrammeMeans(members, np.array([1, 2, 3], dtype=np.float32))
+    return Coexpression(encoder.axes, encoder.scale, programmes=programmes)
 
 
 def new_model(tiny_model, kind="pooled", **changes):
@@ -75,8 +84,8 @@ def test_the_mean_gradient_of_a_square_is_the_sum_of_the_ends():
 
 
 def test_gradients_are_shared_out_as_genes_move_the_pooled_vector():
-    cells, encoder = draw_cells(6, two_panels()), whitened_encoder()
-    gradients = np.random.default_rng(1).normal(size=(6, 2 * DIMENSIONS))
+    cells, encoder = draw_cells(6, two_panels()), with_programmes(whitened_encoder())
+    gradients = np.random.default_rng(1).normal(size=(6, 2 * DIMENSIONS + 3))
     shares, whole = encoder.share_out(cells, gradients), encoder.embed(cells, 0)["pooled"].astype(float)
     for place in (0, 5, 40, len(cells.tokens) - 1):
         expression = cells.expression.copy()

@@ -14,7 +14,7 @@ from cell2text.cells import h5ad
 from cell2text.contracts import CELLS, DESCRIPTIONS, PATHWAY_SCORES, TERM_SLOTS, TERMS
 from cell2text.corpus import score_pathways as scoring
 from cell2text.corpus import write_descriptions as writing
-from cell2text.corpus.gene_sets import name_pathways, read_gene_sets, readable_name
+from cell2text.corpus.gene_sets import find_members, name_pathways, read_gene_sets, readable_name
 from cell2text.corpus.pathways import choose_pathways, fit_sets
 from cell2text.corpus.score_pathways import THINNED_TO, kept_share, score_pathways
 from cell2text.corpus.write_descriptions import write_descriptions
@@ -395,3 +395,9 @@ def test_our_programmes_distinguish_blood_cells(tmp_path, request):
     chosen = named(choose_pathways(scores, fitted, 2), fitted)
     b_cells = [names for names, label in zip(chosen, labels, strict=True) if label == "CD19+ B"]
     assert np.mean(["B_CELL_RECEPTOR_IMMUNOGLOBULIN" in names for names in b_cells]) > 0.7
+
+
+def test_members_of_sets_by_hand():
+    found = find_members([["A", "C", "NONE"], [], ["B"]], ["B", "A", "C", "A"])
+    # the second A is another gene, which the set does not mean
+    assert found.toarray().tolist() == [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 0]]

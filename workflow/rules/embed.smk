@@ -61,6 +61,8 @@ rule fit_encoder:
         corpus="<results>/corpus/cells.parquet",
         genes="<results>/genes.parquet",
         tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
+        pathways="<results>/corpus/pathways.json",
+        gene_sets=config["pathways"]["gene_sets"],
         fetched=FETCHED_ENCODER,
     output:
         encoder=directory("<results>/encoder"),

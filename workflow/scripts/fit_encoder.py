@@ -15,6 +15,8 @@ def main(snakemake):
         settings=EncoderSettings(**snakemake.params.encoder),
         seed=snakemake.params.seed,
         fetched=next(iter(snakemake.input.fetched), None),
+        pathways=snakemake.input.pathways,
+        gene_sets=snakemake.input.gene_sets,
     )
 
 

@@ -1,9 +1,12 @@
 """Gene sets: read from GMT files, with readable names."""
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from cell2text.errors import InputError
 from cell2text.grammar import DEFINITIONS, PATHWAY, THEN
@@ -44,6 +47,22 @@ def read_gene_sets(path: str | Path) -> dict[str, list[str]]:
     if not sets:
         raise InputError(path, "no gene set in it", "Name a GMT file under `pathways: gene_sets`")
     return sets
+
+
+def find_members(sets: Iterable[Iterable[str]], symbols: Sequence[str]) -> sparse.csc_matrix:
+    """Return 1 for the genes that belong to each set, float64 (genes, sets).
+
+    Parameters
+    ----------
+    sets
+        Symbols of the genes of each set.
+    symbols
+        Symbol of each gene. One that several genes share belongs to the first of them.
+    """
+    position = {symbol: row for row, symbol in reversed(list(enumerate(symbols)))}
+    rows = [[position[gene] for gene in genes if gene in position] for genes in sets]
+    ends = np.cumsum([0, *map(len, rows)])
+    return sparse.csc_matrix((np.ones(ends[-1]), [row for one in rows for row in one], ends), (len(symbols), len(rows)))
 
 
 def name_pathways(ids: list[str], path: str | Path | None) -> pd.DataFrame:

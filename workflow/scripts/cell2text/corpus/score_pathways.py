@@ -29,7 +29,7 @@ from scipy import sparse
 
 from cell2text.cells.h5ad import find_cells, read_blocks, read_genes
 from cell2text.contracts import PATHWAY_SCORES
-from cell2text.corpus.gene_sets import read_gene_sets
+from cell2text.corpus.gene_sets import find_members, read_gene_sets
 from cell2text.errors import InputError
 from cell2text.progress import Progress
 
@@ -67,11 +67,10 @@ def score_pathways(
     """
     sets = read_gene_sets(gene_sets_file)
     symbols = read_genes(cells_file)["symbol"]
-    # A symbol shared by several genes belongs to the first of them.
-    position = {symbol: column for column, symbol in reversed(list(enumerate(symbols)))}
-    columns = {name: [position[gene] for gene in genes if gene in position] for name, genes in sets.items()}
-    skipped = [name for name, measured in columns.items() if len(measured) < min_genes]
-    if not any(columns.values()):
+    members = find_members(sets.values(), symbols)
+    measured = np.diff(members.indptr)
+    skipped = [name for name, genes in zip(sets, measured, strict=True) if genes < min_genes]
+    if not measured.any():
         raise InputError(
             gene_sets_file,
             f"no set has a gene that {Path(cells_file).stem} measures ({symbols.iloc[0]}, ...)",
@@ -81,9 +80,6 @@ def score_pathways(
         log.warning("no set has %d measured genes, so these cells are described without gene programmes", min_genes)
     elif skipped:
         log.info("Gene sets with fewer than %d measured genes are not scored: %s", min_genes, ", ".join(skipped))
-    ends = np.cumsum([0, *map(len, columns.values())])
-    genes = np.concatenate([np.asarray(measured, dtype=np.intp) for measured in columns.values()])
-    members = sparse.csc_matrix((np.ones(len(genes)), genes, ends), shape=(len(symbols), len(sets)))
     rows = find_cells(cells_file, corpus_file)
     progress = Progress(int(rows.sum()), "cells")
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from cell2text.contracts import GENES
+from cell2text.corpus.gene_sets import find_members, read_gene_sets
 from cell2text.embedding.encoders import Encoder, encoder_class
 from cell2text.embedding.ranked_cells import RankedSplit, read_measured
-from cell2text.files import whole_folder
+from cell2text.files import read_json, whole_folder
 from cell2text.settings import EncoderSettings
 
 log = logging.getLogger("cell2text.embedding")
@@ -22,6 +24,8 @@ def fit_encoder(
     settings: EncoderSettings,
     seed: int,
     fetched: str | None = None,
+    pathways: str | None = None,
+    gene_sets: str | None = None,
 ) -> None:
     """Fit the configured encoder on the training cells and save it.
 
@@ -37,13 +41,20 @@ def fit_encoder(
         Seed of the fit.
     fetched
         Directory of the fetched encoder, if the encoder is a pretrained checkpoint.
+    pathways, gene_sets
+        The gene programmes that descriptions name, and a GMT file that has their genes; None for no programmes.
     """
     measured = read_measured(genes, tokens)
     train, validation = (RankedSplit(tokens, corpus, split, measured) for split in ("train", "validation"))
     checkpoint = None if fetched is None else Path(fetched)
     kind = encoder_class(settings.kind)
     checkpoints = Path(f"{directory}.checkpoints")
-    encoder = kind.fit(train, validation, settings, seed, checkpoints, checkpoint)
+    programmes = None
+    if pathways:
+        sets = read_gene_sets(gene_sets)
+        named = [sets[one["id"]] for one in read_json(pathways)]
+        programmes = find_members(named, GENES.read(genes, ["symbol"])["symbol"]).toarray() > 0
+    encoder = kind.fit(train, validation, settings, seed, checkpoints, checkpoint, programmes)
     with whole_folder(directory, "encoder.json") as folder:
         encoder.save(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)

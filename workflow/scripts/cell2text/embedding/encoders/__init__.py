@@ -31,6 +31,7 @@ class Encoder(Protocol):
         seed: int,
         checkpoints: Path,
         fetched: Path | None = None,
+        programmes: np.ndarray | None = None,
     ) -> "Encoder":
         """Fit the encoder on training cells.
 
@@ -46,6 +47,8 @@ class Encoder(Protocol):
             Folder for checkpoints from which a killed run resumes; it need not exist.
         fetched
             Directory of the fetched encoder, if there is one.
+        programmes
+            The genes of each gene programme that descriptions name, bool (genes, programmes).
         """
 
     def save(self, directory: Path) -> None:

@@ -8,11 +8,14 @@ and whether to whiten them are chosen by how well they predict the cell types of
 The pooled vector has these coordinates, and after them the ones that factor analysis expects (see ``Axes``). With both,
 a projector names more cells of held-out studies rightly, above all where few genes are measured. On cells of the
 training studies it loses nothing; with the expected coordinates alone, gene programmes are named worse.
+
+Last come the mean expressions of the gene programmes that descriptions name. The axes keep what differs most between
+cells, which is little of a programme with few genes.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import pandas as pd
 from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
 
-from cell2text.embedding.axes import Axes, find_axes
+from cell2text.embedding.axes import NEGLIGIBLE, Axes, find_axes
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, pad
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
@@ -33,6 +36,63 @@ log = logging.getLogger("cell2text.encoders")
 
 MIN_DIMENSIONS = 8  # after truncation
 SELECTION_CELLS = 10_000  # maximum per split for choosing the number of axes
+# Standard deviation of the programmes' means over that of an axis on average. A projector divides all by one spread: with
+# 1 it names programmes less well, with 3 cell types (docs/finetuning.md).
+PROGRAMME_SPREAD = 2.0
+
+
+@dataclass(frozen=True)
+class ProgrammeMeans:
+    """The mean expression of gene programmes over their measured genes, relative to that of the training cells.
+
+    Parameters
+    ----------
+    members
+        1 for the genes of each programme, else 0; uint8 (genes, programmes).
+    scale
+        What each mean is multiplied by, float32 (programmes,).
+    """
+
+    members: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def fit(cls, members: np.ndarray, train: RankedSplit, axes: Axes, spread: float) -> "ProgrammeMeans":
+        """Scale the means so that each has this standard deviation over the training cells, or 0 if it is constant."""
+        # safetensors writes arrays as they lie in memory
+        members = np.ascontiguousarray(members, dtype=np.uint8)
+        means = cls(members, np.ones(members.shape[1], dtype=np.float32))
+        sums = np.zeros((2, members.shape[1]))
+        cells = 0
+        for part in train:
+            values = means.place(part, axes.expression(part), axes.mean)
+            sums += values.sum(axis=0), (values**2).sum(axis=0)
+            cells += len(part)
+        mean, square = sums / cells
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        scale = np.divide(spread, deviation, out=np.zeros_like(deviation), where=deviation > NEGLIGIBLE)
+        return cls(members, scale.astype(np.float32))
+
+    def by_gene(self, panel: np.ndarray) -> np.ndarray:
+        """Return what each gene of a panel, bool (genes,), adds per unit of expression, float32 (genes, programmes)."""
+        measured = self.members * panel[:, None]
+        return measured * (self.scale / np.maximum(measured.sum(axis=0), 1)).astype(np.float32)
+
+    def place(self, cells: RankedCells, expression: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Return the means of cells, float64 (cells, programmes); 0 for a programme without a measured gene.
+
+        Parameters
+        ----------
+        cells, expression
+            Ranked genes of the cells and what ``Axes.expression`` returns for them.
+        mean
+            Mean expression of each gene over the training cells.
+        """
+        matrix, means = cells.matrix(expression), np.empty((len(cells), self.members.shape[1]))
+        for number in np.unique(cells.panel):
+            own, weights = cells.panel == number, self.by_gene(cells.panels[number])
+            means[own] = matrix[np.flatnonzero(own)] @ weights - mean @ weights
+        return means
 
 
 class Coexpression:
@@ -46,11 +106,21 @@ class Coexpression:
         What each axis is divided by: its standard deviation over the training cells, or 1; float32 (dimensions,).
     candidates
         The options that were compared; see :func:`compare_candidates`.
+    programmes
+        The mean expressions of gene programmes; None for no programmes.
     """
 
-    def __init__(self, axes: Axes, scale: np.ndarray, candidates: Sequence[dict[str, Any]] = ()):
+    def __init__(
+        self,
+        axes: Axes,
+        scale: np.ndarray,
+        candidates: Sequence[dict[str, Any]] = (),
+        programmes: ProgrammeMeans | None = None,
+    ):
         self.axes, self.scale, self.candidates = axes, scale, list(candidates)
-        self.dimensions, self.pooled_dimensions = len(scale), 2 * len(scale)
+        none = ProgrammeMeans(np.zeros((len(axes.mean), 0), np.uint8), np.zeros(0, np.float32))
+        self.programmes = none if programmes is None else programmes
+        self.dimensions, self.pooled_dimensions = len(scale), 2 * len(scale) + len(self.programmes.scale)
 
     @classmethod
     def fit(
@@ -61,6 +131,7 @@ class Coexpression:
         seed: int,
         checkpoints: Path,
         fetched: Path | None = None,
+        programmes: np.ndarray | None = None,
     ) -> "Coexpression":
         """Find the principal axes of training cells; choose number and scaling of the axes on validation cells.
 
@@ -74,6 +145,8 @@ class Coexpression:
             Seed of the start block, and of the cells drawn for model selection.
         checkpoints, fetched
             Not used.
+        programmes
+            The genes of each gene programme, bool (genes, programmes); None for no programmes.
 
         Raises
         ------
@@ -88,11 +161,16 @@ class Coexpression:
         scale = np.sqrt(axes.variance[:dimensions]) if whitened else np.ones(dimensions)
         parts = asdict(axes.first(dimensions))
         kept = Axes(**{name: np.ascontiguousarray(values, dtype=np.float32) for name, values in parts.items()})
-        return cls(kept, scale.astype(np.float32), candidates)
+        spread = PROGRAMME_SPREAD * float(np.sqrt(np.mean(kept.variance / scale**2)))
+        means = None if programmes is None else ProgrammeMeans.fit(programmes, train, kept, spread)
+        return cls(kept, scale.astype(np.float32), candidates, means)
 
     def save(self, directory: Path) -> None:
         """Write the axes, their scale and the candidates."""
-        save_file(asdict(self.axes) | {"scale": self.scale}, directory / "coexpression.safetensors")
+        tensors = asdict(self.axes) | {"scale": self.scale}
+        if len(self.programmes.scale):
+            tensors |= {"members": self.programmes.members, "programme_scale": self.programmes.scale}
+        save_file(tensors, directory / "coexpression.safetensors")
         metadata = {"kind": "coexpression", "dimensions": self.dimensions, "candidates": self.candidates}
         write_json(metadata, directory / "encoder.json")
 
@@ -109,12 +187,18 @@ class Coexpression:
         tensors, metadata = read_weights(file, fix, "numpy"), read_json(directory / "encoder.json", fix)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         genes, dimensions = (*shapes.get("vectors", ()), None, None)[:2]
+        without = not shapes.keys() & {"members", "programme_scale"}
+        if without:
+            shapes |= {"members": (genes, 0), "programme_scale": (0,)}
+        programmes = (*shapes.get("members", ()), None, None)[1]
         of_genes = dict.fromkeys(("mean", "profile", "noise"), (genes,))
         of_axes = dict.fromkeys(("variance", "scale"), (dimensions,))
-        if shapes != {"vectors": (genes, dimensions)} | of_genes | of_axes:
+        of_programmes = {"members": (genes, programmes), "programme_scale": (programmes,)}
+        if shapes != {"vectors": (genes, dimensions)} | of_genes | of_axes | of_programmes:
             raise InputError(file, f"not axes with mean, profile, noise, variance and scale: found {shapes}", fix)
         scale = tensors.pop("scale")
-        return cls(Axes(**tensors), scale, metadata.get("candidates", ()))
+        means = None if without else ProgrammeMeans(tensors.pop("members"), tensors.pop("programme_scale"))
+        return cls(Axes(**tensors), scale, metadata.get("candidates", ()), means)
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
         """Return gene vectors of the ``top_k`` highest ranked genes and each cell's coordinates.
@@ -132,18 +216,19 @@ class Coexpression:
         -------
         dict
             ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,),
-            ``pooled`` float32 (cells, 2 * dimensions), over all expressed genes.
+            ``pooled`` float32 (cells, 2 * dimensions + programmes), over all expressed genes.
         """
         expression, vectors = self.axes.expression(cells), self.axes.vectors / self.scale
         top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
         top_expression, _ = pad(expression, cells.offsets, top_k)
         both = self.axes.place(cells, expression), self.axes.expect(cells, expression)
+        means = self.programmes.place(cells, expression, self.axes.mean)
         if progress:
             progress.advance(len(cells))
         return {
             "gene_vectors": (vectors[top_tokens] * top_expression[:, :, None]).astype(np.float16),
             "lengths": lengths,
-            "pooled": np.hstack([places / self.scale for places in both], dtype=np.float32, casting="same_kind"),
+            "pooled": np.hstack([*(places / self.scale for places in both), means]).astype(np.float32),
         }
 
     def share_out(self, cells: RankedCells, gradients: np.ndarray) -> np.ndarray:
@@ -157,7 +242,7 @@ class Coexpression:
         cells
             Ranked genes of the cells.
         gradients
-            One gradient per cell, float (cells, 2 * dimensions).
+            One gradient per cell, float (cells, 2 * dimensions + programmes).
 
         Returns
         -------
@@ -165,7 +250,11 @@ class Coexpression:
             float64 (total genes,), in the order of ``cells.tokens``. All genes of the vocabulary are in memory for each
             cell meanwhile.
         """
+        gradients, of_programmes = np.hsplit(gradients, [2 * self.dimensions])
         by_gene = self.axes.by_gene(cells, *np.hsplit(gradients / np.tile(self.scale.astype(float), 2), 2))
+        for number in np.unique(cells.panel):
+            own = cells.panel == number
+            by_gene[own] += of_programmes[own] @ self.programmes.by_gene(cells.panels[number]).T
         return self.axes.expression(cells) * by_gene[cells.cell, cells.tokens]
 
 

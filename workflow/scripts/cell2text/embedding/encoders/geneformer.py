@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from cell2text.embedding.encoders.ranked_bert import RankedBert
 from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.files import read_sealed, write_json
@@ -25,12 +27,13 @@ class Geneformer(RankedBert):
         seed: int,
         checkpoints: Path,
         fetched: Path | None = None,
+        programmes: np.ndarray | None = None,
     ) -> "Geneformer":
         """Load the checkpoint without changing it.
 
         Parameters
         ----------
-        train, validation, seed, checkpoints
+        train, validation, seed, checkpoints, programmes
             Not used.
         settings
             Only ``layer``, the layer whose output is used.

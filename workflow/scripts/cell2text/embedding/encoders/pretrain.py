@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
@@ -65,6 +66,7 @@ class Pretrained(RankedBert):
         seed: int,
         checkpoints: Path,
         fetched: Path | None = None,
+        programmes: np.ndarray | None = None,
     ) -> "Pretrained":
         """Train on the training cells and keep the epoch that predicts masked genes of the validation cells best.
 
@@ -79,7 +81,7 @@ class Pretrained(RankedBert):
             Seed of weights, batches, masked genes and dropout.
         checkpoints
             Folder for checkpoints, from which a killed run resumes.
-        fetched
+        fetched, programmes
             Not used.
 
         Raises
