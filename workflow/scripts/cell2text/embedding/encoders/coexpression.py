@@ -36,8 +36,8 @@ log = logging.getLogger("cell2text.encoders")
 
 MIN_DIMENSIONS = 8  # after truncation
 SELECTION_CELLS = 10_000  # maximum per split for choosing the number of axes
-# Standard deviation of the programmes' means over that of an axis on average. A projector divides all by one spread: with
-# 1 it names programmes less well, with 3 cell types (docs/finetuning.md).
+# Standard deviation of the programmes' means over that of an axis on average. A projector divides all by one spread:
+# with 1 it names programmes less well, with 3 cell types (docs/finetuning.md).
 PROGRAMME_SPREAD = 2.0
 
 
