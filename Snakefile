@@ -45,6 +45,7 @@ rule all:
         GENERATIONS,
         "<results>/model",
         "<results>/evaluation/metrics.tsv",
+        FEW_SHOT,
         "<results>/report.html",
 
 

@@ -79,6 +79,8 @@ NOT_MEASURED = {
     "fetch_encoder": "reads no cells, and the default encoder is not fetched",
     "refine_on_graph": "off by default; its memory is that of the probabilities, which the number of labels determines",
     "fetch_resource": "reads no cells, and fetches a table of 6 MB only for studies of mice",
+    "baseline_contrast": "off by default; its memory is that of pooled vectors and probabilities",
+    "few_shot": "off by default; its memory is that of the pooled vectors",
     "baseline_greedy": "off by default, and takes hours: it writes word by word",
 }
 # Targets of rules that are not run for all results, or that another rule comes between, as the calibration between the

@@ -156,8 +156,8 @@ def halves():
         "embedding.embed_genes",
         "embedding.vectors",
     }
-    language |= {f"evaluation.baselines.{name}" for name in ("aligned", "greedy", "shuffled")}
-    language |= {"models.check_language_model", "models.fetch_language_model"}
+    language |= {f"evaluation.baselines.{name}" for name in ("aligned", "contrast", "greedy", "shuffled")}
+    language |= {"evaluation.few_shot", "models.check_language_model", "models.fetch_language_model"}
     language |= {f"annotation.{name}" for name in ("embed_query", "score_query", "describe_query", "explain_query")}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
     both = {"models.fetch_encoder", "models.sources", "models.gene_dictionaries"}

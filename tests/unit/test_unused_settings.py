@@ -36,7 +36,12 @@ OTHER_VALUES = {
 
 def values_of(section, key):
     rule = SECTIONS[section]["properties"][key]
-    named = {"score_doublets": [True, False], "batch_tokens": [None, 500], "refine": [False, True]}
+    named = {
+        "score_doublets": [True, False],
+        "batch_tokens": [None, 500],
+        "refine": [False, True],
+        "compare": [False, True],
+    }
     return rule.get("enum") or named[key]
 
 

@@ -48,6 +48,7 @@ NOT_TRIED = {
     "cell2text annotate atlas.h5ad --model model --out annotated/atlas": BENCHMARK,
     "python tests/benchmarks/simulate_cells.py atlas.h5ad --cells 100000 --like pbmc3k.h5ad": BENCHMARK,
     "python tests/benchmarks/describe_cells.py results/pbmc68k --cells 500": BENCHMARK,
+    "python tests/benchmarks/few_shot.py results/studies-{42,43,44} --plot docs/few_labels.svg": BENCHMARK,
     "python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere": BENCHMARK,
     "python tests/benchmarks/mouse.py ../shared/data/studies": BENCHMARK,
     "python tests/benchmarks/new_study.py --work somewhere --test-cells 250 --plot docs/new_study.svg": BENCHMARK,
@@ -239,7 +240,7 @@ def test_tables_of_columns_are_those_of_the_contracts(monkeypatch):
         assert not re.search(r"^\|.*\|\s*\|$", text, re.MULTILINE), f"docs/stages/{name}: a column has no meaning"
     shown = {name for text in texts.values() for name in re.findall(r"<!-- columns of (\w+) -->", text)}
     kinds = (TableContract, TensorContract)
-    declared = {name for name, one in vars(contracts).items() if isinstance(one, kinds)} | {"METRICS"}
+    declared = {name for name, one in vars(contracts).items() if isinstance(one, kinds)} | {"METRICS", "FEW_SHOT"}
     assert shown == declared - {"SAMPLED_CELLS"}  # CELLS without the split
 
     monkeypatch.setitem(contracts.QC.columns, "new", pa.list_(pa.int32()))

@@ -19,7 +19,7 @@ import scanpy
 
 import cell2text
 from cell2text.contracts import EMBEDDINGS
-from cell2text.evaluation.methods import ON_GRAPH
+from cell2text.evaluation.methods import FEW_LABELS, ON_GRAPH
 from cell2text.files import read_jsonl
 from tiny_geneformer import V2, write_checkpoint
 from tiny_run import ROOT, new_folder
@@ -204,6 +204,14 @@ def test_predictions_are_refined_on_a_graph_only_on_request(finished, tmp_path):
     assert re.search(r"^refine_on_graph +2$", output, re.MULTILINE)
 
 
+def test_methods_for_few_labels_are_compared_only_on_request(finished, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text((finished / "tiny.yaml").read_text() + "few_labels:\n  compare: true\n")
+    rules, _ = planned(finished, config=changed)
+    added = {"baseline_contrast", "few_shot"}
+    assert rules == {"all", *added, "evaluate", "compare", "render_report", "pack_model"}
+
+
 def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
     def edit(name, old, new):
         path = fresh / name
@@ -255,13 +263,14 @@ def with_geneformer(finished, tmp_path_factory):
     write_checkpoint(folder / "repository/Geneformer-tiny", V2, symbols=tuple(symbols), positions=64)
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
     settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
-    settings(folder, "bootstrap: 50", "bootstrap: 50\n  greedy: true\ngraph:\n  refine: true")
+    methods = "  greedy: true\ngraph:\n  refine: true\nfew_labels:\n  compare: true\n  shots: [2]\n  steps: 20"
+    settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}")
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
     shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards
     return folder
 
 
-def test_a_run_with_geneformer_and_without_cached_vectors_refined_on_a_graph(with_geneformer):
+def test_a_run_with_geneformer_and_without_cached_vectors_and_with_methods_on_request(with_geneformer):
     folder = with_geneformer
     code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml")
     assert code == 0, output
@@ -277,7 +286,7 @@ def test_a_run_with_geneformer_and_without_cached_vectors_refined_on_a_graph(wit
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
     jobs = re.search(r"<th[^>]*>embed_genes</th><td>(\d+)</td>", (results / "report.html").read_text())
     assert jobs[1] == "2"
-    assert {"greedy", *ON_GRAPH} < set(pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")["method"])
+    assert {"greedy", *ON_GRAPH, *FEW_LABELS} < set(pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")["method"])
     assert planned(folder)[0] == set()
     changed = folder / "changed.yaml"
     changed.write_text((folder / "tiny.yaml").read_text() + "generate:\n  confidence: 0.9\n")

@@ -20,6 +20,7 @@ from cell2text.config import check_config, check_files, cut_census, read_dataset
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import (
     BASELINES,
+    FEW_LABELS,
     FINE_TUNED,
     GREEDY,
     ON_GRAPH,
@@ -106,6 +107,10 @@ COMPARED = [
 ]
 REFINED = REFINABLE if config["graph"]["refine"] else ()
 COMPARED += ON_GRAPH if REFINED else []
+COMPARED += FEW_LABELS if config["few_labels"]["compare"] else []
+FEW_SHOT = (
+    ["<results>/evaluation/few_shot.tsv"] if config["few_labels"]["compare"] else []
+)
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 # The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [

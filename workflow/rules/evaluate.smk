@@ -85,6 +85,70 @@ rule baseline_knn:
         "../scripts/baseline_knn.py"
 
 
+rule baseline_contrast:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+    output:
+        lda="<results>/baselines/lda.parquet",
+        contrast="<results>/baselines/contrast.parquet",
+        permuted="<results>/baselines/contrast_permuted.parquet",
+        head="<results>/contrast/head.safetensors",
+    log:
+        "<logs>/baseline_contrast.log",
+    benchmark:
+        "<benchmarks>/baseline_contrast.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        # copies of the pooled vectors, and the probabilities of some 700 cell types
+        mem_mb=mem(4000, 12 + POOLED / 32),
+        runtime=hours(1),
+    params:
+        dimensions=lookup("few_labels/dimensions", within=config),
+        temperature=lookup("few_labels/temperature", within=config),
+        steps=lookup("few_labels/steps", within=config),
+        seed=lookup("seed", within=config),
+        library=library_version("baseline_contrast.py"),
+    message:
+        "Baselines: shrinkage LDA and contrastive head, with a control"
+    script:
+        "../scripts/baseline_contrast.py"
+
+
+rule few_shot:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        embeddings=EMBEDDINGS,
+    output:
+        table="<results>/evaluation/few_shot.tsv",
+    log:
+        "<logs>/few_shot.log",
+    benchmark:
+        "<benchmarks>/few_shot.jsonl"
+    # before the language model is trained, which would be in vain if `few_labels.shots` is refused
+    priority: 1
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem(4000, 12 + POOLED / 32),
+        runtime=hours(4),
+    params:
+        shots=lookup("few_labels/shots", within=config),
+        dimensions=lookup("few_labels/dimensions", within=config),
+        temperature=lookup("few_labels/temperature", within=config),
+        steps=lookup("few_labels/steps", within=config),
+        seed=lookup("seed", within=config),
+        library=library_version("few_shot.py"),
+    message:
+        "Scoring cell types from a few labelled cells per type"
+    script:
+        "../scripts/few_shot.py"
+
+
 rule baseline_nearest_text:
     input:
         descriptions="<results>/corpus/descriptions.parquet",

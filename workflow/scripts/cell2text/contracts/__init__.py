@@ -183,6 +183,10 @@ METRICS = (
     *("difference", "difference_low", "difference_high"),
 )
 
+# few_shot.tsv, one row per number of labelled cells per type, method, slot and metric. value is the mean over draws of
+# cells to label; 95% of the draws are between low and high.
+FEW_SHOT = ("shots", "method", "slot", "metric", "value", "low", "high")
+
 
 def datasets_of(cell_ids: Sequence[str]) -> pd.Series:
     """Return the dataset of each cell id, the part before the first ``|``."""

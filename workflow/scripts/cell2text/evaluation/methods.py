@@ -41,6 +41,11 @@ METHODS = {
         "PCA + logistic regression, random graph", "control: the same, with the cells of the graph shuffled"
     ),
     "knn": Method("k nearest neighbours", "vote of the training cells with the nearest embeddings"),
+    "lda": Method("Shrinkage LDA", "linear discriminant analysis of pooled embeddings, with a shrunk covariance"),
+    "contrast": Method(
+        "Contrastive head", "nearest centroid after supervised contrast of cell types; other slots by shrinkage LDA"
+    ),
+    "contrast_permuted": Method("Contrastive head, permuted", "control: the same with permuted training labels"),
     "nearest_text": Method(
         "Nearest cell's text", "copies the description of the training cell with the nearest embedding"
     ),
@@ -55,9 +60,13 @@ METHODS = {
 GREEDY = "greedy"  # only if asked for: it takes as long as training
 REFINABLE = (FINE_TUNED, "pca_logistic")
 ON_GRAPH = [f"{name}_{graph}" for name in REFINABLE for graph in ("graph", "random_graph")]  # only if asked for
+FEW_LABELS = ["lda", "contrast", "contrast_permuted"]  # only if asked for
 # the fine-tuned model itself, used in another way, and controls
-NO_RIVALS = (GREEDY, "shuffled", "cell2text_graph", "cell2text_random_graph", "pca_logistic_random_graph")
-BASELINES = [name for name in METHODS if name not in (FINE_TUNED, *ON_GRAPH)]
+NO_RIVALS = (
+    *(GREEDY, "shuffled", "cell2text_graph", "cell2text_random_graph", "pca_logistic_random_graph"),
+    "contrast_permuted",
+)
+BASELINES = [name for name in METHODS if name not in (FINE_TUNED, *ON_GRAPH, *FEW_LABELS)]
 
 
 def title_of(method: str) -> str:
