@@ -27,6 +27,7 @@ include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/annotate.smk"
+include: "workflow/rules/retrieval.smk"
 
 
 localrules:
@@ -36,6 +37,7 @@ localrules:
     corpus,
     embeddings,
     annotate,
+    search,
 
 
 rule all:
@@ -47,6 +49,7 @@ rule all:
         "<results>/evaluation/metrics.tsv",
         FEW_SHOT,
         "<results>/report.html",
+        ["<results>/evaluation/retrieval.tsv"] if RETRIEVAL["train"] else [],
 
 
 rule models:
@@ -75,3 +78,8 @@ rule embeddings:
 rule annotate:
     input:
         annotated_files,
+
+
+rule search:
+    input:
+        searched_files,

@@ -41,6 +41,7 @@ def values_of(section, key):
         "batch_tokens": [None, 500],
         "refine": [False, True],
         "compare": [False, True],
+        "train": [False, True],
     }
     return rule.get("enum") or named[key]
 

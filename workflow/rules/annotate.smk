@@ -17,6 +17,7 @@ rule pack_model:
         reference="<results>/confidence/reference.safetensors",
         corpus="<results>/corpus/cells.parquet",
         card="<results>/model_card.md",
+        retriever=RETRIEVER,
     output:
         model=directory("<results>/model"),
     log:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 # Snakemake puts the path of Python into shell commands unquoted, where a space would split it
 sys.executable = shlex.quote(sys.executable)
 
-from cell2text.annotation.find_queries import find_queries
+from cell2text.annotation.find_queries import find_queries, read_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
@@ -42,6 +42,7 @@ try:
     QUERIES, MODEL = find_queries(
         config, WORKFLOW / "schemas/datasets.schema.yaml", models
     )
+    SEARCHED = read_searched(config, MODEL)
     QUERY_LANGUAGE_MODEL = []
     if MODEL:
         found = locate_language_model(read_facts(MODEL), models)
@@ -111,6 +112,8 @@ COMPARED += FEW_LABELS if config["few_labels"]["compare"] else []
 FEW_SHOT = (
     ["<results>/evaluation/few_shot.tsv"] if config["few_labels"]["compare"] else []
 )
+RETRIEVAL = config.get("retrieval", {"train": False, "dimensions": None})
+RETRIEVER = ["<results>/retrieval/retriever.safetensors"] if RETRIEVAL["train"] else []
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 # The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [
@@ -284,6 +287,16 @@ def annotated_files(wildcards):
     files = ("annotate.html", "annotated.h5ad", "cells.tsv.gz")
     files += ("clusters.tsv", "evidence.tsv", "descriptions.jsonl")
     return collect("<annotated>/{query}/{file}", query=QUERIES, file=files)
+
+
+def searched_files(wildcards):
+    """Return the result of the search in each query."""
+    if not SEARCHED:
+        raise WorkflowError(
+            "config: input: is missing. Add input=my.h5ad model=results/pbmc68k/model to --config; query is then what to "
+            "search for"
+        )
+    return collect("<annotated>/{query}/search/results.tsv", query=QUERIES)
 
 
 def own_limits(wildcards):

@@ -73,6 +73,8 @@ def _refuse_secrets(values: dict[str, Any], where: str | Path) -> None:
 def _refuse_unused(config: dict[str, Any], schema: dict[str, Any], where: str | Path) -> None:
     """Raise an error if a key that other settings make ineffective (``only_with`` in the schema) was changed."""
     for section, entry in schema["properties"].items():
+        if section not in config:  # it has no defaults
+            continue
         for key, rule in entry.get("properties", {}).items():
             for other, values in rule.get("only_with", {}).items():
                 found, value = config[section][key], config[section][other]

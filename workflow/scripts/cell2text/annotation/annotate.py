@@ -21,7 +21,7 @@ from cell2text.annotation.embed_query import embed_query
 from cell2text.annotation.explain_query import explain_query
 from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.fetch_query import fetch_query
-from cell2text.annotation.find_queries import name_query
+from cell2text.annotation.find_queries import name_query, split_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_model
 from cell2text.annotation.predictions import read_predictions
@@ -36,11 +36,13 @@ from cell2text.errors import InputError
 from cell2text.files import whole_file
 from cell2text.models.fetch_language_model import fetch_language_model
 from cell2text.models.fetch_resource import ORTHOLOGUES, ORTHOLOGUES_KEY, fetch_resource, locate_resource
+from cell2text.retrieval.search_cells import search_cells
 from cell2text.settings import QcSettings
 
 log = logging.getLogger("cell2text.annotation")
 
 OUTPUTS = ("annotate.html", "clusters.tsv", "evidence.tsv", "annotated.h5ad", "cells.tsv.gz", "descriptions.jsonl")
+SEARCH = "search/results.tsv"  # only if something is searched for
 SEED = 42  # the default of the workflow
 
 
@@ -124,6 +126,7 @@ def annotate_file(
     evidence: bool = False,
     species: str | None = None,
     overwrite: bool = False,
+    search: str | None = None,
 ) -> None:
     """Describe the cells of a file and write ``OUTPUTS`` to a folder.
 
@@ -137,6 +140,8 @@ def annotate_file(
         Folder to write.
     overwrite
         Whether to replace earlier outputs in it.
+    search
+        What to search for, several separated by semicolons: the cells in this order are written to ``SEARCH``.
 
     Raises
     ------
@@ -144,11 +149,13 @@ def annotate_file(
         If there are outputs already, or something is wrong with source or model.
     """
     out = Path(out)
-    present = [name for name in OUTPUTS if (out / name).exists()]
+    present = [name for name in (*OUTPUTS, SEARCH) if (out / name).exists()]
     if present and not overwrite:
         raise InputError(out / present[0], "exists already", "Choose another folder, or add --overwrite")
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
-        given = (model, models, gene_table, clusters, own_labels, evidence, species)
+        packed = str(fetch_model(str(model), Path(models) if models else _models_folder()))
+        searched = split_searched(search, packed) if search is not None else []
+        given = (packed, models, gene_table, clusters, own_labels, evidence, species)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
         for name, table in zip(OUTPUTS[1:3], ("cluster_table", "evidence_table"), strict=True):
             with whole_file(out / name) as unfinished:
@@ -158,6 +165,9 @@ def annotate_file(
         annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
         inputs = [steps[name] for name in ("qc", "fit", "cluster_table", "evidence_table")]
         page = str(out / OUTPUTS[0])
+        if searched:
+            cells = [[steps["embeddings"]], written[1], str(out / SEARCH)]
+            search_cells(searched, steps["model"], steps["language_model"], *cells)
         render_query(str(source), written[0], *inputs, [steps["embeddings"]], steps["model"], page, SEED)
 
 
@@ -206,6 +216,7 @@ def _run_steps(
         "evidence_table": explained[0],
         "evidence": explained[1],
         "embeddings": embeddings,
+        "language_model": str(language_model),
         "terms": str(Path(packed) / "terms.parquet"),
     }
 
@@ -244,6 +255,9 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--own-labels", help="column of obs with labels to compare the clusters with")
     one.add_argument("--evidence", action="store_true", help="list the genes behind the cell type of each cell")
     one.add_argument("--species", choices=SPECIES.values(), help="species of the cells, if the file does not name it")
+    one.add_argument(
+        "--search", help="rank the cells by how well they fit these words; several queries between semicolons"
+    )
     one.add_argument("--overwrite", action="store_true", help="replace earlier outputs")
     given = vars(parser.parse_args(arguments))
     given.pop("command")

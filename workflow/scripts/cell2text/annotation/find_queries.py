@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cell2text.annotation.fetch_model import fetch_model
-from cell2text.annotation.pack_model import read_model
+from cell2text.annotation.pack_model import RETRIEVER, read_facts, read_model
 from cell2text.config import check_file, read_datasets
 from cell2text.errors import InputError
 
@@ -21,7 +21,7 @@ def find_queries(
     ----------
     config
         The configuration: ``query`` is a study or a sheet of studies, ``model`` a folder or a source, ``species`` that
-        of studies whose row of the sheet has none.
+        of studies whose row of the sheet has none. For a search, ``input`` is the study or sheet instead.
     schema
         Schema of the sheet of datasets.
     models
@@ -32,20 +32,42 @@ def find_queries(
     InputError
         If one of the two keys is missing, a file does not exist, or the folder is no packed model.
     """
-    query, model = config["query"], config["model"]
+    key = "input" if "input" in config else "query"
+    query, model = config[key], config["model"]
     species = {"species": config["species"]} if "species" in config else {}
     if query is None and species:
         raise InputError("config: species", "is that of a query", "For training, use the column species of the sheet")
     if query is None and model is None:
         return {}, []
     if query is None or model is None:
-        absent, example = ("query", "my.h5ad") if query is None else ("model", "results/pbmc68k/model")
+        absent, example = (key, "my.h5ad") if query is None else ("model", "results/pbmc68k/model")
         raise InputError(f"config: {absent}", "is missing", f"Add {absent}={example} to --config")
     rows = {name: species | row for name, row in read_queries(query, schema).items()}
     folder = fetch_model(model, models)
     read_model(folder)
     # The path is absolute so that no rule of a run makes the folder: it is used as it is.
     return rows, str(folder.resolve())
+
+
+def read_searched(config: dict[str, Any], model: str | Path) -> list[str]:
+    """Return what to search for in the files of ``input``: the parts of ``query`` between semicolons.
+
+    Raises
+    ------
+    InputError
+        If one is empty, or the model has no retriever.
+    """
+    return split_searched(config["query"] or "", model) if "input" in config else []
+
+
+def split_searched(query: str, model: str | Path) -> list[str]:
+    """Return what to search for, see :func:`read_searched`."""
+    parts = [part.strip() for part in query.split(";")]
+    if not all(parts):
+        raise InputError("query", "is empty", 'Write what to search for, such as query="T cells in lung"')
+    if RETRIEVER not in read_facts(model)["sha256"]:
+        raise InputError(model, "this model cannot search", "Train it with `retrieval: {train: true}` in its config")
+    return parts
 
 
 def read_queries(query: str, schema: Path) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ log = logging.getLogger("cell2text.annotation")
 FORMAT = 4  # raised by a change after which older folders cannot be read
 COPY_AGAIN = "Copy the whole folder again, or train the model again with this version"
 PACKAGES = ("cell2text", "torch", "transformers", "peft", "numpy", "safetensors")
+RETRIEVER = "retriever.safetensors"  # if the model can search
 IGNORED = {".snakemake_timestamp"}
 
 
@@ -31,6 +33,7 @@ def pack_model(
     card: str,
     model: str,
     settings: dict[str, Any],
+    retriever: Sequence[str] = (),
 ) -> None:
     """Gather the parts of a trained model in one folder and seal it with the hash of every file.
 
@@ -50,6 +53,8 @@ def pack_model(
         Folder to write.
     settings
         The config's values that describing cells needs: ``top_k``, ``batch_cells``, ``qc``.
+    retriever
+        The file written by ``fit_retriever``, if there is one.
     """
     about = read_sealed(finetuned, "cell2text.json")
     training = CELLS.read(corpus, ["split", "n_counts"])
@@ -63,6 +68,8 @@ def pack_model(
         shutil.copytree(encoder, folder / "encoder", ignore=shutil.ignore_patterns(*IGNORED))
         for file in (genes, terms, confidence, reference):
             shutil.copyfile(file, folder / Path(file).name)
+        for file in retriever:
+            shutil.copyfile(file, folder / RETRIEVER)
         shutil.copyfile(card, folder / "README.md")  # where Hugging Face looks for the card
         about |= {
             "format": FORMAT,

@@ -157,6 +157,8 @@ EVIDENCE = TableContract(
     {"cell_id": TEXT, "for_genes": TEXTS, "against_genes": TEXTS},
     key="cell_id",
 )
+# What a term is called, one row per name, synonym and definition.
+NAMES = TableContract("the names of terms", {"slot": TEXT, "id": TEXT, "name": TEXT})
 HISTORY = TableContract(
     "the training history",
     {
@@ -186,6 +188,9 @@ METRICS = (
 # few_shot.tsv, one row per number of labelled cells per type, method, slot and metric. value is the mean over draws of
 # cells to label; 95% of the draws are between low and high.
 FEW_SHOT = ("shots", "method", "slot", "metric", "value", "low", "high")
+
+# retrieval.tsv, one row per method, direction, slot and metric. chance is the expected value of a random order.
+RETRIEVAL = ("method", "direction", "slot", "metric", "value", "low", "high", "chance", "n")
 
 
 def datasets_of(cell_ids: Sequence[str]) -> pd.Series:
