@@ -159,6 +159,7 @@ def halves():
     language |= {f"evaluation.baselines.{name}" for name in ("aligned", "contrast", "greedy", "shuffled")}
     language |= {"evaluation.few_shot", "models.check_language_model", "models.fetch_language_model"}
     language |= {f"annotation.{name}" for name in ("embed_query", "score_query", "describe_query", "explain_query")}
+    language |= {f"retrieval.{name}" for name in ("retriever", "fit_retriever", "score_retrieval", "search_cells")}
     folders = ("model.", "finetuning.", "generation.", "embedding.encoders")
     both = {"models.fetch_encoder", "models.sources", "models.gene_dictionaries"}
     both |= {f"annotation.{name}" for name in ("pack_model", "fetch_model", "language_models")}
