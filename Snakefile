@@ -49,7 +49,7 @@ rule all:
         "<results>/evaluation/metrics.tsv",
         FEW_SHOT,
         "<results>/report.html",
-        ["<results>/evaluation/retrieval.tsv"] if RETRIEVAL["train"] else [],
+        ["<results>/evaluation/retrieval.tsv"] if config["retrieval"]["train"] else [],
 
 
 rule models:

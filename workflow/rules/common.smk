@@ -112,8 +112,11 @@ COMPARED += FEW_LABELS if config["few_labels"]["compare"] else []
 FEW_SHOT = (
     ["<results>/evaluation/few_shot.tsv"] if config["few_labels"]["compare"] else []
 )
-RETRIEVAL = config.get("retrieval", {"train": False, "dimensions": None})
-RETRIEVER = ["<results>/retrieval/retriever.safetensors"] if RETRIEVAL["train"] else []
+RETRIEVER = (
+    ["<results>/retrieval/retriever.safetensors"]
+    if config["retrieval"]["train"]
+    else []
+)
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 # The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [

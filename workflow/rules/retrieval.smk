@@ -53,7 +53,7 @@ rule fit_retriever:
         ),
         runtime=hours(1),
     params:
-        dimensions=RETRIEVAL["dimensions"],
+        dimensions=lookup("retrieval/dimensions", within=config),
         seed=lookup("seed", within=config),
         library=library_version("fit_retriever.py"),
     message:
