@@ -168,7 +168,8 @@ def test_the_head_is_kept_with_its_types(groups):
     _, (_, predicted, _) = predict(folder)
     with safe_open(folder / "head.safetensors", "pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        types, temperature = json.loads(file.metadata()["types"]), float(file.metadata()["temperature"])
+        about = json.loads(file.metadata()["about"])
+    types, temperature = about["types"], about["temperature"]
     assert types == sorted([B_CELL, NK_CELL, T_CELL, RARE]) and temperature == HEAD["temperature"]
     network = nn.Sequential(nn.Linear(4, contrast.HIDDEN), nn.GELU(), nn.Linear(contrast.HIDDEN, 8))
     weights = {name.removeprefix("network."): saved[name] for name in saved if name.startswith("network.")}

@@ -150,7 +150,8 @@ class ContrastHead:
         """Write a safetensors file, with the temperature and the ids of the types in its metadata."""
         tensors = {name: tensor.detach() for name, tensor in self.network.state_dict(prefix="network.").items()}
         tensors |= {name: getattr(self, name) for name in ("centroids", "mean", "scale")}
-        about = {"types": json.dumps(list(types)), "temperature": str(self.temperature)}
+        # a single key, because safetensors writes several in any order
+        about = {"about": json.dumps({"types": list(types), "temperature": self.temperature})}
         with whole_file(path) as unfinished:
             save_file(tensors, unfinished, metadata=about)
 
