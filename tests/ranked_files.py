@@ -6,6 +6,7 @@ import pandas as pd
 from cell2text.contracts import CELLS, GENES, TOKENS
 from cell2text.embedding.axes import Axes
 from cell2text.embedding.encoders.coexpression import Coexpression
+from cell2text.embedding.encoders.gene_text import GeneText
 from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, read_measured
 
 
@@ -43,6 +44,13 @@ def random_encoder(genes, dimensions, seed=0):
     vectors, _ = np.linalg.qr(random.normal(size=(genes, dimensions)))
     axes = vectors, random.random(genes), np.full(genes, 1 / genes), np.full(dimensions, 9), np.full(genes, 0.5)
     return Coexpression(Axes(*(part.astype(np.float32) for part in axes)), np.ones(dimensions, dtype=np.float32))
+
+
+def random_gene_text(genes, dimensions, seed=0):
+    """Return an encoder of texts with random vectors."""
+    random = np.random.default_rng(seed)
+    parts = random.random((genes, dimensions)), *random.random((2, genes)), *random.random((2, dimensions))
+    return GeneText(*(part.astype(np.float32) for part in parts))
 
 
 def write_genes(path, measured, median=1.0):

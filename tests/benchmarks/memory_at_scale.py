@@ -78,13 +78,14 @@ NOT_MEASURED = {
     "fetch_census_shard": "reads the Census",
     "fetch_encoder": "reads no cells, and the default encoder is not fetched",
     "refine_on_graph": "off by default; its memory is that of the probabilities, which the number of labels determines",
-    "fetch_resource": "reads no cells, and fetches a table of 6 MB only for studies of mice",
     "baseline_contrast": "off by default; its memory is that of pooled vectors and probabilities",
     "few_shot": "off by default; its memory is that of the pooled vectors",
     "collect_names": "off by default; its memory is that of the labels of all cells",
     "fit_retriever": "off by default; its memory is that of the pooled vectors of the training cells and their views",
     "score_retrieval": "off by default; it scores at most 5,000 cells",
     "search_cells": "off by default; its memory is that of the pooled vectors and of the table of cells",
+    "fetch_resource": "reads no cells, and fetches tables of 6 to 12 MB only for studies of mice and texts about genes",
+    "describe_genes": "reads no cells, and runs only for the encoder gene_text",
     "baseline_greedy": "off by default, and takes hours: it writes word by word",
 }
 # Targets of rules that are not run for all results, or that another rule comes between, as the calibration between the

@@ -21,7 +21,7 @@ from cell2text.model import bundle
 from cell2text.models.fetch_encoder import fetch_encoder
 from cell2text.models.fetch_language_model import fetch_language_model
 from default_settings import encoder_settings, finetune_settings, projector_settings
-from ranked_files import random_encoder, write_genes
+from ranked_files import random_encoder, random_gene_text, write_genes
 from small_disk import small_files
 from tiny_geneformer import V2, tiny_bert, write_checkpoint
 
@@ -65,6 +65,7 @@ def encoders(tmp_path_factory):
             None, None, encoder_settings(kind="geneformer"), 0, root, root / "models/geneformer"
         ),
         "pretrain": Pretrained(tiny_bert(V2).bert, Special(**V2), -1, []),
+        "gene_text": random_gene_text(7, 3),
     }
     for kind, encoder in made.items():
         with whole_folder(root / "results" / kind, "encoder.json") as folder:
@@ -165,7 +166,7 @@ def test_without_hashes_damage_is_reported_in_one_line_all_the_same(fetched, tmp
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
-@pytest.mark.parametrize("kind", ["coexpression", "pretrain"])
+@pytest.mark.parametrize("kind", ["coexpression", "pretrain", "gene_text"])
 def test_every_file_of_an_encoder_is_checked(encoders, tmp_path, kind, damage):
     folder = shutil.copytree(encoders / "results" / kind, tmp_path / kind)
     load_encoder(folder)
@@ -197,7 +198,7 @@ def test_damage_of_a_fetched_encoder_names_its_own_folder(encoders, tmp_path, mo
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", ["coexpression", "pretrain"])
+@pytest.mark.parametrize("kind", ["coexpression", "pretrain", "gene_text"])
 def test_an_encoder_that_is_not_finite_is_refused(encoders, tmp_path, kind, value):
     for name in sorted(load_file(weights_of(encoders / "results" / kind)[0])):
         folder = shutil.copytree(encoders / "results" / kind, tmp_path / name)
@@ -233,6 +234,23 @@ def test_axes_that_do_not_fit_together_are_refused(encoders, tmp_path, tensors):
     save_file(tensors, folder / "coexpression.safetensors")
     seal(folder, "encoder.json")
     expected = r"coexpression.safetensors: not axes with mean, profile, noise, variance and scale: found "
+    with pytest.raises(InputError, match=expected):
+        load_encoder(folder)
+
+
+TEXTS = {"vectors": torch.ones(7, 3)} | {name: torch.ones(7) for name in ("mean", "profile")}
+TEXTS |= {name: torch.ones(3) for name in ("shift", "scale")}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{}, TEXTS | {"mean": torch.ones(6)}, TEXTS | {"scale": torch.ones(2)}, TEXTS | {"vectors": torch.ones(21)}, AXES],
+)
+def test_vectors_of_texts_that_do_not_fit_together_are_refused(encoders, tmp_path, tensors):
+    folder = shutil.copytree(encoders / "results/gene_text", tmp_path / "encoder")
+    save_file(tensors, folder / "gene_text.safetensors")
+    seal(folder, "encoder.json")
+    expected = r"gene_text.safetensors: not vectors with mean, profile, shift and scale: found "
     with pytest.raises(InputError, match=expected):
         load_encoder(folder)
 

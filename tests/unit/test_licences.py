@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from cell2text.embedding.describe_genes import FETCHED
 from cell2text.models.fetch_resource import ORTHOLOGUES
 from cell2text.ontology import MOUSE, ONTOLOGIES
 
@@ -32,7 +33,7 @@ def without_version(source):
 
 def named_sources():
     schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())["properties"]
-    values = [schema["language_model"]["properties"]["source"]["default"], ORTHOLOGUES]
+    values = [schema["language_model"]["properties"]["source"]["default"], ORTHOLOGUES, *FETCHED.values()]
     values += [schema["pathways"]["properties"][key]["default"] for key in ("gene_sets", "descriptions")]
     for path in (ROOT / "config").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
@@ -60,7 +61,8 @@ def test_all_that_is_shipped_or_fetched_has_a_licence():
     assert {"EFO", "census://", "hf://ctheodoris/Geneformer", "config/labels/pbmc68k.tsv"} <= set(licences)
     assert set(licences) == named_sources() | shipped_files() | ontologies()
     assert all(
-        re.fullmatch(r"MIT|Apache-2\.0|CC-BY-[34]\.0|Llama 3\.2 Community License", x) for x in licences.values()
+        re.fullmatch(r"MIT|BSD-2-Clause|Apache-2\.0|CC-BY-[34]\.0|Llama 3\.2 Community License", x)
+        for x in licences.values()
     )
 
 

@@ -103,11 +103,16 @@ def test_a_projector_takes_the_settings_that_the_schema_gives_it(kind):
 
 @pytest.mark.parametrize(
     ("kind", "modules"),
-    [("coexpression", ["coexpression"]), ("geneformer", ["geneformer"]), ("pretrain", ["pretrain", "masked_genes"])],
+    [
+        ("coexpression", ["coexpression"]),
+        ("geneformer", ["geneformer"]),
+        ("pretrain", ["pretrain", "masked_genes"]),
+        ("gene_text", ["gene_text"]),
+    ],
 )
 def test_an_encoder_reads_the_settings_that_the_schema_gives_it(kind, modules):
     folder = ROOT / "workflow/scripts/cell2text/embedding/encoders"
     read = {key for name in modules for key in re.findall(r"settings\.(\w+)", (folder / f"{name}.py").read_text())}
     rules = SECTIONS["encoder"]["properties"]
     given = {key for key, rule in rules.items() if kind in rule.get("only_with", {}).get("kind", [])}
-    assert read == given - {"source"}  # the source is read by fetch_encoder
+    assert read == given - {"source", "texts"}  # which are read by fetch_encoder and describe_genes

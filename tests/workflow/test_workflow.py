@@ -499,6 +499,42 @@ def test_orthologues_are_fetched_for_a_study_of_mice_unless_the_table_is_local(f
     assert "fetch_dataset" in rules and "fetch_resource" not in rules
 
 
+def test_texts_about_genes_are_fetched_for_their_encoder_alone(fresh):
+    (fresh / "own.tsv").write_text("gene_id\ttext\nCD3D\tantigen\n")
+    assert not {"describe_genes", "fetch_resource"} & planned(fresh)[0]
+    settings(fresh, "kind: coexpression\n  dimensions: 8", "kind: gene_text")
+    assert {"describe_genes", "fetch_resource"} <= planned(fresh)[0]
+    settings(fresh, "kind: gene_text", "kind: gene_text\n  texts: [own.tsv]")
+    rules, _ = planned(fresh)
+    assert "describe_genes" in rules and "fetch_resource" not in rules
+
+
+@pytest.mark.slow
+def test_a_model_of_gene_texts_describes_cells_of_genes_that_it_never_saw(fresh):
+    random = np.random.default_rng(0)
+    new = [f"ENSG{100_000 + number:011d}" for number in range(400)]
+    rows = [
+        f"{gene}\t{' '.join(random.choice(['antigen', 'kinase', 'channel', 'histone', 'actin', 'ribosome'], 3))}\n"
+        for gene in [*scanpy.datasets.pbmc68k_reduced().var_names, *new]
+    ]
+    (fresh / "own.tsv").write_text("gene_id\ttext\n" + "".join(rows))
+    settings(fresh, "kind: coexpression\n  dimensions: 8", "kind: gene_text\n  texts: [own.tsv]")
+    settings(fresh, "kind: mlp", "kind: pooled")
+    code, output = snakemake(fresh, "--cores", "1", "--configfile", fresh / "tiny.yaml")
+    assert code == 0, output
+    assert planned(fresh)[0] == set()
+    counts = random.poisson(2.0, size=(30, 400)).astype(np.float32)
+    anndata.AnnData(counts, var=pd.DataFrame(index=new)).write_h5ad(fresh / "new.h5ad")
+    given = ["--config", "query=new.h5ad", "model=results/tiny/model"]
+    code, output = snakemake(fresh, "annotate", "--cores", "1", "--configfile", fresh / "tiny.yaml", *given)
+    assert code == 0, output
+    found = pd.read_csv(fresh / "annotated/new/cells.tsv.gz", sep="\t")
+    assert len(found) == 30 and found.filter(like="cell_type").notna().any(axis=1).all()
+    assert json.loads((fresh / "annotated/new/fit.json").read_text())["counts_in_model"] == 1
+    genes = pd.read_csv(fresh / "annotated/new/evidence.tsv", sep="\t")["gene"]
+    assert len(genes) and set(genes) <= set(new)
+
+
 def test_a_run_inherits_nothing_from_the_demo(fresh):
     (fresh / "mine.yaml").write_text("run: mine\ndatasets: config/datasets.tsv\n")
     assert "Splitting the corpus by donors" in planned(fresh, config="mine.yaml")[1]

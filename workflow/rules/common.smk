@@ -17,6 +17,7 @@ from cell2text.annotation.find_queries import find_queries, read_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
+from cell2text.embedding import describe_genes
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import (
     BASELINES,
@@ -64,7 +65,24 @@ try:
             source, "<resources>/models", fetch_resource.ORTHOLOGUES_KEY
         )
         if not is_local(source):
-            RESOURCES[ORTHOLOGUES.removeprefix("<resources>/models/")] = source
+            RESOURCES[ORTHOLOGUES.removeprefix("<resources>/models/")] = (
+                source,
+                fetch_resource.ORTHOLOGUES_KEY,
+            )
+    # The files of texts about genes, for the encoder that reads them.
+    TEXT_FILES = []
+    if config["encoder"]["kind"] == "gene_text":
+        for name in describe_genes.sources_to_read(config["encoder"]["texts"]):
+            source = describe_genes.FETCHED.get(name, name)
+            file = fetch_resource.locate_resource(
+                source, "<resources>/models", describe_genes.KEY
+            )
+            TEXT_FILES.append(file)
+            if name in describe_genes.FETCHED:
+                RESOURCES[file.removeprefix("<resources>/models/")] = (
+                    source,
+                    describe_genes.KEY,
+                )
 except InputError as error:
     raise WorkflowError(str(error)) from None
 
@@ -118,6 +136,8 @@ RETRIEVER = (
     else []
 )
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
+# Texts about genes, or nothing if the encoder reads none.
+GENE_TEXTS = ["<results>/gene_texts.parquet"] if TEXT_FILES else []
 # The folder of the fetched encoder, or nothing if the encoder is fitted.
 FETCHED_ENCODER = [
     "<resources>/models/{}".format(Path(config["encoder"]["source"]).name)
@@ -155,12 +175,10 @@ TOKENS_ON_THE_FLY = (
 GENES_ON_THE_FLY = ["<results>/genes.parquet"] if TOKENS_ON_THE_FLY else []
 # Whether the encoder is a neural network; fitting and embedding by coexpression is numpy's work.
 ENCODER_GPU = int(config["encoder"]["kind"] in ("geneformer", "pretrain"))
-# Dimensions of a gene vector: at most the config's, or those of the largest Geneformer. Those of a pooled vector: the
-# coexpression encoder's holds two places of its cell. Values in a cell's gene vectors.
-DIMENSIONS = (
-    config["encoder"]["dimensions"]
-    if config["encoder"]["kind"] == "coexpression"
-    else 1152
+# Dimensions of a gene vector: at most the config's, those of gene texts, or those of the largest Geneformer. Those of a
+# pooled vector: the coexpression encoder's holds two places of its cell. Values in a cell's gene vectors.
+DIMENSIONS = {"coexpression": config["encoder"]["dimensions"], "gene_text": 128}.get(
+    config["encoder"]["kind"], 1152
 )
 POOLED = DIMENSIONS * (2 if config["encoder"]["kind"] == "coexpression" else 1)
 GENE_VECTORS = (
@@ -322,4 +340,6 @@ def benchmarks_of_this_run(wildcards):
     }
     names = [one.name for one in workflow.rules if one.benchmark]
     names.remove("render_report")  # its own cost is known only afterwards
+    if not GENE_TEXTS:
+        names.remove("describe_genes")
     return {name: expand(getattr(rules, name).benchmark, **values) for name in names}

@@ -1,7 +1,7 @@
 """
 From counts to vectors: ranked genes of each cell, and one vector per gene.
 
-Inputs: <results>/cells/, <results>/corpus/cells.parquet.
+Inputs: <results>/cells/, <results>/corpus/cells.parquet; for the encoder gene_text also files of texts about genes.
 Outputs: <results>/genes.parquet, <results>/tokens/, <results>/encoder/, <results>/embeddings/.
 """
 
@@ -56,6 +56,31 @@ rule rank_genes:
         "../scripts/rank_genes.py"
 
 
+rule describe_genes:
+    input:
+        genes="<results>/genes.parquet",
+        files=TEXT_FILES,
+    output:
+        texts="<results>/gene_texts.parquet",
+    log:
+        "<logs>/describe_genes.log",
+    benchmark:
+        "<benchmarks>/describe_genes.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=hours(1),
+    params:
+        texts=lookup("encoder/texts", within=config),
+        library=library_version("describe_genes.py"),
+    message:
+        "Joining texts about genes"
+    script:
+        "../scripts/describe_genes.py"
+
+
 rule fit_encoder:
     input:
         corpus="<results>/corpus/cells.parquet",
@@ -63,7 +88,7 @@ rule fit_encoder:
         tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
         pathways="<results>/corpus/pathways.json",
         gene_sets=config["pathways"]["gene_sets"],
-        fetched=FETCHED_ENCODER,
+        fetched=FETCHED_ENCODER + GENE_TEXTS,
     output:
         encoder=directory("<results>/encoder"),
     log:

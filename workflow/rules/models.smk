@@ -92,8 +92,8 @@ rule fetch_resource:
         mem_mb=2000,
         runtime=hours(1),
     params:
-        source=lambda wildcards: RESOURCES[wildcards.resource],
-        where=fetch_resource.ORTHOLOGUES_KEY,
+        source=lambda wildcards: RESOURCES[wildcards.resource][0],
+        where=lambda wildcards: RESOURCES[wildcards.resource][1],
         library=library_version("fetch_resource.py"),
     message:
         "Fetching {wildcards.resource}"

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
+from cell2text.embedding.describe_genes import FETCHED
 from cell2text.errors import InputError
 from cell2text.tables import read_table
 
@@ -53,6 +54,13 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     check_name(filled["language_model"]["name"], f"{where}: language_model.name")
     if filled["encoder"]["kind"] == "geneformer":  # the last part of its source names the folder of the fetched model
         check_name(filled["encoder"]["source"].rstrip("/").rpartition("/")[2], f"{where}: encoder.source")
+    for source in filled["encoder"]["texts"]:
+        if source not in FETCHED and not source.endswith((".tsv", ".gmt")):
+            raise InputError(
+                f"{where}: encoder.texts",
+                f"unknown source {source}",
+                f"Write {', '.join(FETCHED)}, or the path of a table (.tsv) or of gene sets (.gmt)",
+            )
     if abs(sum(filled["split_shares"].values()) - 1) > 1e-9:
         raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
     _refuse_unused(filled, schema, where)
@@ -119,6 +127,9 @@ def check_files(config: dict[str, Any], where: str | Path) -> None:
         If one does not exist.
     """
     values = dict(_flatten(config))
+    for source in config["encoder"]["texts"]:
+        if source not in FETCHED:
+            check_file(source, f"{where}: encoder.texts")
     for key in FILES:
         value = values.get(key)
         if value and "://" not in value and (key != "split" or value.endswith(".tsv")):

@@ -49,6 +49,7 @@ class EncoderSettings:
     cache: bool
     dimensions: int
     source: str | None
+    texts: list[str]
     layer: int
     size: str
     epochs: int

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cell2text.annotation.pack_model import read_model
 from cell2text.cells.h5ad import all_cells, read_blocks, read_genes
-from cell2text.contracts import GENES
+from cell2text.contracts import GENES, UNSEEN
 from cell2text.embedding.measure_genes import write_genes
 from cell2text.embedding.rank_genes import rank_genes
 from cell2text.errors import InputError
@@ -48,7 +48,7 @@ def rank_query(counts: str, model: str, source: str, genes: str, tokens: str, fi
         If the model is damaged, or less than 10% of the counts are in its genes.
     """
     about = read_model(model)
-    matched = match_genes(GENES.read(Path(model) / "genes.parquet"), read_genes(counts), Path(tokens).stem)
+    matched = match_genes(read_known_genes(model), read_genes(counts), Path(tokens).stem)
     found = _measure_fit(counts, matched, about)
     if not read_json(Path(model) / "confidence.json").get("new_studies"):
         found["warnings"].append(
@@ -65,6 +65,13 @@ def rank_query(counts: str, model: str, source: str, genes: str, tokens: str, fi
     write_genes(matched, genes)
     rank_genes(None, counts, genes, tokens, threads)
     write_json(found, fit)
+
+
+def read_known_genes(model: str | Path) -> pd.DataFrame:
+    """Return the genes of a packed model: those of its training cells, and others that its encoder can read."""
+    folder = Path(model)
+    others = [path for path in [folder / "encoder" / UNSEEN] if path.exists()]
+    return pd.concat([GENES.read(path) for path in [folder / "genes.parquet", *others]], ignore_index=True)
 
 
 def match_genes(known: pd.DataFrame, measured: pd.DataFrame, dataset: str) -> pd.DataFrame:

@@ -94,6 +94,13 @@ GENES = TableContract(
     },
     key="gene_id",
 )
+# Genes in the folder of an encoder that it can read although no training study measures them.
+UNSEEN = "unseen_genes.parquet"
+GENE_TEXTS = TableContract(
+    "texts about genes",
+    {**GENES.columns, "text": TEXT, "sources": TEXTS},
+    key="gene_id",
+)
 TOKENS = TableContract(
     "ranked genes",
     {

@@ -40,7 +40,7 @@ def fit_encoder(
     seed
         Seed of the fit.
     fetched
-        Directory of the fetched encoder, if the encoder is a pretrained checkpoint.
+        Directory of the fetched encoder if it is a pretrained checkpoint, or file of ``contracts.GENE_TEXTS``.
     pathways, gene_sets
         The gene programmes that descriptions name, and a GMT file that has their genes; None for no programmes.
     """

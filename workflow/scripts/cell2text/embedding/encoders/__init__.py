@@ -46,7 +46,7 @@ class Encoder(Protocol):
         checkpoints
             Folder for checkpoints from which a killed run resumes; it need not exist.
         fetched
-            Directory of the fetched encoder, if there is one.
+            Directory of the fetched encoder, or file of ``contracts.GENE_TEXTS``, if there is one.
         programmes
             The genes of each gene programme that descriptions name, bool (genes, programmes).
         """
@@ -82,6 +82,7 @@ ENCODERS = {
     "coexpression": "coexpression.Coexpression",
     "geneformer": "geneformer.Geneformer",
     "pretrain": "pretrain.Pretrained",
+    "gene_text": "gene_text.GeneText",
 }
 
 

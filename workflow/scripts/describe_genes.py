@@ -1,0 +1,15 @@
+"""Write texts about the genes of the run, and about those that no study measures."""
+
+from cell2text.embedding.describe_genes import describe_genes, sources_to_read
+from cell2text.job import run_job
+
+
+def main(snakemake):
+    """Run the rule."""
+    texts = snakemake.params.texts
+    files = dict(zip(sources_to_read(texts), snakemake.input.files, strict=True))
+    describe_genes(snakemake.input.genes, files, texts, snakemake.output.texts)
+
+
+if __name__ == "__main__":
+    run_job(main, snakemake)  # noqa: F821
