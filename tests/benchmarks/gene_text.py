@@ -10,14 +10,16 @@
 Each folder is that of a run with ranked genes and the embeddings of the default encoder. Genes are halved at random:
 training cells show one half alone and test cells the other. Cell types are predicted by the five nearest neighbours
 and by logistic regression on pooled vectors, "by itself" with test cells standardised by their own mean and spread, and
-"as in annotate" with those of the training cells. On shared genes, the default encoder stands beside it. Intervals come
-from resampling the test cells of each run.
+"as in annotate" with those of the training cells. "Within studies", a test cell has the types of its own study to
+choose from and each study is standardised by itself, so that recognising the study by its gene panel is no help. On
+shared genes, the default encoder stands beside it. Intervals come from resampling the test cells of each run.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -26,6 +28,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -40,7 +43,7 @@ from cell2text.files import whole_file  # noqa: E402
 from mouse_names import fetch_table  # noqa: E402
 
 METHODS = {"kNN": lambda: KNeighborsClassifier(5), "logistic": lambda: LogisticRegression(max_iter=2000)}
-RESAMPLES = 1000
+RESAMPLES, FEWEST_CELLS = 1000, 5
 COLOURS = {
     "own text": "#0072B2",
     "permuted texts": "#D55E00",
@@ -160,6 +163,20 @@ def standardise(values: np.ndarray) -> np.ndarray:
     return (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1)
 
 
+def predict_within_studies(run: Run, train: np.ndarray, test: np.ndarray, make: Callable) -> np.ndarray:
+    """Return cell types predicted from the training cells of the same study, each study standardised by itself."""
+    studies = [np.repeat(np.arange(len(part)), [len(cells) for cells in part]) for part in (run.train, run.test)]
+    predicted = np.empty(len(test), dtype=object)
+    for number in np.unique(studies[1]):
+        own, new = (study == number for study in studies)
+        types = run.types[0][own]
+        if len(set(types)) > 1 and len(types) >= FEWEST_CELLS:
+            predicted[new] = make().fit(standardise(train[own]), types).predict(standardise(test[new]))
+        else:
+            predicted[new] = pd.Series(types).mode()[0]
+    return predicted
+
+
 def measure(run: Run, folder: Path, seed: int) -> list[tuple[str, str, str, np.ndarray]]:
     """Return genes, vectors, method and which test cells are right, bool (cells,)."""
     rows = []
@@ -180,10 +197,16 @@ def measure(run: Run, folder: Path, seed: int) -> list[tuple[str, str, str, np.n
         print(f"{name}: fitted and embedded in {time.process_time() - start:.0f} s", file=sys.stderr)
         score("disjoint, by itself", name, standardise(train), standardise(test))
         score("disjoint, as in annotate", name, train, test)
+        for method, make in METHODS.items():
+            right = predict_within_studies(run, train, test, make) == run.types[1]
+            rows.append(("disjoint, within studies", name, method, right))
         score("shared", name, *embed(run, table, folder, seed, False, random))
     score("shared", "default encoder", *run.default)
     common = pd.Series(run.types[0]).mode()[0]
     rows.append(("any", "most frequent type", "", run.types[1] == common))
+    nothing = [np.zeros((len(types), 1)) for types in run.types]
+    right = predict_within_studies(run, *nothing, lambda: DummyClassifier(strategy="most_frequent")) == run.types[1]
+    rows.append(("any", "most frequent type of the study", "", right))
     return rows
 
 

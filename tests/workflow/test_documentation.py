@@ -50,6 +50,8 @@ NOT_TRIED = {
     "python tests/benchmarks/describe_cells.py results/pbmc68k --cells 500": BENCHMARK,
     "python tests/benchmarks/few_shot.py results/studies-{42,43,44} --plot docs/few_labels.svg": BENCHMARK,
     "python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere": BENCHMARK,
+    "python tests/benchmarks/gene_text.py results/studies-{42,43,44} "
+    "--gene-sets ../shared/data/gene_sets/ReactomePathways.gmt --plot docs/gene_text.svg": BENCHMARK,
     "python tests/benchmarks/mouse.py ../shared/data/studies": BENCHMARK,
     "python tests/benchmarks/new_study.py --work somewhere --test-cells 250 --plot docs/new_study.svg": BENCHMARK,
     "python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} --plot docs/neighbours.svg": BENCHMARK,
