@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from cell2text import contracts
-from cell2text.annotation.pack_model import FORMAT
+from cell2text.annotation.pack_model import FORMAT, RETRIEVER
 from cell2text.contracts import TableContract, TensorContract
 from cell2text.files import seal, write_json
 from project_files import ROOT, load
@@ -36,6 +36,8 @@ NOT_TRIED = {
     "head -n 1 results/pbmc68k/generations/test/0.jsonl": DEMO,
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my": ANNOTATE,
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my --species mouse": ANNOTATE,
+    "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my "
+    '--search "T cells in lung; NK cell"': ANNOTATE,
     'python -c "import cell2text, scanpy; '
     "print(cell2text.annotate(scanpy.read_h5ad('my.h5ad'), 'results/pbmc68k/model').obs)\"": ANNOTATE,
     'squeue --me --format "%.10i %.9P %.60k %.10T %.10M %.20R"': CLUSTER,
@@ -54,6 +56,7 @@ NOT_TRIED = {
     "--gene-sets ../shared/data/gene_sets/ReactomePathways.gmt --plot docs/gene_text.svg": BENCHMARK,
     "python tests/benchmarks/mouse.py ../shared/data/studies": BENCHMARK,
     "python tests/benchmarks/new_study.py --work somewhere --test-cells 250 --plot docs/new_study.svg": BENCHMARK,
+    "python tests/benchmarks/search.py results/studies-{42,43,44} --work somewhere --plot docs/search.svg": BENCHMARK,
     "python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} --plot docs/neighbours.svg": BENCHMARK,
 }
 
@@ -112,6 +115,7 @@ def checkout(tmp_path):
         model = tmp_path / "results" / run / "model"
         model.mkdir(parents=True)
         write_json(facts, model / "cell2text.json")
+        (model / RETRIEVER).touch()
         seal(model, "cell2text.json")
     (tmp_path / "data").mkdir()
     for name in ("my.h5ad", "my-blood.h5ad", "data/my-study.h5ad"):

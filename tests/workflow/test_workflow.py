@@ -212,6 +212,15 @@ def test_methods_for_few_labels_are_compared_only_on_request(finished, tmp_path)
     assert rules == {"all", *added, "evaluate", "compare", "render_report", "pack_model"}
 
 
+def test_a_retriever_is_trained_only_on_request(finished, tmp_path):
+    assert not (finished / "results/tiny/retrieval").exists()
+    changed = tmp_path / "changed.yaml"
+    changed.write_text((finished / "tiny.yaml").read_text() + "retrieval:\n  train: true\n")
+    rules, _ = planned(finished, config=changed)
+    fitted = {"collect_names", "fit_retriever", "score_retrieval"}
+    assert rules == {"all", "evaluate", "compare", "render_report", "pack_model"} | fitted
+
+
 def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
     def edit(name, old, new):
         path = fresh / name
@@ -265,6 +274,11 @@ def with_geneformer(finished, tmp_path_factory):
     settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
     methods = "  greedy: true\ngraph:\n  refine: true\nfew_labels:\n  compare: true\n  shots: [2]\n  steps: 20"
     settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}")
+
+
+    settings(
+        folder, "bootstrap: 50", "bootstrap: 50\n  greedy: true\ngraph:\n  refine: true\nretrieval:\n  train: true"
+    )
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
     shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards
     return folder
@@ -284,6 +298,9 @@ def test_a_run_with_geneformer_and_without_cached_vectors_and_with_methods_on_re
     rows = [json.loads(line) for path in sorted(results.glob("generations/test/*.jsonl")) for line in path.open()]
     cells = pd.read_parquet(results / "corpus/cells.parquet")
     assert sorted(row["cell_id"] for row in rows) == sorted(cells.loc[cells["split"] == "test", "cell_id"])
+    retrieval = pd.read_csv(results / "evaluation/retrieval.tsv", sep="\t")
+    assert set(retrieval["method"]) == {"retriever", "aligned", "tfidf", "shuffled"}
+    assert retrieval["value"].between(0, 1).all() and (results / "model/retriever.safetensors").exists()
     jobs = re.search(r"<th[^>]*>embed_genes</th><td>(\d+)</td>", (results / "report.html").read_text())
     assert jobs[1] == "2"
     assert {"greedy", *ON_GRAPH, *FEW_LABELS} < set(pd.read_csv(results / "evaluation/metrics.tsv", sep="\t")["method"])
@@ -383,6 +400,25 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, 
     (work / "packed/projector.safetensors").write_bytes(b"others")
     code, output = snakemake(work, *arguments)
     assert code != 0 and "projector.safetensors: has changed" in output and "Traceback" not in output
+
+
+def test_a_search_is_refused_before_anything_runs_and_plans_what_annotate_does(to_annotate, with_geneformer, tmp_path):
+    work, _, _ = to_annotate
+    named = (f"input={tmp_path / 'mine.h5ad'}", f"model={with_geneformer / 'results/tiny/model'}")
+
+    def search(*values):
+        command = ("search", "--configfile", work / "mine.yaml", "--cores", "1", "--dry-run", "--config")
+        return snakemake(work, *command, *values)
+
+    for values, line in (
+        (("query=", *named), "query: is empty. Write what to search for"),
+        (("query=B cell", f"model={work / 'packed'}", named[0]), "this model cannot search. Train it with `retrieval:"),
+        ((f"query={tmp_path / 'mine.h5ad'}", named[1]), "config: input: is missing. Add input=my.h5ad"),
+    ):
+        code, output = search(*values)
+        assert code != 0 and output.count(line) == 1 and "Traceback (most" not in output, output
+    code, output = search("query={B} cells $(touch planted); `touch planted`", *named)
+    assert code == 0 and "search_cells" in output and not list(work.rglob("planted")), output
 
 
 @pytest.mark.slow
