@@ -275,7 +275,6 @@ def with_geneformer(finished, tmp_path_factory):
     methods = "  greedy: true\ngraph:\n  refine: true\nfew_labels:\n  compare: true\n  shots: [2]\n  steps: 20"
     settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}")
 
-
     settings(
         folder, "bootstrap: 50", "bootstrap: 50\n  greedy: true\ngraph:\n  refine: true\nretrieval:\n  train: true"
     )
