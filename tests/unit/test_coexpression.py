@@ -200,7 +200,7 @@ def test_means_of_programmes_by_hand():
     np.testing.assert_allclose(means.place(cells, cells.expression, mean), [[0.25, 5, 100], [3.5, 0, 0]])
 
 
-def test_means_of_programmes_vary_twice_as_much_as_the_axes_and_survive_saving(tmp_path):
+def test_means_of_programmes_vary_as_much_as_the_axes_and_survive_saving(tmp_path):
     train, validation = write_cells(tmp_path, simulate(60, 30, 4))
     members = np.zeros((30, 3), dtype=bool, order="F")  # as a sparse matrix of columns returns it
     members[:5, 0] = members[5:7, 1] = True  # the third has no gene
@@ -209,7 +209,7 @@ def test_means_of_programmes_vary_twice_as_much_as_the_axes_and_survive_saving(t
     pooled = encoder.embed(cells, 1)["pooled"]
     means = pooled[:, 2 * encoder.dimensions :]
     assert pooled.shape[1] == encoder.pooled_dimensions and means.shape[1] == 3
-    expected = 2 * np.sqrt(np.mean(encoder.axes.variance / encoder.scale**2))
+    expected = np.sqrt(np.mean(encoder.axes.variance / encoder.scale**2))
     assert means.std(axis=0) == pytest.approx([expected, expected, 0], rel=1e-3)
     # the mean expression of the genes itself, up to its place and scale
     table = cells.matrix(encoder.axes.expression(cells)).toarray()

@@ -36,9 +36,6 @@ log = logging.getLogger("cell2text.encoders")
 
 MIN_DIMENSIONS = 8  # after truncation
 SELECTION_CELLS = 10_000  # maximum per split for choosing the number of axes
-# Standard deviation of the programmes' means over that of an axis on average. A projector divides all by one spread:
-# with 1 it names programmes less well, with 3 cell types (docs/finetuning.md).
-PROGRAMME_SPREAD = 2.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,8 @@ class Coexpression:
         scale = np.sqrt(axes.variance[:dimensions]) if whitened else np.ones(dimensions)
         parts = asdict(axes.first(dimensions))
         kept = Axes(**{name: np.ascontiguousarray(values, dtype=np.float32) for name, values in parts.items()})
-        spread = PROGRAMME_SPREAD * float(np.sqrt(np.mean(kept.variance / scale**2)))
+        # as far apart as the axes are on average: a projector divides all by one spread (docs/finetuning.md)
+        spread = float(np.sqrt(np.mean(kept.variance / scale**2)))
         means = None if programmes is None else ProgrammeMeans.fit(programmes, train, kept, spread)
         return cls(kept, scale.astype(np.float32), candidates, means)
 
