@@ -66,7 +66,7 @@ def commands():
     found = {}
     for page in PAGES:
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), FLAGS):
-            for line in block.replace("\\\n", " ").splitlines():
+            for line in re.sub(r" *\\\n *", " ", block).splitlines():
                 command = re.sub(r"\s+#.*", "", line).strip().removeprefix(".venv/bin/")
                 if command and not command.startswith("#"):
                     found[command] = page.name
@@ -246,7 +246,7 @@ def test_tables_of_columns_are_those_of_the_contracts(monkeypatch):
         assert not re.search(r"^\|.*\|\s*\|$", text, re.MULTILINE), f"docs/stages/{name}: a column has no meaning"
     shown = {name for text in texts.values() for name in re.findall(r"<!-- columns of (\w+) -->", text)}
     kinds = (TableContract, TensorContract)
-    declared = {name for name, one in vars(contracts).items() if isinstance(one, kinds)} | {"METRICS", "FEW_SHOT"}
+    declared = {name for name, one in vars(contracts).items() if isinstance(one, kinds)} | {"METRICS", "FEW_SHOT", "RETRIEVAL"}
     assert shown == declared - {"SAMPLED_CELLS"}  # CELLS without the split
 
     monkeypatch.setitem(contracts.QC.columns, "new", pa.list_(pa.int32()))

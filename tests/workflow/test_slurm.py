@@ -237,7 +237,8 @@ def test_the_profile_leaves_the_keys_of_the_site_to_the_user():
 
 
 def test_the_documented_profile_names_every_rule_with_a_gpu():
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/cluster.md").read_text()
+    (block,) = re.findall(r"```yaml\n(# ~/.config/snakemake/site/profile.yaml\n.*?)```", page, re.DOTALL)
     named = yaml.safe_load(block)["set-resources"]
     assert set(named) == {name for name, text in bodies_of_rules().items() if re.search(r"\bgpu=", text)}
     assert all(resources == {"slurm_partition": "gpu"} for resources in named.values())
