@@ -246,7 +246,11 @@ def test_tables_of_columns_are_those_of_the_contracts(monkeypatch):
         assert not re.search(r"^\|.*\|\s*\|$", text, re.MULTILINE), f"docs/stages/{name}: a column has no meaning"
     shown = {name for text in texts.values() for name in re.findall(r"<!-- columns of (\w+) -->", text)}
     kinds = (TableContract, TensorContract)
-    declared = {name for name, one in vars(contracts).items() if isinstance(one, kinds)} | {"METRICS", "FEW_SHOT", "RETRIEVAL"}
+    declared = {name for name, one in vars(contracts).items() if isinstance(one, kinds)} | {
+        "METRICS",
+        "FEW_SHOT",
+        "RETRIEVAL",
+    }
     assert shown == declared - {"SAMPLED_CELLS"}  # CELLS without the split
 
     monkeypatch.setitem(contracts.QC.columns, "new", pa.list_(pa.int32()))

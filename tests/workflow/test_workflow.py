@@ -273,11 +273,7 @@ def with_geneformer(finished, tmp_path_factory):
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
     settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
     methods = "  greedy: true\ngraph:\n  refine: true\nfew_labels:\n  compare: true\n  shots: [2]\n  steps: 20"
-    settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}")
-
-    settings(
-        folder, "bootstrap: 50", "bootstrap: 50\n  greedy: true\ngraph:\n  refine: true\nretrieval:\n  train: true"
-    )
+    settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}\nretrieval:\n  train: true")
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
     shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards
     return folder
