@@ -35,11 +35,12 @@ from sklearn.neighbors import KNeighborsClassifier
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "workflow/scripts"), str(ROOT / "tests")]
 from cell2text.contracts import CELLS, GENE_TEXTS, GENES, TOKENS  # noqa: E402
-from cell2text.embedding.describe_genes import FETCHED, describe_genes  # noqa: E402
+from cell2text.embedding.describe_genes import describe_genes  # noqa: E402
 from cell2text.embedding.encoders import gene_text  # noqa: E402
 from cell2text.embedding.ranked_cells import SCALE, RankedCells, read_measured  # noqa: E402
 from cell2text.evaluation.baselines.slots import read_pooled  # noqa: E402
 from cell2text.files import whole_file  # noqa: E402
+from cell2text.models.fetch_resource import TEXT_SOURCES  # noqa: E402
 from mouse_names import fetch_table  # noqa: E402
 
 METHODS = {"kNN": lambda: KNeighborsClassifier(5), "logistic": lambda: LogisticRegression(max_iter=2000)}
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--gene-sets", type=Path, required=True, help="GMT file of Reactome's pathways")
     parser.add_argument("--plot", type=Path, help="SVG file to write")
     given = parser.parse_args()
-    files = {name: fetch_table(source, ROOT) for name, source in FETCHED.items()} | {"r.gmt": given.gene_sets}
+    files = {name: fetch_table(source, ROOT) for name, source in TEXT_SOURCES.items()} | {"r.gmt": given.gene_sets}
     sources = {
         "names": ["names"],
         "names, designations": ["names", "designations"],

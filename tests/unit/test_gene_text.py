@@ -10,11 +10,12 @@ import pytest
 from cell2text.annotation.rank_query import match_genes, read_known_genes
 from cell2text.config import check_config, check_files
 from cell2text.contracts import GENE_TEXTS, GENES
-from cell2text.embedding.describe_genes import describe_genes, sources_to_read
+from cell2text.embedding.describe_genes import describe_genes
 from cell2text.embedding.encoders import load_encoder
 from cell2text.embedding.encoders.gene_text import GeneText, embed_texts
 from cell2text.errors import InputError
 from cell2text.files import whole_folder
+from cell2text.models.fetch_resource import TEXT_SOURCES, sources_to_read
 from default_settings import SCHEMA, encoder_settings
 from ranked_files import ranked_cells, write_studies
 
@@ -281,6 +282,5 @@ def test_a_cell_of_a_panel_does_not_depend_on_the_other_cells(tmp_path):
 
 
 def test_no_source_is_named_that_is_not_fetched_by_its_hash():
-    from cell2text.embedding.describe_genes import FETCHED
-
-    assert all(re.fullmatch(r"pypi://\w+==[\d.]+/[\w./]+#sha256=[0-9a-f]{64}", source) for source in FETCHED.values())
+    named = r"pypi://\w+==[\d.]+/[\w./]+#sha256=[0-9a-f]{64}"
+    assert all(re.fullmatch(named, source) for source in TEXT_SOURCES.values())

@@ -8,8 +8,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from cell2text.embedding.describe_genes import FETCHED
-from cell2text.models.fetch_resource import ORTHOLOGUES
+from cell2text.models.fetch_resource import ORTHOLOGUES, TEXT_SOURCES
 from cell2text.ontology import MOUSE, ONTOLOGIES
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +32,7 @@ def without_version(source):
 
 def named_sources():
     schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())["properties"]
-    values = [schema["language_model"]["properties"]["source"]["default"], ORTHOLOGUES, *FETCHED.values()]
+    values = [schema["language_model"]["properties"]["source"]["default"], ORTHOLOGUES, *TEXT_SOURCES.values()]
     values += [schema["pathways"]["properties"][key]["default"] for key in ("gene_sets", "descriptions")]
     for path in (ROOT / "config").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())

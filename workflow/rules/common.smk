@@ -17,7 +17,6 @@ from cell2text.annotation.find_queries import find_queries, read_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
-from cell2text.embedding import describe_genes
 from cell2text.errors import InputError
 from cell2text.evaluation.methods import (
     BASELINES,
@@ -34,6 +33,18 @@ from cell2text.models.sources import check_target, fingerprint, is_local
 from cell2text.provenance import hash_config, library_version
 
 os.environ.setdefault(INVOCATION, uuid4().hex)
+
+# Source and config key of the tables that `fetch_resource` brings, by their path below the folder of models.
+RESOURCES = {}
+
+
+def resource(source, where):
+    """Return the path of a table, which is fetched unless it is local."""
+    path = fetch_resource.locate_resource(source, "<resources>/models", where)
+    if not is_local(source):
+        RESOURCES[path.removeprefix("<resources>/models/")] = (source, where)
+    return path
+
 
 try:
     CONFIG_FILE = workflow.configfiles[-1]
@@ -56,33 +67,21 @@ try:
     SHEET = read_datasets(config["datasets"], WORKFLOW / "schemas/datasets.schema.yaml")
     PIECES = cut_census(SHEET, config["shards"])
     # The table of orthologues: an input of all studies if one of them is of mice, or if the config names it.
-    ORTHOLOGUES, RESOURCES = [], {}
+    ORTHOLOGUES = []
     if "orthologues" in config["genes"] or any(
         row.get("species") == "mouse" for row in [*SHEET.values(), *QUERIES.values()]
     ):
         source = config["genes"].get("orthologues", fetch_resource.ORTHOLOGUES)
-        ORTHOLOGUES = fetch_resource.locate_resource(
-            source, "<resources>/models", fetch_resource.ORTHOLOGUES_KEY
-        )
-        if not is_local(source):
-            RESOURCES[ORTHOLOGUES.removeprefix("<resources>/models/")] = (
-                source,
-                fetch_resource.ORTHOLOGUES_KEY,
-            )
+        ORTHOLOGUES = resource(source, fetch_resource.ORTHOLOGUES_KEY)
     # The files of texts about genes, for the encoder that reads them.
     TEXT_FILES = []
     if config["encoder"]["kind"] == "gene_text":
-        for name in describe_genes.sources_to_read(config["encoder"]["texts"]):
-            source = describe_genes.FETCHED.get(name, name)
-            file = fetch_resource.locate_resource(
-                source, "<resources>/models", describe_genes.KEY
+        TEXT_FILES = [
+            resource(
+                fetch_resource.TEXT_SOURCES.get(name, name), fetch_resource.TEXTS_KEY
             )
-            TEXT_FILES.append(file)
-            if name in describe_genes.FETCHED:
-                RESOURCES[file.removeprefix("<resources>/models/")] = (
-                    source,
-                    describe_genes.KEY,
-                )
+            for name in fetch_resource.sources_to_read(config["encoder"]["texts"])
+        ]
 except InputError as error:
     raise WorkflowError(str(error)) from None
 

@@ -1,7 +1,8 @@
 """Write texts about the genes of the run, and about those that no study measures."""
 
-from cell2text.embedding.describe_genes import describe_genes, sources_to_read
+from cell2text.embedding.describe_genes import describe_genes
 from cell2text.job import run_job
+from cell2text.models.fetch_resource import sources_to_read
 
 
 def main(snakemake):

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from cell2text.embedding.describe_genes import FETCHED
 from cell2text.errors import InputError
+from cell2text.models.fetch_resource import TEXT_SOURCES
 from cell2text.tables import read_table
 
 CENSUS = "census://"  # prefix of sources in CELLxGENE Census
@@ -55,11 +55,11 @@ def check_config(config: dict[str, Any], schema_file: Path, where: str | Path) -
     if filled["encoder"]["kind"] == "geneformer":  # the last part of its source names the folder of the fetched model
         check_name(filled["encoder"]["source"].rstrip("/").rpartition("/")[2], f"{where}: encoder.source")
     for source in filled["encoder"]["texts"]:
-        if source not in FETCHED and not source.endswith((".tsv", ".gmt")):
+        if source not in TEXT_SOURCES and not source.endswith((".tsv", ".gmt")):
             raise InputError(
                 f"{where}: encoder.texts",
                 f"unknown source {source}",
-                f"Write {', '.join(FETCHED)}, or the path of a table (.tsv) or of gene sets (.gmt)",
+                f"Write {', '.join(TEXT_SOURCES)}, or the path of a table (.tsv) or of gene sets (.gmt)",
             )
     if abs(sum(filled["split_shares"].values()) - 1) > 1e-9:
         raise InputError(f"{where}: split_shares", "the three shares do not sum to 1", "Make them sum to 1")
@@ -81,8 +81,6 @@ def _refuse_secrets(values: dict[str, Any], where: str | Path) -> None:
 def _refuse_unused(config: dict[str, Any], schema: dict[str, Any], where: str | Path) -> None:
     """Raise an error if a key that other settings make ineffective (``only_with`` in the schema) was changed."""
     for section, entry in schema["properties"].items():
-        if section not in config:  # it has no defaults
-            continue
         for key, rule in entry.get("properties", {}).items():
             for other, values in rule.get("only_with", {}).items():
                 found, value = config[section][key], config[section][other]
@@ -128,7 +126,7 @@ def check_files(config: dict[str, Any], where: str | Path) -> None:
     """
     values = dict(_flatten(config))
     for source in config["encoder"]["texts"]:
-        if source not in FETCHED:
+        if source not in TEXT_SOURCES:
             check_file(source, f"{where}: encoder.texts")
     for key in FILES:
         value = values.get(key)

@@ -153,9 +153,9 @@ def annotate_file(
     if present and not overwrite:
         raise InputError(out / present[0], "exists already", "Choose another folder, or add --overwrite")
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
-        packed = str(fetch_model(str(model), Path(models) if models else _models_folder()))
-        searched = split_searched(search, packed) if search is not None else []
-        given = (packed, models, gene_table, clusters, own_labels, evidence, species)
+        folder_of_models = Path(models) if models else _models_folder()
+        searched = [] if search is None else split_searched(search, fetch_model(str(model), folder_of_models))
+        given = (model, models, gene_table, clusters, own_labels, evidence, species)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
         for name, table in zip(OUTPUTS[1:3], ("cluster_table", "evidence_table"), strict=True):
             with whole_file(out / name) as unfinished:

