@@ -12,7 +12,7 @@ training cells show one half alone and test cells the other. Cell types are pred
 and by logistic regression on pooled vectors, "by itself" with test cells standardised by their own mean and spread, and
 "as in annotate" with those of the training cells. "Within studies", a test cell has the types of its own study to
 choose from and each study is standardised by itself, so that recognising the study by its gene panel is no help. On
-shared genes, the default encoder stands beside it. Intervals come from resampling the test cells of each run.
+shared genes, it is compared with the default encoder. Intervals come from resampling the test cells of each run.
 """
 
 import argparse

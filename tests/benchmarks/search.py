@@ -188,7 +188,7 @@ def run(results: Path, work: Path, language_model: str, seed: int) -> dict[str, 
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """Plot recall@1 and AUROC of the searches, means over the runs, beside chance, as SVG."""
+    """Plot recall@1 and AUROC of the searches, means over the runs, and chance, as SVG."""
     means = table[table["direction"] == CELLS_OF_TEXT].groupby(["metric", "method", "slot"])[["value", "chance"]].mean()
     # A fixed salt and no date: the same table gives the same bytes.
     with rc_context({"svg.hashsalt": "cell2text", "font.family": "DejaVu Sans", "font.size": 9}):

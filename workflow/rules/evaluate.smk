@@ -128,7 +128,7 @@ rule few_shot:
         "<logs>/few_shot.log",
     benchmark:
         "<benchmarks>/few_shot.jsonl"
-    # before the language model is trained, which would be in vain if `few_labels.shots` is refused
+    # before the language model is trained: `few_labels.shots` may be refused
     priority: 1
     conda:
         "../../envs/llm.yaml"

@@ -1,4 +1,4 @@
-"""How well texts find the test cells that they fit, and cells their texts, beside simpler methods and chance."""
+"""How well texts find the test cells that they fit, and cells their texts, compared with simpler methods and chance."""
 
 import logging
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def score_retrieval(
     bootstrap: int,
     seed: int,
 ) -> None:
-    """Score the retriever, and three methods beside it, on the test cells.
+    """Score the retriever and three other methods on the test cells.
 
     ``aligned`` compares the soft tokens of the projector with the words of a label, ``tfidf`` the predicted text of a
     cell with the query, and ``shuffled`` is the control: the retriever with the vectors of other cells.
