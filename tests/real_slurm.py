@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: one node, the partitions `other`, `cpu` and `gpu`, and accounting.
+"""A real SLURM on this machine: two nodes, the partitions `other`, `cpu` and `gpu`, and accounting.
 
 A job without an account has the account `none`, and one without a partition the partition `other`. It needs root and
 Debian's packages slurm-wlm, munge, slurmdbd and mariadb-server, which `make slurm` installs where it can. All files and
@@ -23,16 +23,15 @@ SLURM_CONF = """
 ClusterName=local
 SlurmctldHost=localhost
 SlurmctldPort={ctld}
-SlurmdPort={slurmd}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=10
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -54,10 +53,11 @@ KillWait=20
 OverTimeLimit=0
 ReturnToService=2
 SchedulerParameters=sched_interval=5,bf_interval=5
-NodeName=localhost {node}
-PartitionName=other Nodes=localhost Default=YES MaxTime=INFINITE State=UP
-PartitionName=cpu Nodes=localhost MaxTime=INFINITE State=UP
-PartitionName=gpu Nodes=localhost MaxTime=INFINITE State=UP
+NodeName=first NodeHostname=localhost Port={first} {node}
+NodeName=second NodeHostname=localhost Port={second} {node}
+PartitionName=other Nodes=first,second Default=YES MaxTime=INFINITE State=UP
+PartitionName=cpu Nodes=first,second MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes=first,second MaxTime=INFINITE State=UP
 """
 
 SLURMDBD_CONF = """
@@ -113,17 +113,17 @@ class Slurm:
             self.stop(name, signal.SIGTERM)
 
     def _start_all(self):
-        for name in ("state", "spool", "database", "bin"):
+        for name in ("state", "spool-first", "spool-second", "database", "bin"):
             (self.folder / name).mkdir(parents=True)
         # the executor starts srun without SLURM_CONF
         srun = self.folder / "bin/srun"
         srun.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
         srun.chmod(0o755)
-        ports = dict(zip(("ctld", "slurmd", "dbd", "database"), _free_ports(4), strict=True))
+        ports = dict(zip(("ctld", "first", "second", "dbd", "database"), _free_ports(5), strict=True))
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         (self.folder / "slurm.conf").write_text(SLURM_CONF.format(folder=self.folder, node=NODE, **ports))
-        (self.folder / "gres.conf").write_text("NodeName=localhost Name=gpu File=/dev/zero\n")
+        (self.folder / "gres.conf").write_text("NodeName=first,second Name=gpu File=/dev/zero\n")
         (self.folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(folder=self.folder, **ports))
         for file in (key, self.folder / "slurmdbd.conf"):
             file.chmod(0o600)
@@ -139,7 +139,7 @@ class Slurm:
         self.command("sacctmgr", "-i", "add", "user", "root", f"account=none,{ACCOUNT}", "defaultaccount=none")
         self.start("slurmctld", "-D")
         _wait(lambda: _listens(ports["ctld"]), "slurmctld does not listen")
-        self.start_node()
+        self.start_node("first")
 
     def _start_database(self, port):
         data = f"--datadir={self.folder}/database"
@@ -162,7 +162,7 @@ class Slurm:
     def start(self, name, *arguments):
         """Start a daemon; its messages are in `{name}.out`."""
         with (self.folder / f"{name}.out").open("a") as out:
-            self.daemons[name] = subprocess.Popen(
+            self.daemons[" ".join((name, *arguments))] = subprocess.Popen(
                 [shutil.which(name), *arguments], env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
 
@@ -175,10 +175,14 @@ class Slurm:
             self.daemons[name].kill()
             self.daemons[name].wait()
 
-    def start_node(self):
-        """Start the node's daemon, and wait until SLURM uses the node."""
-        self.start("slurmd", "-D", "-N", "localhost")
-        _wait(lambda: self.command("sinfo", "-h", "-o", "%T").strip() in {"idle", "mixed"}, "the node does not start")
+    def start_node(self, name):
+        """Start a node's daemon, and wait until SLURM uses the node."""
+        self.start("slurmd", "-D", "-N", name)
+        _wait(lambda: self.state_of(name) in {"idle", "mixed"}, f"the node {name} does not start")
+
+    def state_of(self, node):
+        """Return the state of a node, such as idle."""
+        return self.command("sinfo", "-h", "-N", "-n", node, "-p", "cpu", "-o", "%T").strip()
 
     def command(self, *arguments):
         """Run a program with this SLURM's configuration, and return its output."""
@@ -186,10 +190,9 @@ class Slurm:
         assert run.returncode == 0, f"{arguments}: {run.stderr}"
         return run.stdout
 
-    def lose_node(self):
-        """End the node's daemon and all processes of its jobs at once, as if it lost power."""
-        self.daemons["slurmd"].kill()
-        self.daemons["slurmd"].wait()
+    def lose_node(self, name):
+        """End a node's daemon and all processes of all jobs at once, as if it lost power."""
+        self.stop(f"slurmd -D -N {name}")
         self._kill_jobs()
 
     def _kill_jobs(self):

@@ -13,21 +13,24 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def put_in_path(folder, nodes):
-    """Write the program into a folder; return the environment of a SLURM job that finds it."""
+def put_in_path(folder):
+    """Write the program into a folder; return the environment in which the executor plugin starts a SLURM job."""
     folder.mkdir()
     program = folder / "srun"
     program.write_text(PROGRAM)
     program.chmod(0o755)
     # a job of its own, so that tests that run side by side do not meet
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": str(nodes)}
-    return os.environ | job | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return os.environ | {"SLURM_JOB_ID": str(os.getpid()), "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def main(arguments):
     options = dict(one.split("=") for one in arguments if one.startswith("--"))
     command = arguments[len(options) :]
-    assert options.pop("--kill-on-bad-exit") == "1" and set(options) == {"--nodes", "--ntasks-per-node"}
+    assert options.pop("--kill-on-bad-exit") == "1" and set(options) == {
+        "--nodes",
+        "--ntasks-per-node",
+        "--cpus-per-task",
+    }
     per_node = int(options["--ntasks-per-node"])
     tasks = int(options["--nodes"]) * per_node
     numbers = [

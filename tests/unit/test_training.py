@@ -422,7 +422,7 @@ from finetune_run import finetune
 
 if __name__ == "__main__":
     if find_process_number() is None:
-        run_on_nodes(2, 1)
+        run_on_nodes(2, 1, 1)
     else:
         finetune(Path({files!r}), Path({model!r}), "nodes", **{changes!r})
 """
@@ -434,7 +434,7 @@ def train_on_two_nodes(files, tiny_model, tmp_path, **changes):
     given = {name: str(path) for name, path in (folders | {"files": files, "model": tiny_model}).items()}
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(**given, changes=changes))
-    environment = srun_stand_in.put_in_path(tmp_path / "bin", nodes=2) | {"OMP_NUM_THREADS": "1"}
+    environment = srun_stand_in.put_in_path(tmp_path / "bin") | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, script]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -446,11 +446,11 @@ def test_two_nodes_train_like_two_processes_of_one(files, tiny_model, tmp_path):
     assert weights(files / "nodes") == weights(finetune(files, tiny_model, "processes", processes=2))
 
 
-def test_nodes_that_the_job_does_not_have_are_one_line(monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
-    fix = r"2 nodes, but this job has 1\. Set it to 1, or run with --workflow-profile slurm"
+def test_several_nodes_without_a_job_of_slurm_are_one_line(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    fix = r"2 nodes, but this is no job of SLURM\. Set it to 1, or run with --workflow-profile slurm"
     with pytest.raises(InputError, match=f"^config: finetune.nodes: {fix}$"):
-        run_on_nodes(2, 1)
+        run_on_nodes(2, 1, 1)
 
 
 def test_a_failure_on_a_node_ends_the_others(files, tiny_model, tmp_path):

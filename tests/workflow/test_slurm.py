@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from cell2text.files import read_json
 from project_files import bodies_of_rules
 from real_slurm import ACCOUNT, Slurm, missing
 from tiny_run import ROOT, new_folder
@@ -79,7 +80,7 @@ class Run:
 def story(tmp_path_factory, tiny_model):
     """Run the tiny workflow to its end, through mishaps.
 
-    Returns the folder, the ids of the jobs with mishaps, all jobs that SLURM knows, and the messages of the runs.
+    Returns the folder, the ids of some jobs, all jobs of the run on one node, and the messages of Snakemake.
     """
     if reason := missing():
         pytest.skip(reason)
@@ -97,7 +98,7 @@ def story(tmp_path_factory, tiny_model):
             RECORD.parent.mkdir(exist_ok=True)
             jobs.to_csv(RECORD, sep="\t", index=False)
             print(f"\n{jobs.to_string(index=False)}\n(in {RECORD.relative_to(ROOT)})")
-    return folder, ids, jobs, logs
+    return folder, ids, jobs[jobs["JobID"] != ids["on two nodes"]], logs
 
 
 def _live_through(slurm, folder, ids, logs, runs):
@@ -111,9 +112,9 @@ def _live_through(slurm, folder, ids, logs, runs):
     slurm.command("scancel", ids["cancelled"])
 
     ids["lost"] = run.running("rank_genes")
-    slurm.lose_node()
-    run.wait_for(lambda: "down" in slurm.command("sinfo", "-h", "-o", "%T"), "the loss of the node")
-    slurm.start_node()
+    slurm.lose_node("first")
+    run.wait_for(lambda: "down" in slurm.state_of("first"), "the loss of the node")
+    slurm.start_node("first")
 
     ids["orphan"] = run.running("fit_encoder")
     run.kill()
@@ -130,6 +131,13 @@ def _live_through(slurm, folder, ids, logs, runs):
     slurm.signal_script(ids["timeout"], "finetune.py", signal.SIGSTOP)
     slurm.command("scontrol", "update", f"JobId={ids['timeout']}", "TimeLimit=1")
     logs["resumed"] = run.ends(900)
+    logs["fine-tuning"] = (folder / "logs/tiny/finetune.log").read_text()
+
+    slurm.start_node("second")
+    (folder / "nodes.yaml").write_text("finetune: {nodes: 2}")
+    run = start("--configfile", folder / "tiny.yaml", folder / "nodes.yaml", "--until", "finetune")
+    ids["on two nodes"] = run.running("finetune")
+    logs["on two nodes"] = run.ends(300)
 
 
 @pytest.mark.slow
@@ -179,10 +187,20 @@ def test_a_killed_run_is_unlocked_and_resumes(story):
 
 @pytest.mark.slow
 def test_fine_tuning_resumes_from_its_checkpoint_after_the_time_limit(story):
-    folder, ids, jobs, _ = story
+    _, ids, jobs, logs = story
     tuned = jobs[jobs["Comment"] == "rule_finetune"]
     assert list(tuned["State"]) == ["TIMEOUT", "COMPLETED"] and tuned["JobID"].iloc[0] == ids["timeout"]
-    assert re.search(r"resuming from step [1-9]", (folder / "logs/tiny/finetune.log").read_text())
+    assert re.search(r"resuming from step [1-9]", logs["fine-tuning"])
+
+
+@pytest.mark.slow
+def test_fine_tuning_runs_on_two_nodes(story):
+    folder, ids, _, logs = story
+    assert "Finished jobid: 0 (Rule: finetune)" in logs["on two nodes"], logs["on two nodes"][-5000:]
+    jobs = pd.read_csv(RECORD, sep="\t", dtype=str)
+    (job,) = jobs[jobs["JobID"] == ids["on two nodes"]].to_dict("records")
+    assert job["State"] == "COMPLETED" and "node=2" in job["ReqTRES"] and "gres/gpu=2" in job["ReqTRES"]
+    assert read_json(folder / "results/tiny/finetuned/cell2text.json")["processes"] == 2
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ def main(snakemake):
     # before anything is read
     processes = count_processes(settings.gpus, snakemake.resources.gpu // settings.nodes)
     if settings.nodes > 1 and find_process_number() is None:
-        run_on_nodes(settings.nodes, processes)
+        run_on_nodes(settings.nodes, processes, snakemake.resources.cpus_per_gpu)
         return
     stored = Embeddings(snakemake.input.embeddings, **snakemake.params.on_the_fly)
     with stored.with_store() as embeddings:

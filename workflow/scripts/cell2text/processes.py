@@ -130,8 +130,10 @@ def count_processes(gpus: int, allowed: int) -> int:
     return gpus
 
 
-def run_on_nodes(nodes: int, per_node: int) -> None:
+def run_on_nodes(nodes: int, per_node: int, cpus: int) -> None:
     """Run this script again, ``per_node`` times on each of the nodes of a SLURM job, and wait until all have ended.
+
+    Each process has ``cpus`` CPUs.
 
     In these processes, :func:`run_in_processes` calls its function, and ``job.find_process_number`` has their numbers.
     This process ends with the exit code of the first that fails. SIGTERM and SIGINT are passed on.
@@ -139,15 +141,16 @@ def run_on_nodes(nodes: int, per_node: int) -> None:
     Raises
     ------
     InputError
-        If this is not a job on so many nodes.
+        If this is no SLURM job. If it has fewer nodes, srun says so.
     """
-    given = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-    if given != nodes:
-        problem = f"{nodes} nodes, but this job has {given}"
+    # the only variable of SLURM that the executor plugin hands on to a job of several tasks
+    if "SLURM_JOB_ID" not in os.environ:
+        problem = f"{nodes} nodes, but this is no job of SLURM"
         raise InputError("config: finetune.nodes", problem, "Set it to 1, or run with --workflow-profile slurm")
     # a port that another job on the node hardly uses
     address = f"tcp://{socket.gethostname()}:{20_000 + int(os.environ['SLURM_JOB_ID']) % 10_000}"
-    command = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={per_node}", "--kill-on-bad-exit=1"]
+    command = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--cpus-per-task={cpus}"]
+    command.append("--kill-on-bad-exit=1")
     log.info("training on %d nodes, with %d processes each", nodes, per_node)
     started = []
     with listen_for_signals(lambda: [one.terminate() for one in started]) as stop:
