@@ -201,7 +201,8 @@ class Threshold:
     @property
     def note(self) -> str:
         """What the guarantee rests on, in a few words."""
-        cells = f"{self.cells} validation cells" if self.studies is None else f"{self.studies} held-out studies"
+        studies = "study" if self.studies == 1 else "studies"
+        cells = f"{self.cells} validation cells" if self.studies is None else f"{self.studies} held-out {studies}"
         return f"{'' if self.guaranteed else 'no guarantee: '}{cells}"
 
     def confidences(self, probabilities: np.ndarray) -> np.ndarray:
