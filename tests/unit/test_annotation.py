@@ -110,7 +110,7 @@ def test_missing_changed_and_surplus_files_of_a_model_are_refused(packed):
     (packed / "adapter.pkl").unlink()
     facts = json.loads((packed / "cell2text.json").read_text())
     write_json(facts | {"format": 99}, packed / "cell2text.json")
-    refused("written in format 99, and this version reads format 4")
+    refused("written in format 99, and this version reads format 5")
     write_json(facts | {"settings": {}}, packed / "cell2text.json")
     refused("has changed since it was written")
     (packed / "cell2text.json").unlink()

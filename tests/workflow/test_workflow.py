@@ -397,8 +397,49 @@ def test_a_model_annotates_new_cells_with_and_without_the_workflow(to_annotate, 
     assert code != 0 and "projector.safetensors: has changed" in output and "Traceback" not in output
 
 
+def test_labelled_cells_add_their_types_with_and_without_the_workflow(to_annotate, tmp_path):
+    work, query, arguments = to_annotate
+    study = scanpy.datasets.pbmc68k_reduced()
+    others = study[~study.obs_names.isin(query.obs_names)]
+    kinds = {"CD19+ B": "CL:0000556", "CD14+ Monocyte": "CL:0001054", "CD8+ Cytotoxic T": "CL:0000794"}
+    added = kinds["CD19+ B"]  # any type that the model does not know
+    others = others[[row for kind in kinds for row in others.obs_names[others.obs["bulk_labels"] == kind][:5]]]
+    labels = others.obs[["bulk_labels"]].astype(str).replace(kinds).set_axis(["cell_type_ontology_term_id"], axis=1)
+    labelled = anndata.AnnData(others.raw.X.copy(), labels, others.raw.var[[]])
+    labelled.X.data = np.rint(np.expm1(labelled.X.data) * 2)
+    labelled.write_h5ad(tmp_path / "labelled.h5ad")
+    named = (*arguments[:-2], f"examples={tmp_path / 'labelled.h5ad'}", *arguments[-2:])
+    code, output = snakemake(work, *named)
+    assert code == 0, output
+    assert "Nothing to be done" in snakemake(work, *named)[1]
+    found = pd.read_csv(work / "annotated/mine/cells.tsv.gz", sep="\t")
+    taken = found["cell2text_cell_type_guess_id"] == added
+    b_cells = (study[query.obs_names].obs["bulk_labels"] == "CD19+ B").to_numpy()
+    assert taken[b_cells].mean() > 0.5 > taken[~b_cells].mean()
+    assert found.loc[taken, "cell2text_description"].str.startswith("This is a megakaryocyte.").all()
+    assert found.loc[taken, "cell2text_cell_type_guess_confidence"].isna().all()
+    assert found.loc[~taken, "cell2text_cell_type_guess_confidence"].notna().all()
+    assert "megakaryocyte" in (work / "annotated/mine/annotate.html").read_text()
+
+    command = [sys.executable, "-m", "cell2text", "annotate", tmp_path / "mine.h5ad", "--model", work / "packed"]
+    command += ["--out", tmp_path / "out", "--models", work / "resources/models"]
+    command += ["--examples", tmp_path / "labelled.h5ad"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow/scripts")}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    theirs = pd.read_csv(tmp_path / "out/cells.tsv.gz", sep="\t")
+    pd.testing.assert_frame_equal(found, theirs, rtol=0, atol=1e-3)
+
+    for values, line in (
+        ((f"examples={tmp_path / 'none.h5ad'}", *named[4:6]), "config: examples: no such file: "),
+        ((f"examples={tmp_path / 'labelled.h5ad'}",), "config: examples: are for a query. Add query=my.h5ad model=..."),
+    ):
+        code, output = snakemake(work, *arguments[:4], *values, "--cores", "1")
+        assert code != 0 and line in output and "Traceback (most" not in output, output
+
+
 def test_a_search_is_refused_before_anything_runs_and_plans_what_annotate_does(to_annotate, with_geneformer, tmp_path):
-    work, _, _ = to_annotate
+    work, cells, _ = to_annotate
     named = (f"input={tmp_path / 'mine.h5ad'}", f"model={with_geneformer / 'results/tiny/model'}")
 
     def search(*values):
@@ -414,6 +455,17 @@ def test_a_search_is_refused_before_anything_runs_and_plans_what_annotate_does(t
         assert code != 0 and output.count(line) == 1 and "Traceback (most" not in output, output
     code, output = search("query={B} cells $(touch planted); `touch planted`", *named)
     assert code == 0 and "search_cells" in output and not list(work.rglob("planted")), output
+
+    command = [sys.executable, "-m", "cell2text", "annotate", tmp_path / "mine.h5ad", "--out", tmp_path / "out"]
+    command += ["--model", with_geneformer / "results/tiny/model"]
+    command += ["--models", with_geneformer / "resources/models", "--search", "B cell; blood"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow/scripts")}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
+    ranked = pd.read_csv(tmp_path / "out/search/results.tsv", sep="\t")
+    for query, found in ranked.groupby("query"):
+        assert query in ("B cell", "blood") and sorted(found["cell_id"]) == sorted(cells.obs_names)
+        assert found["rank"].tolist() == list(range(1, len(cells) + 1)) and found["score"].is_monotonic_decreasing
 
 
 @pytest.mark.slow

@@ -95,6 +95,35 @@ rule fetch_query:
         "../scripts/fetch_query.py"
 
 
+rule fetch_examples:
+    input:
+        files=lambda wildcards: local_files(EXAMPLES[wildcards.query]),
+        gene_table=config["genes"]["table"] or [],
+        orthologues=ORTHOLOGUES,
+    output:
+        counts=temp("<annotated>/{query}/counts.h5ad"),
+        examples="<annotated>/{query}/examples.parquet",
+    log:
+        "<annotated>/{query}/logs/fetch_examples.log",
+    wildcard_constraints:
+        query=EXAMPLE_NAMES,
+    conda:
+        "../../envs/cells.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, input, attempt: (2000 + int(input.size_mb / 2))
+        * attempt,
+        runtime=hours(2),
+    params:
+        row=lambda wildcards: EXAMPLES[wildcards.query],
+        genes=READ_GENES,
+        library=library_version("fetch_examples.py"),
+    message:
+        "Reading the labelled cells of {wildcards.query}"
+    script:
+        "../scripts/fetch_examples.py"
+
+
 rule flag_query:
     input:
         counts="<annotated>/{query}/counts.h5ad",
@@ -131,7 +160,7 @@ rule rank_query:
     log:
         "<annotated>/{query}/logs/rank_query.log",
     wildcard_constraints:
-        query=QUERY_NAMES,
+        query=f"{QUERY_NAMES}|{EXAMPLE_NAMES}",
     conda:
         "../../envs/cells.yaml"
     threads: 2
@@ -139,7 +168,7 @@ rule rank_query:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=hours(1),
     params:
-        source=lambda wildcards: QUERIES[wildcards.query]["source"],
+        source=lambda wildcards: (QUERIES | EXAMPLES)[wildcards.query]["source"],
         library=library_version("rank_query.py"),
     message:
         "Ranking the genes of each cell of {wildcards.query}"
@@ -157,7 +186,7 @@ rule embed_query:
     log:
         "<annotated>/{query}/logs/embed_query/{shard}.log",
     wildcard_constraints:
-        query=QUERY_NAMES,
+        query=f"{QUERY_NAMES}|{EXAMPLE_NAMES}",
     group:
         group_if_many("embed_query", len(QUERY_SHARDS))
     conda:
@@ -211,6 +240,12 @@ rule describe_query:
         model=MODEL,
         scores="<annotated>/{query}/scores/{shard}.safetensors",
         embeddings="<annotated>/{query}/embeddings/{shard}.safetensors",
+        examples=collect("<annotated>/{name}/examples.parquet", name=EXAMPLES),
+        example_embeddings=collect(
+            "<annotated>/{name}/embeddings/{shard}.safetensors",
+            name=EXAMPLES,
+            shard=QUERY_SHARDS,
+        ),
     output:
         descriptions="<annotated>/{query}/descriptions/{shard}.jsonl",
     log:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 # Snakemake puts the path of Python into shell commands unquoted, where a space would split it
 sys.executable = shlex.quote(sys.executable)
 
-from cell2text.annotation.find_queries import find_queries, read_searched
+from cell2text.annotation.find_queries import find_examples, find_queries, read_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
@@ -54,6 +54,7 @@ try:
     QUERIES, MODEL = find_queries(
         config, WORKFLOW / "schemas/datasets.schema.yaml", models
     )
+    EXAMPLES = find_examples(config, QUERIES)
     SEARCHED = read_searched(config, MODEL)
     QUERY_LANGUAGE_MODEL = []
     if MODEL:
@@ -69,7 +70,8 @@ try:
     # The table of orthologues: an input of all studies if one of them is of mice, or if the config names it.
     ORTHOLOGUES = []
     if "orthologues" in config["genes"] or any(
-        row.get("species") == "mouse" for row in [*SHEET.values(), *QUERIES.values()]
+        row.get("species") == "mouse"
+        for row in [*SHEET.values(), *QUERIES.values(), *EXAMPLES.values()]
     ):
         source = config["genes"].get("orthologues", fetch_resource.ORTHOLOGUES)
         ORTHOLOGUES = resource(source, fetch_resource.ORTHOLOGUES_KEY)
@@ -119,6 +121,7 @@ GENERATIONS = collect(
 )
 # matches nothing without a query
 QUERY_NAMES = "|".join(map(re.escape, QUERIES)) or "(?!)"
+EXAMPLE_NAMES = "|".join(map(re.escape, EXAMPLES)) or "(?!)"
 QUERY_SHARDS = [str(shard) for shard in range(config["annotate"]["shards"])]
 COMPARED = [
     name for name in BASELINES if name != GREEDY or config["evaluate"]["greedy"]

@@ -11,6 +11,8 @@ def main(snakemake):
         snakemake.input.scores,
         snakemake.input.embeddings,
         snakemake.output.descriptions,
+        next(iter(snakemake.input.examples), None),
+        snakemake.input.example_embeddings,
     )
 
 

@@ -19,9 +19,10 @@ from cell2text.annotation.cluster_query import cluster_query
 from cell2text.annotation.describe_query import describe_query
 from cell2text.annotation.embed_query import embed_query
 from cell2text.annotation.explain_query import explain_query
+from cell2text.annotation.fetch_examples import fetch_examples
 from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.fetch_query import fetch_query
-from cell2text.annotation.find_queries import name_query, split_searched
+from cell2text.annotation.find_queries import name_examples, name_query, split_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_model
 from cell2text.annotation.predictions import read_predictions
@@ -55,6 +56,7 @@ def annotate(
     own_labels: str | None = None,
     evidence: bool = False,
     species: str | None = None,
+    examples: str | Path | None = None,
 ) -> ad.AnnData:
     """Describe the cells of an object in memory.
 
@@ -79,6 +81,9 @@ def annotate(
     species
         ``"human"`` or ``"mouse"``, whose genes are mapped to human orthologues; None to take it from
         ``organism_ontology_term_id`` in ``obs`` or ``uns``, or else for human.
+    examples
+        A file with a few labelled cells of each cell type to add to the model, see docs/few_labels.md; None to add
+        none.
 
     Returns
     -------
@@ -105,7 +110,7 @@ def annotate(
             slim.raw = ad.AnnData(adata.raw.X, columns, adata.raw.var)
         slim.write_h5ad(query)
         del slim
-        given = (clusters, own_labels, evidence, species)
+        given = (clusters, own_labels, evidence, species, examples)
         steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table, *given)
         cells = read_predictions([steps["descriptions"]], steps["tokens"], steps["qc"], TERMS.read(steps["terms"]))
         facts = facts_of(steps["model"], steps["fit"], steps["cluster_table"], "an object in memory")
@@ -125,6 +130,7 @@ def annotate_file(
     own_labels: str | None = None,
     evidence: bool = False,
     species: str | None = None,
+    examples: str | Path | None = None,
     overwrite: bool = False,
     search: str | None = None,
 ) -> None:
@@ -134,7 +140,7 @@ def annotate_file(
     ----------
     source
         An h5ad file, an AnnData Zarr folder, a 10x HDF5 file or a 10x folder. It is only read.
-    model, models, gene_table, clusters, own_labels, evidence, species
+    model, models, gene_table, clusters, own_labels, evidence, species, examples
         See :func:`annotate`.
     out
         Folder to write.
@@ -155,7 +161,7 @@ def annotate_file(
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
         folder_of_models = Path(models) if models else _models_folder()
         searched = [] if search is None else split_searched(search, fetch_model(str(model), folder_of_models))
-        given = (model, models, gene_table, clusters, own_labels, evidence, species)
+        given = (model, models, gene_table, clusters, own_labels, evidence, species, examples)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
         for name, table in zip(OUTPUTS[1:3], ("cluster_table", "evidence_table"), strict=True):
             with whole_file(out / name) as unfinished:
@@ -182,6 +188,7 @@ def _run_steps(
     own_labels: str | None,
     evidence: bool,
     species: str | None,
+    examples: str | Path | None,
 ) -> dict[str, str]:
     """Run the steps from counts to descriptions and return the paths of their files."""
     models = Path(models) if models else _models_folder()
@@ -198,13 +205,15 @@ def _run_steps(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [str(folder / one) for one in names]
     counts, qc, genes, tokens, fit, embeddings, scores, descriptions, of_cells, cluster_table, *explained = paths
-    row = {"dataset": name, "source": source} | ({"species": species} if species else {})
+    constants = {"species": species} if species else {}
+    added = _embed_examples(str(examples), folder, packed, models, gene_table, constants) if examples else ()
+    row = {"dataset": name, "source": source} | constants
     fetch_query(row, counts, gene_table, 0.5, clusters, own_labels, partial(_fetch_orthologues, models))
     rank_query(counts, packed, source, genes, tokens, fit, threads=os.cpu_count() or 1)
     flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]), SEED)
     embed_query(packed, tokens, genes, embeddings)
     score_query(packed, str(language_model), embeddings, scores)
-    describe_query(packed, scores, embeddings, descriptions)
+    describe_query(packed, scores, embeddings, descriptions, *added)
     cluster_query(counts, [descriptions], tokens, qc, [embeddings], packed, of_cells, cluster_table, SEED)
     explain_query(
         packed, str(language_model), tokens, genes, [descriptions], of_cells, *explained, each_cell=evidence, seed=SEED
@@ -219,6 +228,21 @@ def _run_steps(
         "language_model": str(language_model),
         "terms": str(Path(packed) / "terms.parquet"),
     }
+
+
+def _embed_examples(
+    source: str, folder: Path, model: str, models: Path, gene_table: str | Path | None, constants: dict[str, str]
+) -> tuple[str, list[str]]:
+    """Return the files of the labelled cells and of their embeddings."""
+    name = name_examples(source)
+    names = ("counts.h5ad", "genes.parquet", f"{name}.parquet", "fit.json", "embeddings.safetensors", "types.parquet")
+    (folder / "examples").mkdir()
+    counts, genes, tokens, fit, embeddings, examples = (str(folder / "examples" / one) for one in names)
+    row = {"dataset": name, "source": source} | constants
+    fetch_examples(row, counts, examples, gene_table, 0.5, partial(_fetch_orthologues, models))
+    rank_query(counts, model, source, genes, tokens, fit, threads=os.cpu_count() or 1)
+    embed_query(model, tokens, genes, embeddings)
+    return examples, [embeddings]
 
 
 def _fetch_orthologues(models: Path) -> str:
@@ -253,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--gene-table", help="Ensembl ids and symbols, to match genes by either")
     one.add_argument("--clusters", help="column of obs with the clusters to describe; without it, clusters are found")
     one.add_argument("--own-labels", help="column of obs with labels to compare the clusters with")
+    one.add_argument("--examples", help="file with a few labelled cells of each cell type to add to the model")
     one.add_argument("--evidence", action="store_true", help="list the genes behind the cell type of each cell")
     one.add_argument("--species", choices=SPECIES.values(), help="species of the cells, if the file does not name it")
     one.add_argument(

@@ -1,11 +1,29 @@
 """The descriptions of the cells to annotate, with the confidences of a new study."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from cell2text.annotation.pack_model import read_facts
+from cell2text.confidence.added_types import AddedTypes
+from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
+from cell2text.confidence.novelty import Reference
+from cell2text.contracts import EMBEDDINGS, EXAMPLES
+from cell2text.errors import InputError
 from cell2text.generation.generate_descriptions import generate_descriptions
+from cell2text.weights import read_weights
+
+log = logging.getLogger("cell2text.annotation")
 
 
-def describe_query(model: str, scores: str, embeddings: str, descriptions: str) -> None:
+def describe_query(
+    model: str,
+    scores: str,
+    embeddings: str,
+    descriptions: str,
+    examples: str | None = None,
+    example_embeddings: Sequence[str] = (),
+) -> None:
     """Describe the cells of a file of scores.
 
     Parameters
@@ -16,6 +34,15 @@ def describe_query(model: str, scores: str, embeddings: str, descriptions: str) 
         Files of ``contracts.SCORES`` and ``contracts.EMBEDDINGS`` of the cells.
     descriptions
         Output file, JSONL with the fields of ``contracts.PREDICTIONS``.
+    examples
+        File of ``contracts.EXAMPLES``, whose types are added to the model; None to add none.
+    example_embeddings
+        Files of ``contracts.EMBEDDINGS`` of these examples.
+
+    Raises
+    ------
+    InputError
+        If types cannot be added to the model.
     """
     folder = Path(model)
     generate_descriptions(
@@ -28,4 +55,24 @@ def describe_query(model: str, scores: str, embeddings: str, descriptions: str) 
         descriptions,
         split="query",
         new_study=True,
+        added=examples and _add_types(folder, examples, example_embeddings),
     )
+
+
+def _add_types(model: Path, examples: str, embeddings: Sequence[str]) -> AddedTypes:
+    """Return the types of examples, to be added to a packed model."""
+    labels = read_facts(model)["labels"].get("cell_type", [])
+    reference = Reference(**read_weights(model / "reference.safetensors", FIX, "numpy"))
+    labelled = EXAMPLES.read(examples)
+    vectors = EMBEDDINGS.read_cells(embeddings, labelled["cell_id"], ["pooled"])["pooled"]
+    threshold = Confidence.load(model / "confidence.json").of_new_study.thresholds.get("cell_type")
+    if threshold is None or not (reference.types >= 0).any():
+        raise InputError(model, "this model names no cell types, so none can be added", "Do not set examples")
+    ancestors = read_ancestors(model / "terms.parquet")["cell_type"]
+    added = AddedTypes.fit(reference, labels, vectors, labelled["cell_type_id"], ancestors, threshold.confidence)
+    known = sorted({*labelled["cell_type_id"]} & {*labels})
+    log.info(
+        "%d examples of %d cell types, %d of which the model knows",
+        len(labelled), labelled["cell_type_id"].nunique(), len(known),
+    )  # fmt: skip
+    return added

@@ -75,9 +75,10 @@ def explain_query(
     named = of_cells.groupby("cluster", sort=False)["guess"].agg(lambda ids: ids.mode().iloc[0])
     drawn = of_cells.sample(frac=1, random_state=seed).groupby("cluster").head(cells_per_cluster(len(named)))
     cluster_of = drawn.set_index("cell_id")["cluster"]
-    targets = cluster_of.map(named)
     symbols = _symbols(genes)
     ids = pd.Index(labels["cell_type"])
+    targets = cluster_of.map(named)
+    targets = targets[targets.isin(ids)]  # the model has no reason for a type that was added to it
     sums, rows = [], []
     try:
         for part in _read(tokens, genes):
@@ -87,6 +88,7 @@ def explain_query(
             rows_of_part = pd.DataFrame({"cluster": cluster, "gene": symbols[some.tokens], "weight": weights})
             sums.append(rows_of_part.groupby(["cluster", "gene"])["weight"].sum())
             if each_cell:
+                part = part.take(np.flatnonzero(guess.loc[part.cell_ids].isin(ids)))
                 rows += _explain_each(given, part, ids.get_indexer(guess.loc[part.cell_ids]), top_k, symbols)
     except InputError as error:
         log.warning("no evidence: %s", error)

@@ -1,6 +1,7 @@
 """The files to annotate and the model that annotates them, as the config names them."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,33 @@ def find_queries(
     read_model(folder)
     # The path is absolute so that no rule of a run makes the folder: it is used as it is.
     return rows, str(folder.resolve())
+
+
+def find_examples(config: dict[str, Any], queries: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the row of the study of labelled cells by its name; empty if the config names none.
+
+    Raises
+    ------
+    InputError
+        If there is no query, the file does not exist, or a query has the same name.
+    """
+    if "examples" not in config:
+        return {}
+    source = config["examples"]
+    if not queries:
+        raise InputError("config: examples", "are for a query", "Add query=my.h5ad model=... to --config")
+    if "://" not in source:
+        check_file(source, "config: examples")
+    name = name_examples(source)
+    if name in queries:
+        raise InputError("config: examples", f"a query is called {name} as well", "Rename one of the two files")
+    species = {"species": config["species"]} if "species" in config else {}
+    return {name: species | {"dataset": name, "source": source}}
+
+
+def name_examples(source: str) -> str:
+    """Return a name for the study of labelled cells, which may be the query itself."""
+    return f"{name_query(source)}_examples"
 
 
 def read_searched(config: dict[str, Any], model: str | Path) -> list[str]:

@@ -15,7 +15,7 @@ from cell2text.provenance import versions
 
 log = logging.getLogger("cell2text.annotation")
 
-FORMAT = 4  # raised by a change after which older folders cannot be read
+FORMAT = 5  # raised by a change after which older folders cannot be read
 COPY_AGAIN = "Copy the whole folder again, or train the model again with this version"
 PACKAGES = ("cell2text", "torch", "transformers", "peft", "numpy", "safetensors")
 RETRIEVER = "retriever.safetensors"  # if the model can search

@@ -71,8 +71,9 @@ def calibrate(
     about = read_json(f"{model}/cell2text.json", FIX)
     labels = about["labels"]
     training, validation = _read_training_cells(descriptions, labels), read_validation_cells(descriptions)
-    drawn = training["cell_id"].iloc[draw_cells(len(training), seed)]
-    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, drawn, ["pooled"])["pooled"])
+    drawn = training.iloc[draw_cells(len(training), seed)]
+    types = pd.Index(labels["cell_type"]).get_indexer(drawn["cell_type_id"]) if "cell_type" in labels else None
+    compared = Reference.of(EMBEDDINGS.read_cells(embeddings, drawn["cell_id"], ["pooled"])["pooled"], types)
     own = EMBEDDINGS.read_cells(embeddings, validation["cell_id"], ["pooled"])["pooled"]
     save_reference(compared, reference)
     limit = choose_limit(compared.novelty(own))
@@ -274,4 +275,4 @@ def _calibrate_programmes(
 def save_reference(reference: Reference, path: str) -> None:
     """Write the reference cells of novelty as safetensors."""
     with whole_file(path) as unfinished:
-        save_file({"vectors": reference.vectors, "spread": reference.spread}, unfinished)
+        save_file(vars(reference), unfinished)

@@ -38,14 +38,24 @@ class Reference:
         Their embeddings, float32 (cells, dimensions).
     spread
         Mean distance of each to its nearest ones, float32 (cells,).
+    types
+        Number of each one's cell type among the model's labels, int32 (cells,); -1 if it has none.
     """
 
     vectors: np.ndarray
     spread: np.ndarray
+    types: np.ndarray
 
     @classmethod
-    def of(cls, vectors: np.ndarray) -> Self:
-        """Return the reference of training cells with these embeddings, (cells, dimensions).
+    def of(cls, vectors: np.ndarray, types: np.ndarray | None = None) -> Self:
+        """Return the reference of training cells.
+
+        Parameters
+        ----------
+        vectors
+            Their embeddings, (cells, dimensions).
+        types
+            Numbers of their cell types; None if they are not known.
 
         Raises
         ------
@@ -57,7 +67,8 @@ class Reference:
         vectors = np.asarray(vectors, dtype=np.float32)
         nearest = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(vectors) - 1)).fit(vectors)
         # without arguments, a cell is not among its own neighbours
-        return cls(vectors, nearest.kneighbors()[0].mean(axis=1).astype(np.float32))
+        spread = nearest.kneighbors()[0].mean(axis=1).astype(np.float32)
+        return cls(vectors, spread, np.asarray(np.full(len(vectors), -1) if types is None else types, dtype=np.int32))
 
     def novelty(self, vectors: np.ndarray) -> np.ndarray:
         """Return the novelty of cells that are not in the reference, float32 (cells,); larger is farther away."""

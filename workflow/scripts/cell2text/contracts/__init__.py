@@ -157,6 +157,8 @@ PREDICTIONS = TableContract(
     },
     key="cell_id",
 )
+# Cells that a user has labelled, to add their types to a model.
+EXAMPLES = TableContract("labelled cells", {"cell_id": TEXT, "cell_type_id": TEXT}, key="cell_id")
 CLUSTERS = TableContract("the clusters of cells", {"cell_id": TEXT, "cluster": TEXT}, key="cell_id")
 # Symbols of genes, the weightiest first.
 EVIDENCE = TableContract(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from cell2text.confidence.added_types import AddedTypes
 from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
 from cell2text.confidence.novelty import Reference
 from cell2text.contracts import EMBEDDINGS, SCORES, TERM_SLOTS, TERMS
@@ -25,6 +26,7 @@ def generate_descriptions(
     generations: str,
     split: str,
     new_study: bool = False,
+    added: AddedTypes | None = None,
 ) -> None:
     """Describe the cells of a file of scores.
 
@@ -49,6 +51,8 @@ def generate_descriptions(
         Name of the split.
     new_study
         Whether the cells are of a study without training cells, whatever its name is.
+    added
+        Cell types that labelled cells add to the model.
     """
     labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
@@ -61,8 +65,11 @@ def generate_descriptions(
     table = table.assign(status="parsed", split=split)
     table["cell_id"] = cells
     compared = Reference(**read_weights(reference, FIX, "numpy"))
-    table["novelty"] = compared.novelty(EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"])
+    vectors = EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"]
+    table["novelty"] = compared.novelty(vectors)
     table["novel"] = None if fitted.limit is None else table["novelty"] > fitted.limit
+    if added:
+        table = added.apply(table, vectors)
     table["text"] = render_rows(_keep_determined(table), Terms(TERMS.read(terms)))
     log.info(
         "%d cells of %s: %d cell types reported, %d cells novel",
