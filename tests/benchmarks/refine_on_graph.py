@@ -1,4 +1,4 @@
-"""Cell types predicted by PCA + logistic regression, refined on a mutual, a symmetric and a shuffled graph of cells.
+"""Cell types predicted by a method, refined on a mutual, a symmetric and a shuffled graph of cells.
 
     for seed in 42 43 44; do
       .venv/bin/snakemake embeddings results/studies-$seed/baselines/pca_logistic.parquet --cores 1 \\
@@ -6,9 +6,10 @@
     done
     .venv/bin/python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} [--plot docs/neighbours.svg]
 
-Each folder is that of a run with descriptions, embeddings and predictions. The weight of each graph is the one that
-``refine_on_graph`` would choose on the validation cells. Scores are of the test cells: accuracy, macro-F1, mean F1 of
-rare types, which have fewer than ``RARE`` training cells, and the calibration error of confidences.
+Each folder is that of a run with descriptions, embeddings and predictions, by default those of PCA + logistic
+regression; ``--method cell2text`` takes those of the fine-tuned model, which need a finished run. The weight of each
+graph is the one that ``refine_on_graph`` would choose on the validation cells. Scores are of the test cells: accuracy,
+macro-F1, mean F1 of rare types (fewer than ``RARE`` training cells), and the calibration error of confidences.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
-from cell2text.contracts import PREDICTIONS, datasets_of  # noqa: E402
+from cell2text.contracts import datasets_of  # noqa: E402
 from cell2text.evaluation.baselines.slots import is_training, read_pooled, read_slots  # noqa: E402
 from cell2text.evaluation.refine_on_graph import (  # noqa: E402
     WEIGHTS,
@@ -30,6 +31,7 @@ from cell2text.evaluation.refine_on_graph import (  # noqa: E402
     initial_probabilities,
     join_neighbours,
     propagate,
+    read_predictions,
     shuffle_cells,
 )
 from cell2text.evaluation.sums import calibration_error, calibration_terms  # noqa: E402
@@ -54,10 +56,12 @@ def score(true: pd.Series, probabilities: np.ndarray, labels: np.ndarray, traini
     return correct.mean(), classes.mean(), classes[rare].mean(), error
 
 
-def refine(results: Path) -> pd.DataFrame:
+def refine(results: Path, method: str) -> pd.DataFrame:
     """Return a row per graph and weight: whether it is the chosen weight, the mean degree, and ``SCORES``."""
     described = read_slots(results / "corpus/descriptions.parquet")
-    given = PREDICTIONS.read(results / "baselines/pca_logistic.parquet")
+    generated = method == "cell2text"
+    files = results.glob("generations/*/*.jsonl") if generated else [results / f"baselines/{method}.parquet"]
+    given = read_predictions(sorted(files))
     given = given.set_index("cell_id").reindex(described["cell_id"]).reset_index()
     studies, new = datasets_of(described["cell_id"]).to_numpy(), ~is_training(described)
     files = [str(path) for path in results.glob("embeddings/*/*.safetensors")]
@@ -101,9 +105,10 @@ def main() -> None:
     """Print the scores of each run, and their means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--method", default="pca_logistic", help="cell2text, or the name of a baseline")
     parser.add_argument("--plot", type=Path, help="SVG file to write")
     given = parser.parse_args()
-    tables = [refine(results).assign(run=results.name) for results in given.results]
+    tables = [refine(results, given.method).assign(run=results.name) for results in given.results]
     table = pd.concat(tables)
     before = table[(table["weight"] == 0) & (table["graph"] == "mutual")].assign(graph="none")
     shown = pd.concat([before, table[table["chosen"]]])

@@ -264,7 +264,7 @@ def test_a_local_model_is_an_input_and_its_folder_is_not_overwritten(fresh):
 
 @pytest.fixture(scope="module")
 def with_geneformer(finished, tmp_path_factory):
-    """A copy of the finished run that uses a tiny Geneformer with its genes and computes gene vectors on the fly."""
+    """A copy of the finished run, run again with a tiny Geneformer, gene vectors on the fly, and methods on request."""
     folder = tmp_path_factory.mktemp("geneformer") / "work"
     shutil.copytree(finished, folder, symlinks=True)
     shutil.rmtree(folder / "results/tiny/genes.parquet", ignore_errors=True)
@@ -276,13 +276,13 @@ def with_geneformer(finished, tmp_path_factory):
     settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}\nretrieval:\n  train: true")
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
     shutil.copy(benchmarks / "1.jsonl", benchmarks / "7.jsonl")  # as if left by a run with more shards
+    code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml")
+    assert code == 0, output
     return folder
 
 
 def test_a_run_with_geneformer_and_without_cached_vectors_and_with_methods_on_request(with_geneformer):
     folder = with_geneformer
-    code, output = snakemake(folder, "--cores", "1", "--configfile", folder / "tiny.yaml")
-    assert code == 0, output
     results = folder / "results/tiny"
     assert sorted(path.name for path in (folder / "resources/models").iterdir()) == ["Geneformer-tiny", "tiny"]
     assert (results / "encoder/model.safetensors").is_symlink()

@@ -74,7 +74,7 @@ def refine_on_graph(
         If a described cell has no embedding or no prediction.
     """
     described = read_slots(descriptions)
-    given = _read_predictions(predictions)
+    given = read_predictions(predictions)
     refuse_missing(cells_to_describe(described)["cell_id"], pd.Index(given["cell_id"]), predictions)
     given = given.set_index("cell_id").reindex(described["cell_id"]).reset_index()
     studies, new = datasets_of(described["cell_id"]).to_numpy(), ~is_training(described)
@@ -96,7 +96,7 @@ def refine_on_graph(
         write_predictions(table, terms, path)
 
 
-def _read_predictions(files: list[str]) -> pd.DataFrame:
+def read_predictions(files: list[str]) -> pd.DataFrame:
     """Return predictions from a Parquet file or from JSONL files."""
     if Path(files[0]).suffix == ".parquet":
         return PREDICTIONS.read(files[0])
