@@ -38,6 +38,7 @@ NOT_TRIED = {
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my --species mouse": ANNOTATE,
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my "
     '--search "T cells in lung; NK cell"': ANNOTATE,
+    "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my --examples labelled.h5ad": ANNOTATE,
     'python -c "import cell2text, scanpy; '
     "print(cell2text.annotate(scanpy.read_h5ad('my.h5ad'), 'results/pbmc68k/model').obs)\"": ANNOTATE,
     'squeue --me --format "%.10i %.9P %.60k %.10T %.10M %.20R"': CLUSTER,
@@ -50,6 +51,7 @@ NOT_TRIED = {
     "cell2text annotate atlas.h5ad --model model --out annotated/atlas": BENCHMARK,
     "python tests/benchmarks/simulate_cells.py atlas.h5ad --cells 100000 --like pbmc3k.h5ad": BENCHMARK,
     "python tests/benchmarks/describe_cells.py results/pbmc68k --cells 500": BENCHMARK,
+    "python tests/benchmarks/added_types.py results/studies-{42,43,44}": BENCHMARK,
     "python tests/benchmarks/few_shot.py results/studies-{42,43,44} --plot docs/few_labels.svg": BENCHMARK,
     "python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere": BENCHMARK,
     "python tests/benchmarks/gene_text.py results/studies-{42,43,44} "
@@ -118,7 +120,7 @@ def checkout(tmp_path):
         (model / RETRIEVER).touch()
         seal(model, "cell2text.json")
     (tmp_path / "data").mkdir()
-    for name in ("my.h5ad", "my-blood.h5ad", "data/my-study.h5ad"):
+    for name in ("my.h5ad", "my-blood.h5ad", "data/my-study.h5ad", "labelled.h5ad"):
         (tmp_path / name).touch()
     profile = tmp_path / "home/snakemake/site/profile.yaml"
     profile.parent.mkdir(parents=True)
