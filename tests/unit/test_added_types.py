@@ -3,11 +3,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cell2text.annotation.describe_query import _add_types
 from cell2text.annotation.fetch_examples import fetch_examples
 from cell2text.confidence.added_types import AddedTypes, distances_from, mean_of_each, whiten
+from cell2text.confidence.calibrate import save_reference
+from cell2text.confidence.calibration import ProgrammeCalibration, SlotCalibration
+from cell2text.confidence.decisions import Confidence
 from cell2text.confidence.novelty import Reference
-from cell2text.contracts import EXAMPLES, PREDICTIONS
+from cell2text.contracts import EMBEDDINGS, EXAMPLES, PREDICTIONS, TERMS
 from cell2text.errors import InputError
+from cell2text.files import write_json
+from tests_terms import small_table
 
 LABELS = ["A", "B", "C"]  # no training cell is a C
 ABOVE = {"A": ["L"], "B": ["L"], "N": ["T", "L"], "M": ["T", "L"]}
@@ -101,6 +107,21 @@ def test_a_single_known_type_is_enough_and_none_is_not():
     with pytest.raises(ValueError, match="no cell type has two training cells"):
         AddedTypes.fit(Reference.of(cells_of("A", 30, 0)), ["A"], examples, types, ABOVE, 0.8)
     assert len(fit("N", "A").apply(table_of([]), np.empty((0, 3), np.float32))) == 0
+
+
+def test_a_model_without_cell_types_takes_no_others(tmp_path):
+    write_json({"labels": {"tissue": ["UBERON:0000178"]}}, tmp_path / "cell2text.json")
+    save_reference(Reference.of(cells_of("A", 30, 0)), str(tmp_path / "reference.safetensors"))
+    Confidence({}, {}, SlotCalibration(), ProgrammeCalibration(), None).save(tmp_path / "confidence.json")
+    TERMS.write(small_table(), tmp_path / "terms.parquet")
+    ids = [f"mine|{row}" for row in range(6)]
+    EXAMPLES.write(pd.DataFrame({"cell_id": ids, "cell_type_id": ["N", "M"] * 3}), tmp_path / "examples.parquet")
+    tensors = {"gene_vectors": np.zeros((6, 0, 3), np.float16), "lengths": np.ones(6, np.int32)}
+    EMBEDDINGS.write(tensors | {"pooled": cells_of("N", 6, 7)}, ids, tmp_path / "embeddings.safetensors")
+    with pytest.raises(
+        InputError, match=r"no cell type has two training cells, so this model takes no others\. Do not"
+    ):
+        _add_types(tmp_path, str(tmp_path / "examples.parquet"), [str(tmp_path / "embeddings.safetensors")])
 
 
 def write_study(path, labels, column="cell_type_ontology_term_id"):

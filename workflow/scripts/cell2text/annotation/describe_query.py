@@ -66,10 +66,12 @@ def _add_types(model: Path, examples: str, embeddings: Sequence[str]) -> AddedTy
     labelled = EXAMPLES.read(examples)
     vectors = EMBEDDINGS.read_cells(embeddings, labelled["cell_id"], ["pooled"])["pooled"]
     threshold = Confidence.load(model / "confidence.json").of_new_study.thresholds.get("cell_type")
-    if threshold is None or not (reference.types >= 0).any():
-        raise InputError(model, "this model names no cell types, so none can be added", "Do not set examples")
+    least = threshold.confidence if threshold else 1.0
     ancestors = read_ancestors(model / "terms.parquet")["cell_type"]
-    added = AddedTypes.fit(reference, labels, vectors, labelled["cell_type_id"], ancestors, threshold.confidence)
+    try:
+        added = AddedTypes.fit(reference, labels, vectors, labelled["cell_type_id"], ancestors, least)
+    except ValueError as error:
+        raise InputError(model, f"{error}, so this model takes no others", "Do not set examples") from None
     known = sorted({*labelled["cell_type_id"]} & {*labels})
     log.info(
         "%d examples of %d cell types, %d of which the model knows",
