@@ -30,7 +30,7 @@ CELLS_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class AddedTypes:
-    """Means of the types of the examples, in a space where the cells of a type vary alike in all directions.
+    """Means of the types of the examples, scaled so that cells of a type vary equally in all directions.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class AddedTypes:
     above
         The terms that may be reported: these types and those above them.
     known
-        Whether the model knows it, bool (types,).
+        Whether the model knows each type, bool (types,).
     whitening
         By which vectors are multiplied, float64 (dimensions, dimensions).
     means
