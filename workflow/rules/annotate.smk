@@ -160,7 +160,7 @@ rule rank_query:
     log:
         "<annotated>/{query}/logs/rank_query.log",
     wildcard_constraints:
-        query=f"{QUERY_NAMES}|{EXAMPLE_NAMES}",
+        query=STUDY_NAMES,
     conda:
         "../../envs/cells.yaml"
     threads: 2
@@ -186,7 +186,7 @@ rule embed_query:
     log:
         "<annotated>/{query}/logs/embed_query/{shard}.log",
     wildcard_constraints:
-        query=f"{QUERY_NAMES}|{EXAMPLE_NAMES}",
+        query=STUDY_NAMES,
     group:
         group_if_many("embed_query", len(QUERY_SHARDS))
     conda:

@@ -119,9 +119,11 @@ PARTS = SHARDS[:MOST_PARTS]
 GENERATIONS = collect(
     "<results>/generations/{split}/{part}.jsonl", split=SPLITS, part=PARTS
 )
-# matches nothing without a query
-QUERY_NAMES = "|".join(map(re.escape, QUERIES)) or "(?!)"
-EXAMPLE_NAMES = "|".join(map(re.escape, EXAMPLES)) or "(?!)"
+# each matches nothing without a query
+QUERY_NAMES, EXAMPLE_NAMES, STUDY_NAMES = (
+    "|".join(map(re.escape, names)) or "(?!)"
+    for names in (QUERIES, EXAMPLES, QUERIES | EXAMPLES)
+)
 QUERY_SHARDS = [str(shard) for shard in range(config["annotate"]["shards"])]
 COMPARED = [
     name for name in BASELINES if name != GREEDY or config["evaluate"]["greedy"]

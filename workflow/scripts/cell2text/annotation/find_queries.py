@@ -35,7 +35,7 @@ def find_queries(
     """
     key = "input" if "input" in config else "query"
     query, model = config[key], config["model"]
-    species = {"species": config["species"]} if "species" in config else {}
+    species = _species_of(config)
     if query is None and species:
         raise InputError("config: species", "is that of a query", "For training, use the column species of the sheet")
     if query is None and model is None:
@@ -68,8 +68,12 @@ def find_examples(config: dict[str, Any], queries: Mapping[str, dict[str, str]])
     name = name_examples(source)
     if name in queries:
         raise InputError("config: examples", f"a query is called {name} as well", "Rename one of the two files")
-    species = {"species": config["species"]} if "species" in config else {}
-    return {name: species | {"dataset": name, "source": source}}
+    return {name: _species_of(config) | {"dataset": name, "source": source}}
+
+
+def _species_of(config: dict[str, Any]) -> dict[str, str]:
+    """Return the config's ``species`` as a field of a row, or no field."""
+    return {"species": config["species"]} if "species" in config else {}
 
 
 def name_examples(source: str) -> str:
