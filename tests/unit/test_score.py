@@ -123,15 +123,28 @@ def test_padding_and_the_other_cells_of_a_batch_change_nothing(tiny_model, steps
         )
 
 
-def test_little_memory_for_logits_changes_nothing(model, steps, monkeypatch):
+def test_few_cells_read_together_get_the_same_scores(model, steps, monkeypatch):
     (together,) = score(model, steps, batch=64)
-    monkeypatch.setattr(packed, "LOGITS", 0)  # one cell at a time, and one fork per pass
     monkeypatch.setattr(packed, "CELLS_TOGETHER", 2)
     batches = score(model, steps)
     assert [len(batch[0]) for batch in batches] == [4, 2]
     for number, scores in enumerate(together):
         apart = torch.cat([batch[number] for batch in batches])
         assert torch.allclose(apart.exp(), scores.exp(), atol=1e-4)
+
+
+def test_a_head_for_some_tokens_computes_their_logits_alone_and_leaves_no_trace(model):
+    words, before = torch.tensor([7, 3, 250]), model.base_model.get_output_embeddings()
+    inputs = model.embed_tokens(torch.arange(5))[None]
+    whole = model.language_model(inputs_embeds=inputs).logits
+    with pytest.raises(KeyError), model.head_for(words):
+        assert torch.allclose(model.language_model(inputs_embeds=inputs).logits, whole[..., words], atol=1e-5)
+        raise KeyError
+    assert model.base_model.get_output_embeddings() is before
+    before.bias = torch.nn.Parameter(torch.arange(float(model.vocabulary)))
+    with model.head_for(words):
+        biased = model.language_model(inputs_embeds=inputs).logits
+    assert torch.allclose(biased, whole[..., words] + words, atol=1e-4)
 
 
 A, B, STOP, COMMA, X, Y = range(300, 306)  # tokens

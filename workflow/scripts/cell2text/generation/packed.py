@@ -19,7 +19,6 @@ from cell2text.model.cell2text import Cell2Text
 
 NEGLIGIBLE = 1e-3
 CELLS_TOGETHER = 32  # on a CPU
-LOGITS = 1 << 26  # in memory at once, 256 MB in float32
 
 
 class Packed:
@@ -63,32 +62,30 @@ class Packed:
         beginning = len(model.prompt.before)
         prompt, mask = model.read_cells(vectors, lengths, beginning)
         mask = functional.pad(mask, (beginning, 0), value=True)
-        forks = tree.below_forks.sum(0)[names].sum(1)  # on the way of the draft
         scores = torch.empty(len(draft), len(tree.names), device=draft.device)
-        for rows in self._split(tree.sizes[names].sum(1), int(forks.max())):
-            reading = Reading(model, tree, self.beginning, mask[rows], names[rows])
-            reading.read(reading.on_draft.gather(1, reading.sources), prompt[rows])
+        unread = Reading(model, tree, self.beginning, mask, names)
+        forks = unread.on_draft.gather(1, unread.sources)
+        for rows in self._split(unread.nodes_up_to(forks).sum(1)):
+            reading = unread.take(rows)
+            reading.read(forks[rows], prompt[rows])
             scores[rows] = self._read_probable(reading)
         return scores
 
     def _read_probable(self, reading: "Reading") -> Tensor:
         """Read on at probable forks, and return the log-probability of each name."""
-        scores, forks = reading.scores(), reading.probable_forks(self.negligible)
+        scores = reading.scores()
+        forks = reading.probable_forks(scores, self.negligible)
         cells = forks.any(1).nonzero()[:, 0]
         for rows in self._split(reading.nodes_up_to(forks).sum(1)[cells]):
-            part, some = reading.take(cells[rows]), forks[cells[rows]]
-            part.read(some & (some.cumsum(1) <= self._count_cells(len(rows))))  # as many forks of each cell
+            part = reading.take(cells[rows])
+            part.read(forks[cells[rows]])
             scores[cells[rows]] = self._read_probable(part)
         return scores
 
-    def _split(self, tokens: Tensor, forks: int = 0) -> Iterator[Tensor]:
+    def _split(self, tokens: Tensor) -> Iterator[Tensor]:
         """Yield the rows of cells that are read together, those with many tokens together with their like."""
-        most = self._count_cells(forks) if tokens.is_cuda else min(self._count_cells(forks), CELLS_TOGETHER)
+        most = len(tokens) if tokens.is_cuda else CELLS_TOGETHER
         return iter(tokens.argsort(stable=True).split(most) if len(tokens) else ())
-
-    def _count_cells(self, outputs: int) -> int:
-        """Return how many cells may have a number of outputs with logits at once."""
-        return max(1, LOGITS // (self.model.vocabulary * max(1, outputs)))
 
 
 class Reading:
@@ -98,8 +95,8 @@ class Reading:
     ----------
     model, tree
         The model and the tree.
-    beginning
-        Keys and values of the prompt up to the soft tokens, the same for all cells.
+    cache
+        Keys and values of what was read of each cell, or of all cells alike in a single row.
     mask
         Mask of the whole prompt, bool (cells, prompt).
     names
@@ -119,9 +116,8 @@ class Reading:
         The nodes in the cache, int64 (cells, keys), and which of them are not padding, bool.
     """
 
-    def __init__(self, model: Cell2Text, tree: Tree, beginning: DynamicCache, mask: Tensor, names: Tensor):
-        self.model, self.tree, self.mask, self.names = model, tree, mask, names
-        self.cache = _copy(beginning, torch.zeros(len(names), dtype=torch.long, device=mask.device))
+    def __init__(self, model: Cell2Text, tree: Tree, cache: DynamicCache, mask: Tensor, names: Tensor):
+        self.model, self.tree, self.cache, self.mask, self.names = model, tree, cache, mask, names
         self.on_draft = tree.names[names].any(1)
         self.on_draft[:, 0] = True
         ends = functional.pad(tree.ends[names], (1, 0))  # of the prompt and of each name
@@ -132,8 +128,7 @@ class Reading:
 
     def take(self, rows: Tensor) -> "Reading":
         """Return some of the cells, with a copy of their part of the cache."""
-        part = Reading(self.model, self.tree, DynamicCache(), self.mask[rows], self.names[rows])
-        part.cache = _copy(self.cache, rows)
+        part = Reading(self.model, self.tree, _copy(self.cache, rows), self.mask[rows], self.names[rows])
         for name in ("log_shares", "decided", "is_read", "keys", "is_key"):
             setattr(part, name, getattr(self, name)[rows])
         return part
@@ -144,10 +139,10 @@ class Reading:
         equal_shares = tree.below_forks * tree.below_forks.sum(1, keepdim=True).log()
         return self.log_shares @ tree.names.float().T - ahead @ equal_shares
 
-    def probable_forks(self, negligible: float) -> Tensor:
-        """Return the undecided forks to read next, bool (cells, forks)."""
-        reached = self.log_shares @ self.tree.before_forks.float().T
-        return self._ahead() & (reached.exp() > negligible)
+    def probable_forks(self, scores: Tensor, negligible: float) -> Tensor:
+        """Return the undecided forks to read next, given the scores so far, bool (cells, forks)."""
+        reached = scores.exp() @ self.tree.below_forks.float().T
+        return ~self.decided & (reached > negligible)
 
     def _ahead(self) -> Tensor:
         """Return the undecided forks before which all are decided, bool (cells, forks)."""
@@ -194,14 +189,17 @@ class Reading:
         # as indices: states cut out by a slice are not contiguous, for which torch copies the head once for each cell
         last = torch.arange(inputs.shape[1] - outputs, inputs.shape[1], device=inputs.device)
         options = {"logits_to_keep": last} if model.accepts("logits_to_keep") else {}
-        logits = model.language_model(
-            inputs_embeds=inputs,
-            attention_mask=bias.masked_fill_(~allowed, torch.finfo(bias.dtype).min)[:, None],
-            position_ids=self._positions(nodes, inputs.shape[1] - width),
-            past_key_values=self.cache,
-            use_cache=True,
-            **options,
-        ).logits[:, -outputs:]
+        with model.head_for(tree.words):
+            logits = model.language_model(
+                inputs_embeds=inputs,
+                attention_mask=bias.masked_fill_(~allowed, torch.finfo(bias.dtype).min)[:, None],
+                position_ids=self._positions(nodes, inputs.shape[1] - width),
+                past_key_values=self.cache,
+                use_cache=True,
+                **options,
+            ).logits[:, -outputs:]
+        if logits.shape[2] > len(tree.words):
+            logits = logits[:, :, tree.words]
         self._decide(forks, nodes[:, width - outputs :], logits)
 
     def _attention(self, nodes: Tensor, unread: int) -> Tensor:
@@ -244,20 +242,21 @@ class Reading:
         forks
             The forks, bool (cells, forks).
         nodes, logits
-            Nodes, int64 (cells, outputs), and the language model's output at them, (cells, outputs, vocabulary).
+            Nodes, int64 (cells, outputs), and the logits of the tree's words at them, (cells, outputs, words).
         """
         tree, cells = self.tree, torch.arange(len(logits), device=logits.device)[:, None]
         places = torch.zeros_like(self.is_read, dtype=torch.long)
         places.scatter_(1, nodes, torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes))
         places = places.gather(1, self.sources)[:, tree.forks_of_options]
-        found = tree.log_shares(logits[cells, places, tree.tokens[tree.options]].float())
+        found = tree.log_shares(logits[cells, places, tree.words_of_options].float())
         known = self.log_shares[:, tree.options]
         self.log_shares[:, tree.options] = torch.where(forks[:, tree.forks_of_options], found, known)
 
 
 def _copy(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Return a copy of some rows of a cache."""
+    """Return a copy of some rows of a cache; a single row stands for all."""
     copied = DynamicCache()
     for number, layer in enumerate(cache.layers):
-        copied.update(layer.keys[rows], layer.values[rows], number)
+        some = rows % len(layer.keys)
+        copied.update(layer.keys[some], layer.values[some], number)
     return copied

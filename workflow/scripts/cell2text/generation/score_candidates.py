@@ -124,6 +124,8 @@ class Scorer:
         steps = [np.full(shape, -np.log(shape[1]), dtype=np.float32) for shape in shapes]
         if len(read):
             drafts, start = draft_names(self.candidates, scores)[read], 0
+            order = np.argsort(count_tokens(self.candidates, drafts), kind="stable")  # batches with little padding
+            read, drafts = read[order], drafts[order]
             for batch in score_names(self.model, vectors, read, self.candidates, drafts, batch_cells):
                 rows = read[start : start + len(batch[0])]
                 for step, found in zip(steps, batch, strict=True):
@@ -160,6 +162,20 @@ def draft_names(steps: Sequence[Candidates], scores: Mapping[str, np.ndarray]) -
         drafts.append(ranked[:, places[step.slot]])
         places[step.slot] += 1
     return np.stack(drafts, axis=1)
+
+
+def count_tokens(steps: Sequence[Candidates], drafts: np.ndarray) -> np.ndarray:
+    """Return the number of tokens of each draft, int64 (cells,).
+
+    Parameters
+    ----------
+    steps
+        The candidates of each step.
+    drafts
+        Index of a candidate of each step, int64 (cells, steps).
+    """
+    counts = [np.array([len(tokens) for tokens in step.tokens])[drafts[:, n]] for n, step in enumerate(steps)]
+    return np.sum(counts, axis=0)
 
 
 @torch.no_grad()

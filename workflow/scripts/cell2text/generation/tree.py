@@ -33,10 +33,12 @@ class Tree:
         Last node of each name, and number of its nodes, int64 (names,).
     forks, steps_of_forks
         The node after which each fork is, -1 if its step begins with it, and the step, int64 (forks,).
-    before_forks, earlier_forks, below_forks
-        The nodes of its step before each fork, the forks among them, and the names that pass it, bool (forks, ...).
-    options, forks_of_options
-        The nodes that are options, and the fork of each, int64 (options,).
+    earlier_forks, below_forks
+        The forks of its step before each fork, and the names that pass it, bool (forks, ...).
+    options, forks_of_options, words_of_options
+        The nodes that are options, the fork of each, and the index of its token in ``words``, int64 (options,).
+    words
+        The tokens that options have, int64 (words,).
     """
 
     tokens: Tensor
@@ -48,11 +50,12 @@ class Tree:
     sizes: Tensor
     forks: Tensor
     steps_of_forks: Tensor
-    before_forks: Tensor
     earlier_forks: Tensor
     below_forks: Tensor
     options: Tensor
     forks_of_options: Tensor
+    words_of_options: Tensor
+    words: Tensor
 
     @classmethod
     def of(cls, steps: Sequence[Candidates]) -> "Tree":
@@ -76,6 +79,8 @@ class Tree:
         begins = (at < 0)[:, None]
         before_forks, same_step = within[at] & ~begins, steps_of_forks[:, None] == steps_of_forks
         options = [prefix for prefix in nodes if before[prefix] in forks]
+        chosen = torch.tensor([prefix[-1] for _, prefix in options], dtype=torch.long)
+        words, words_of_options = chosen.unique(return_inverse=True)
         return cls(
             tokens=torch.tensor([0, *(prefix[-1] for _, prefix in nodes)]),
             steps=torch.tensor([-1, *(step for step, _ in nodes)]),
@@ -86,11 +91,12 @@ class Tree:
             sizes=torch.tensor([len(tokens) for _, tokens in names]),
             forks=at,
             steps_of_forks=steps_of_forks,
-            before_forks=before_forks,
             earlier_forks=same_step & (before_forks[:, at] | begins.T) & ~torch.eye(len(at), dtype=torch.bool),
             below_forks=(steps_of_forks[:, None] == steps_of_names) & (within[ends][:, at].T | begins),
             options=torch.tensor([nodes[prefix] for prefix in options], dtype=torch.long),
             forks_of_options=torch.tensor([forks[before[prefix]] for prefix in options], dtype=torch.long),
+            words_of_options=words_of_options,
+            words=words,
         )
 
     def to(self, device: torch.device) -> "Tree":

@@ -218,6 +218,29 @@ class Cell2Text(nn.Module):
             for value, dtype in dtypes.items():
                 value.data = value.data.to(dtype)
 
+    @contextmanager
+    def head_for(self, words: Tensor) -> Iterator[None]:
+        """Let the language model compute the logits of some tokens alone, if its head is an ordinary one.
+
+        Parameters
+        ----------
+        words
+            Token ids, int64 (words,).
+        """
+        head = self.base_model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            yield
+            return
+        some = nn.Linear(head.in_features, len(words), bias=False, device="meta")
+        some.weight = nn.Parameter(head.weight[words], requires_grad=False)
+        if head.bias is not None:
+            some.bias = nn.Parameter(head.bias[words], requires_grad=False)
+        self.base_model.set_output_embeddings(some)
+        try:
+            yield
+        finally:
+            self.base_model.set_output_embeddings(head)
+
     def checkpoint_activations(self) -> None:
         """Keep the activations of one layer at a time; the backward pass recomputes the others (arXiv 1604.06174).
 
