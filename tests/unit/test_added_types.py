@@ -121,7 +121,31 @@ def test_a_model_without_cell_types_takes_no_others(tmp_path):
     with pytest.raises(
         InputError, match=r"no cell type has two training cells, so this model takes no others\. Do not"
     ):
-        _add_types(tmp_path, str(tmp_path / "examples.parquet"), [str(tmp_path / "embeddings.safetensors")])
+        add_types(tmp_path)
+
+
+def add_types(folder):
+    return _add_types(folder, str(folder / "examples.parquet"), [str(folder / "embeddings.safetensors")])
+
+
+def test_an_example_without_a_gene_of_the_model_does_not_count(tmp_path):
+    write_json({"labels": {"cell_type": ["A"]}}, tmp_path / "cell2text.json")
+    save_reference(Reference.of(cells_of("A", 30, 0), np.zeros(30, int)), str(tmp_path / "reference.safetensors"))
+    Confidence({}, {}, SlotCalibration(), ProgrammeCalibration(), None).save(tmp_path / "confidence.json")
+    TERMS.write(small_table(), tmp_path / "terms.parquet")
+    ids = [f"mine|{row}" for row in range(8)]
+    types = ["CL:0000236", "CL:0000623"] * 4
+    EXAMPLES.write(pd.DataFrame({"cell_id": ids, "cell_type_id": types}), tmp_path / "examples.parquet")
+    lengths, vectors = np.array([1, 1, 1, 1, 1, 1, 0, 1], np.int32), cells_of("N", 8, 7)
+    tensors = {"gene_vectors": np.zeros((8, 0, 3), np.float16), "lengths": lengths}
+    EMBEDDINGS.write(tensors | {"pooled": vectors}, ids, tmp_path / "embeddings.safetensors")
+    added = add_types(tmp_path)
+    assert added.sizes.tolist() == [3, 4]
+    assert np.allclose(added.means[0], vectors[[0, 2, 4]].mean(axis=0) @ added.whitening, atol=1e-5)
+    lengths[4] = 0
+    EMBEDDINGS.write(tensors | {"pooled": vectors}, ids, tmp_path / "embeddings.safetensors")
+    with pytest.raises(InputError, match=r"fewer than 3 labelled cells of CL:0000236 have a gene of the model\. Label"):
+        add_types(tmp_path)
 
 
 def write_study(path, labels, column="cell_type_ontology_term_id"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cell2text.annotation.pack_model import read_facts
-from cell2text.confidence.added_types import AddedTypes
+from cell2text.confidence.added_types import LEAST_EXAMPLES, AddedTypes
 from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
 from cell2text.confidence.novelty import Reference
 from cell2text.contracts import EMBEDDINGS, EXAMPLES
@@ -64,7 +64,13 @@ def _add_types(model: Path, examples: str, embeddings: Sequence[str]) -> AddedTy
     labels = read_facts(model)["labels"].get("cell_type", [])
     reference = Reference(**read_weights(model / "reference.safetensors", FIX, "numpy"))
     labelled = EXAMPLES.read(examples)
-    vectors = EMBEDDINGS.read_cells(embeddings, labelled["cell_id"], ["pooled"])["pooled"]
+    tensors = EMBEDDINGS.read_cells(embeddings, labelled["cell_id"], ["pooled", "lengths"])
+    read = tensors["lengths"] > 0  # a cell without a gene of the model is like no cell of its type
+    counts = labelled.loc[read, "cell_type_id"].value_counts().reindex(sorted(set(labelled["cell_type_id"])))
+    for cell_type in counts.index[~(counts >= LEAST_EXAMPLES)]:
+        problem = f"fewer than {LEAST_EXAMPLES} labelled cells of {cell_type} have a gene of the model"
+        raise InputError("examples", problem, f"Label {LEAST_EXAMPLES} or more that have some, or leave out this type")
+    labelled, vectors = labelled[read], tensors["pooled"][read]
     threshold = Confidence.load(model / "confidence.json").of_new_study.thresholds.get("cell_type")
     least = threshold.confidence if threshold else 1.0
     ancestors = read_ancestors(model / "terms.parquet")["cell_type"]
