@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cell2text.embedding.vectors import InMemoryVectors
 from cell2text.generation import packed
+from cell2text.generation.attention import among_few_tokens, attend
 from cell2text.generation.candidates import Candidates, find_candidates
 from cell2text.generation.score import Packed, Plain, can_pack, leave_out_named, score_names
 from cell2text.grammar import Terms
@@ -145,6 +146,26 @@ def test_a_head_for_some_tokens_computes_their_logits_alone_and_leaves_no_trace(
     with model.head_for(words):
         biased = model.language_model(inputs_embeds=inputs).logits
     assert torch.allclose(biased, whole[..., words] + words, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_among_few_tokens_is_that_of_torch(model, scaling):
+    random = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(3, heads, n, 8, generator=random) for heads, n in ((6, 4), (2, 7), (2, 7)))
+    mask = torch.zeros(3, 1, 4, 7).masked_fill(torch.rand(3, 1, 4, 7, generator=random) < 0.3, -1e9)
+    expected = functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    found, _ = attend(model, query, key, value, mask, scaling=scaling)
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-5)
+    without, _ = attend(model, query, key.repeat(1, 3, 1, 1), value.repeat(1, 3, 1, 1), None, scaling=scaling)
+    assert without.shape == found.shape
+
+
+def test_a_language_model_gets_its_own_attention_back(model):
+    assert model.base_model.config._attn_implementation == "sdpa"
+    with pytest.raises(KeyError), among_few_tokens(model.base_model):
+        assert model.base_model.config._attn_implementation != "sdpa"
+        raise KeyError
+    assert model.base_model.config._attn_implementation == "sdpa"
 
 
 A, B, STOP, COMMA, X, Y = range(300, 306)  # tokens

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from cell2text.generation.attention import among_few_tokens
 from cell2text.generation.candidates import Candidates
 from cell2text.generation.tree import Tree
 from cell2text.model.cell2text import Cell2Text
@@ -189,7 +190,7 @@ class Reading:
         # as indices: states cut out by a slice are not contiguous, for which torch copies the head once for each cell
         last = torch.arange(inputs.shape[1] - outputs, inputs.shape[1], device=inputs.device)
         options = {"logits_to_keep": last} if model.accepts("logits_to_keep") else {}
-        with model.head_for(tree.words):
+        with model.head_for(tree.words), among_few_tokens(model.base_model):
             logits = model.language_model(
                 inputs_embeds=inputs,
                 attention_mask=bias.masked_fill_(~allowed, torch.finfo(bias.dtype).min)[:, None],
