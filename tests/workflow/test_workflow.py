@@ -200,7 +200,8 @@ def test_predictions_are_refined_on_a_graph_only_on_request(finished, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text((finished / "tiny.yaml").read_text() + "graph:\n  refine: true\n")
     rules, output = planned(finished, config=changed)
-    assert rules == {"all", "refine_on_graph", "evaluate", "compare", "render_report", "pack_model"}
+    added = {"refine_on_graph", "baseline_bilevel"}
+    assert rules == {"all", *added, "evaluate", "compare", "render_report", "pack_model"}
     assert re.search(r"^refine_on_graph +2$", output, re.MULTILINE)
 
 

@@ -311,6 +311,41 @@ rule refine_on_graph:
         "../scripts/refine_on_graph.py"
 
 
+rule baseline_bilevel:
+    input:
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+        encoder="<results>/encoder",
+        tokens=TOKENS_ON_THE_FLY,
+        genes=GENES_ON_THE_FLY,
+    output:
+        predictions="<results>/baselines/bilevel.parquet",
+        control="<results>/baselines/bilevel_random_graph.parquet",
+    log:
+        "<logs>/baseline_bilevel.log",
+    benchmark:
+        "<benchmarks>/baseline_bilevel.jsonl"
+    conda:
+        "../../envs/llm.yaml"
+    threads: 1
+    resources:
+        # three copies of the gene vectors of 1,024 cells, and as baseline_contrast
+        mem_mb=mem(4000 + GENE_VECTORS / 80, 12 + POOLED / 32),
+        runtime=hours(4),
+        # both classifiers are small, but gene vectors computed on the fly need the encoder
+        gpu=ENCODER_GPU if TOKENS_ON_THE_FLY else 0,
+    params:
+        neighbours=lookup("graph/neighbours", within=config),
+        seed=lookup("seed", within=config),
+        on_the_fly=on_the_fly,
+        library=library_version("baseline_bilevel.py"),
+    message:
+        "Baseline: classifiers of genes and of cells that teach each other, with a control"
+    script:
+        "../scripts/baseline_bilevel.py"
+
+
 rule evaluate:
     input:
         descriptions="<results>/corpus/descriptions.parquet",
