@@ -30,14 +30,13 @@ from cell2text.embedding.vectors import Embeddings  # noqa: E402
 from cell2text.evaluation.baselines.bilevel import Cells, teach_in_turn  # noqa: E402
 from cell2text.evaluation.baselines.slots import is_training, read_pooled, read_slots  # noqa: E402
 from cell2text.evaluation.bootstrap import Bootstrap, interval  # noqa: E402
+from cell2text.evaluation.graph import join_neighbours, shuffle_cells  # noqa: E402
 from cell2text.evaluation.refine_on_graph import (  # noqa: E402
     WEIGHTS,
     choose_weight,
     initial_probabilities,
-    join_neighbours,
     propagate,
     read_predictions,
-    shuffle_cells,
 )
 from cell2text.evaluation.sums import (  # noqa: E402
     calibration_error,

@@ -45,7 +45,7 @@ def test_places_without_a_gene_are_not_attended_to():
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
     """Files of a study with two groups of cells that overlap."""
-    monkeypatch.setattr(bilevel, "STEPS", 100)
+    monkeypatch.setattr(bilevel, "STEPS", 40)
     rng = np.random.default_rng(0)
     types = np.repeat([B_CELL, NK_CELL], 150)
     splits = np.tile(["train", "validation", "test", "test", "test"], 60)

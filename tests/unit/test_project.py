@@ -80,7 +80,7 @@ def test_gpu_rules_declare_a_gpu_and_no_other_rule_does():
     declaring = {name for name, body in bodies_of_rules().items() if re.search(r"^        gpu=", body, re.MULTILINE)}
     assert declaring == {
         "embed_genes", "finetune", "fit_encoder", "score_candidates", "score_left_out_studies", "baseline_shuffled",
-        "baseline_aligned", "baseline_greedy", "embed_query", "score_query",
+        "baseline_aligned", "baseline_bilevel", "baseline_greedy", "embed_query", "score_query",
     }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def halves():
         "embedding.embed_genes",
         "embedding.vectors",
     }
-    language |= {f"evaluation.baselines.{name}" for name in ("aligned", "contrast", "greedy", "shuffled")}
+    language |= {f"evaluation.baselines.{name}" for name in ("aligned", "bilevel", "contrast", "greedy", "shuffled")}
     language |= {"evaluation.few_shot", "models.check_language_model", "models.fetch_language_model"}
     language |= {f"annotation.{name}" for name in ("embed_query", "score_query", "describe_query", "explain_query")}
     language |= {f"retrieval.{name}" for name in ("retriever", "fit_retriever", "score_retrieval", "search_cells")}

@@ -56,10 +56,10 @@ NOT_TRIED = {
     "python tests/benchmarks/memory_at_scale.py --cells 20000 200000 --folder somewhere": BENCHMARK,
     "python tests/benchmarks/gene_text.py results/studies-{42,43,44} "
     "--gene-sets ../shared/data/gene_sets/ReactomePathways.gmt --plot docs/gene_text.svg": BENCHMARK,
-    "python tests/benchmarks/mouse.py ../shared/data/studies": BENCHMARK,
+    "python tests/benchmarks/mouse.py ../shared/data/studies --plot docs/mouse.svg": BENCHMARK,
     "python tests/benchmarks/new_study.py --work somewhere --test-cells 250 --plot docs/new_study.svg": BENCHMARK,
     "python tests/benchmarks/search.py results/studies-{42,43,44} --work somewhere --plot docs/search.svg": BENCHMARK,
-    "python tests/benchmarks/refine_on_graph.py results/studies-{42,43,44} --plot docs/neighbours.svg": BENCHMARK,
+    "python tests/benchmarks/refine_on_graph.py results/studies-* --bilevel --plot docs/neighbours.svg": BENCHMARK,
 }
 
 
