@@ -109,7 +109,8 @@ def test_a_tree_has_each_shared_prefix_once():
     assert tree.forks.tolist() == [1, 2, -1] and tree.steps_of_forks.tolist() == [0, 0, 2]
     options = zip(tree.options.tolist(), tree.forks_of_options.tolist(), strict=True)
     assert set(options) == {(2, 0), (6, 0), (3, 1), (4, 1), (9, 2), (11, 2)}
-    assert [row.nonzero().squeeze(1).tolist() for row in tree.before_forks] == [[1], [1, 2], []]
+    assert tree.words[tree.words_of_options].tolist() == tree.tokens[tree.options].tolist()
+    assert len(tree.words) == len(set(tree.tokens[tree.options].tolist()))
     assert tree.earlier_forks.nonzero().tolist() == [[1, 0]]
     assert [row.nonzero().squeeze(1).tolist() for row in tree.below_forks] == [[0, 1, 2], [0, 1], [4, 5]]
 
