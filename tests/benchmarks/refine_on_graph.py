@@ -105,13 +105,14 @@ def refine(results: Path, method: str, bilevel: bool) -> pd.DataFrame:
             differences = compare(true[test], named, labels[found.argmax(axis=1)], donors)
             scores = score(true[test], found, labels, training)
             rows.append((name, weight, weight == chosen, degrees.mean(), (degrees == 0).mean(), *scores, *differences))
-    codes, ids = pd.factorize(training, sort=True)
-    cells = Cells.of(Embeddings(sorted(files)).vectors(described["cell_id"], "gene_vectors"), vectors, ~new)
-    for name, shuffled in (("bilevel", False), ("bilevel, shuffled", True)) if bilevel else ():
-        found = teach_in_turn(cells, codes, studies, NEIGHBOURS, 0, shuffled)[test]
+    if bilevel:
+        codes, ids = pd.factorize(training, sort=True)
         ids = np.array(ids, dtype=object)
-        differences = compare(true[test], named, ids[found.argmax(axis=1)], donors)
-        rows.append((name, np.nan, True, *[np.nan] * 2, *score(true[test], found, ids, training), *differences))
+        cells = Cells.of(Embeddings(sorted(files)).vectors(described["cell_id"], "gene_vectors"), vectors, ~new)
+        for name, shuffled in (("bilevel", False), ("bilevel, shuffled", True)):
+            found = teach_in_turn(cells, codes, studies, NEIGHBOURS, 0, shuffled)[test]
+            differences = compare(true[test], named, ids[found.argmax(axis=1)], donors)
+            rows.append((name, np.nan, True, *[np.nan] * 2, *score(true[test], found, ids, training), *differences))
     return pd.DataFrame(rows, columns=["graph", "weight", "chosen", "neighbours", "isolated", *SCORES, *DIFFERENCES])
 
 

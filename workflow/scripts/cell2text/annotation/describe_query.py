@@ -66,8 +66,8 @@ def _add_types(model: Path, examples: str, embeddings: Sequence[str]) -> AddedTy
     labelled = EXAMPLES.read(examples)
     tensors = EMBEDDINGS.read_cells(embeddings, labelled["cell_id"], ["pooled", "lengths"])
     read = tensors["lengths"] > 0  # a cell without a gene of the model is like no cell of its type
-    counts = labelled.loc[read, "cell_type_id"].value_counts().reindex(sorted(set(labelled["cell_type_id"])))
-    for cell_type in counts.index[~(counts >= LEAST_EXAMPLES)]:
+    counts = labelled.assign(read=read).groupby("cell_type_id")["read"].sum()
+    for cell_type in counts.index[counts < LEAST_EXAMPLES]:
         problem = f"fewer than {LEAST_EXAMPLES} labelled cells of {cell_type} have a gene of the model"
         raise InputError("examples", problem, f"Label {LEAST_EXAMPLES} or more that have some, or leave out this type")
     labelled, vectors = labelled[read], tensors["pooled"][read]
