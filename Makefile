@@ -1,5 +1,5 @@
 # make demo: from a fresh clone to a trained model, its report, and cells described by it.
-# make test: every check that CI runs.
+# make test: lint and all tests but the slow ones. CI runs make slow and make slurm as well.
 # make docs: the documentation as a site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -48,9 +48,9 @@ unit: .venv/ready
 workflow: .venv/ready
 	$(PYTEST) tests/workflow
 
-# Slow checks are run by name: make slow
+# Tests of several minutes, which are run by name; those on SLURM have a target of their own.
 slow: .venv/ready
-	$(BIN)/python -m pytest -q -m slow tests
+	$(PYTEST) -m slow tests --ignore tests/workflow/test_slurm.py
 
 # The tiny workflow on a real SLURM, which starts on this machine. As root, Debian's packages are installed if they are
 # missing and there is a network; elsewhere the test is skipped.

@@ -78,6 +78,8 @@ NOT_MEASURED = {
     "fetch_census_shard": "reads the Census",
     "fetch_encoder": "reads no cells, and the default encoder is not fetched",
     "refine_on_graph": "off by default; its memory is that of the probabilities, which the number of labels determines",
+    "fit_refinement": "off by default; it reads at most 20,000 cells",
+    "refine_query": "off by default; its memory is that of the probabilities, which the number of labels determines",
     "baseline_bilevel": "off by default; its memory is that of pooled vectors, and of the gene vectors of 1,024 cells",
     "fetch_examples": "reads its study as fetch_query does",
     "baseline_contrast": "off by default; its memory is that of pooled vectors and probabilities",

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "workflow/scripts"), str(ROOT / "tests")]
 from cell2text.contracts import CELLS  # noqa: E402
 from cell2text.embedding.encoders import load_encoder  # noqa: E402
-from cell2text.embedding.fit_encoder import fit_encoder  # noqa: E402
+from cell2text.embedding.fit_encoder import EncoderInputs, fit_encoder  # noqa: E402
 from cell2text.embedding.ranked_cells import RankedSplit, read_measured  # noqa: E402
 from cell2text.evaluation import statistics  # noqa: E402
 from cell2text.evaluation.bootstrap import Bootstrap  # noqa: E402
@@ -65,7 +65,7 @@ def embed(results, settings, seed, fetched=None):
         start = time.perf_counter()
         files = [str(path) for path in sorted(results.glob("tokens/*.parquet"))]
         corpus, genes = str(results / "corpus/cells.parquet"), str(results / "genes.parquet")
-        fit_encoder(corpus, genes, files, f"{folder}/encoder", settings, seed, fetched)
+        fit_encoder(EncoderInputs(corpus, genes, files, settings, seed, fetched), f"{folder}/encoder")
         fitted = time.perf_counter()
         encoder = load_encoder(f"{folder}/encoder")
         parts = [

@@ -25,12 +25,12 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
+from cell2text.confidence.graph import join_neighbours, shuffle_cells  # noqa: E402
 from cell2text.contracts import CELLS, datasets_of  # noqa: E402
 from cell2text.embedding.vectors import Embeddings  # noqa: E402
 from cell2text.evaluation.baselines.bilevel import Cells, teach_in_turn  # noqa: E402
 from cell2text.evaluation.baselines.slots import is_training, read_pooled, read_slots  # noqa: E402
 from cell2text.evaluation.bootstrap import Bootstrap, interval  # noqa: E402
-from cell2text.evaluation.graph import join_neighbours, shuffle_cells  # noqa: E402
 from cell2text.evaluation.refine_on_graph import (  # noqa: E402
     WEIGHTS,
     choose_weight,

@@ -45,14 +45,17 @@ def test_the_most_specific_term_that_reaches_the_threshold_is_reported():
 
 
 def test_a_cell_of_no_candidate_type_is_still_below_general_terms():
-    terms = TermsAbove(CANDIDATES, ANCESTORS, none=0.25)
+    terms = TermsAbove(CANDIDATES, ANCESTORS)
     cell = [0.6, 0.15, 0.0, 0.0, 0.0]  # the rest is the probability of another type, such as regulatory T cell
     assert report([cell], 0.6, terms) == [("CD4", 0.6)]
     assert report([cell], 0.61, terms) == [("T", 1)]
     # a candidate is a general term only if others are below it
-    assert report([[0.3, 0.45]], 0.4, TermsAbove(["monocyte", "T"], ANCESTORS, 0.25)) == [("T", 0.45)]
-    assert report([[0.3, 0.45]], 0.4, TermsAbove(["CD4", "T"], ANCESTORS, 0.25)) == [("T", 1)]
-    ids, found = TermsAbove(["CD4", "neuron"], ANCESTORS, 1.0).report(np.zeros((1, 2)), 0.5)
+    assert report([[0.3, 0.45]], 0.4, TermsAbove(["monocyte", "T"], ANCESTORS)) == [("T", 0.45)]
+    assert report([[0.3, 0.45]], 0.4, TermsAbove(["CD4", "T"], ANCESTORS)) == [("T", 1)]
+    # each cell has a probability of its own that it is of another type
+    assert report([cell, [0.6, 0.4, 0, 0, 0]], 0.61, terms) == [("T", 1), ("T", 1)]
+    assert report([[0.3, 0.15, 0, 0.05, 0], [0.6, 0.3, 0, 0.1, 0]], 0.85, terms) == [("T", 0.9), ("T", 0.9)]
+    ids, found = TermsAbove(["CD4", "neuron"], ANCESTORS).report(np.zeros((1, 2)), 0.5)
     assert ids.tolist() == [None] and np.isnan(found).all()
 
 

@@ -12,6 +12,7 @@ from cell2text.confidence.calibration import (
     Steps,
     calibrate_programmes,
     calibrate_slot,
+    fit_none,
     fit_steps,
 )
 
@@ -224,3 +225,47 @@ def test_calibration_and_threshold_may_share_their_validation_cells(cells):
         reported.append(len(known) / len(ids))
     assert np.mean(wrong) <= 0.2 + 2 * np.std(wrong) / np.sqrt(len(wrong))
     assert np.mean(reported) > 0.3
+
+
+def studies_with_novelty(slope, seed=0):
+    """Return novelty of cells of five studies, whether their types are no candidates, and the studies.
+
+    The logit of the latter is -1 + slope x log novelty.
+    """
+    random = np.random.default_rng(seed)
+    novelty = random.lognormal(0.5, 0.7, 1500)
+    none = random.random(1500) < expit(-1 + slope * np.log(novelty))
+    return novelty, none, np.repeat(list("abcde"), 300)
+
+
+def test_the_probability_of_no_candidate_follows_novelty_where_it_does_in_all_studies():
+    intercept, slope = fit_none(*studies_with_novelty(2.0))
+    assert (intercept, slope) == (pytest.approx(-1, abs=0.2), pytest.approx(2, abs=0.3))
+    novelty, none, studies = studies_with_novelty(2.0)
+    # each study counts the same, however many cells it has
+    many = np.concatenate([np.arange(1500), np.tile(np.flatnonzero(studies == "a"), 9)])
+    assert fit_none(novelty[many], none[many], studies[many]) == pytest.approx((intercept, slope), abs=0.05)
+
+
+def test_novelty_that_tells_nothing_or_differs_between_studies_does_not_count():
+    novelty, none, studies = studies_with_novelty(-1.0)  # a novel cell is not of a known type for being novel
+    assert fit_none(novelty, none, studies) is None
+    # all cells of two studies are of other types, but not because of their novelty
+    assert fit_none(novelty, np.isin(studies, ["a", "c"]), studies) is None
+    novelty, none, studies = studies_with_novelty(2.0)
+    two = np.isin(studies, ["a", "b"])
+    assert fit_none(novelty[two], none[two], studies[two]) is None
+    assert fit_none(novelty, np.ones(1500, dtype=bool), studies) is None
+
+
+def test_novelty_by_hand():
+    """Without candidates in half of the cells of novelty 1, in 1 of 1 + 1/e at novelty e; NaN is the overall share."""
+    calibration = SlotCalibration(10, (0.0, 1.0), none=0.2, none_by_novelty=(0.0, 1.0))
+    equal = np.log(np.full((3, 4), 0.25))
+    found = calibration.probabilities(equal, equal, np.array([1.0, np.e, np.nan]))
+    assert found[:, 0] == pytest.approx([0.5 / 4, (1 - 1 / (1 + 1 / np.e)) / 4, 0.8 / 4])
+    assert calibration.probabilities(equal, equal)[:, 0] == pytest.approx([0.2] * 3)
+    saved = json.loads(json.dumps(calibration.to_dict()))
+    assert SlotCalibration.from_dict(saved) == calibration
+    del saved["none_by_novelty"]
+    assert SlotCalibration.from_dict(saved).none_by_novelty is None

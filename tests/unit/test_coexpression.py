@@ -226,6 +226,8 @@ def test_embed_keeps_the_highest_ranked_genes():
     found = Coexpression(axes, np.array([0.2, 0.4], dtype=np.float32)).embed(cells, 2)
     np.testing.assert_allclose(found["gene_vectors"], [[[0, 4], [3, 0]], [[16, 0], [0, 0]]], rtol=1e-3)
     assert found["lengths"].tolist() == [2, 1]
+    without = Coexpression(axes, np.array([0.2, 0.4], dtype=np.float32)).embed(cells, 0)
+    assert without["lengths"].tolist() == [3, 1] and without["gene_vectors"].shape == (2, 0, 2)
     # every expressed gene counts: (1 * 0.6, 2 * 0.8 + 1 * 0.6) and (4 * 0.8, 0), minus (0.6, 0.8), over (0.2, 0.4);
     # expected are 1 / (1 + 1 / variance) of it
     np.testing.assert_allclose(found["pooled"], [[0, 3.5, 0, 3.5 / 1.5], [13, -2, 6.5, -2 / 1.5]], atol=1e-5)

@@ -326,6 +326,6 @@ def test_a_full_disk_is_reported_by_all_writers(encoders, fetched, tmp_path, mon
         checkpoints = tmp_path / f"{kind}.checkpoints"
         checkpoints.mkdir()
         with pytest.raises(InputError, match=expected.format(tmp_path / kind)), small_files(2000):
-            fitting.fit_encoder("", genes, [], tmp_path / kind, encoder_settings(), 0)
+            fitting.fit_encoder(fitting.EncoderInputs("", genes, [], encoder_settings(), 0), tmp_path / kind)
         assert checkpoints.is_dir()  # the next attempt need not train again
     assert not list(tmp_path.glob("**/.*"))

@@ -140,6 +140,9 @@ def test_a_value_worked_out_by_hand():
     np.testing.assert_allclose(found["gene_vectors"][1], [[np.log1p(0.7 * np.expm1(2)), 0], [0, 0]], atol=1e-3)
     np.testing.assert_array_equal(found["pooled"][2:], 0)
     assert found["lengths"].tolist() == [2, 2, 1, 0]
+    # without vectors of genes, only a cell without genes has none
+    cells = ranked_cells(lists, expression, 3, panels=panels, panel=[0, 1, 2, 0])
+    assert three_genes().embed(cells, 0)["lengths"].tolist() == [3, 2, 1, 0]
 
 
 def test_genes_share_out_the_pooled_vector():

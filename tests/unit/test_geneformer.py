@@ -125,7 +125,7 @@ def test_a_cell_without_known_genes_has_zero_vectors():
     cells = some_cells([3, 0], V1)
     tensors = encoder.embed(cells, TOP)
     assert not tensors["pooled"][1].any() and tensors["lengths"].tolist() == [3, 0]
-    assert np.isfinite(tensors["pooled"]).all()
+    assert np.isfinite(tensors["pooled"]).all() and encoder.embed(cells, 0)["lengths"].tolist() == [3, 0]
     assert not encoder.embed(some_cells([0, 0], V1), TOP)["pooled"].any()
 
 

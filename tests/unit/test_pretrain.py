@@ -14,7 +14,7 @@ from cell2text.embedding.encoders import load_encoder, masked_genes, pretrain
 from cell2text.embedding.encoders.masked_genes import Batch, Cells, MaskedGenes, batches
 from cell2text.embedding.encoders.pretrain import Pretrained, shape
 from cell2text.embedding.encoders.ranked_bert import Special
-from cell2text.embedding.fit_encoder import fit_encoder
+from cell2text.embedding.fit_encoder import EncoderInputs, fit_encoder
 from cell2text.embedding.ranked_cells import RankedSplit
 from cell2text.errors import InputError
 from default_settings import encoder_settings
@@ -320,7 +320,8 @@ def test_cells_longer_than_the_models_input_are_truncated(tmp_path):
 def test_the_rule_writes_the_model_and_its_history(tmp_path):
     write_corpus(tmp_path)
     paths = [str(tmp_path / name) for name in ("cells.parquet", "genes.parquet", "tokens.parquet", "encoder")]
-    fit_encoder(paths[0], paths[1], [paths[2]], paths[3], encoder_settings(**SETTINGS | {"top_k": 4}), seed=0)
+    settings = encoder_settings(**SETTINGS | {"top_k": 4})
+    fit_encoder(EncoderInputs(paths[0], paths[1], [paths[2]], settings, seed=0), paths[3])
     history = HISTORY.read(tmp_path / "encoder/history.parquet")
     assert set(history["stage"]) == {"pretrain"} and history["align_loss"].isna().all()
     assert history["step"].tolist() == list(range(8))

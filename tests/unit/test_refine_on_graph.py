@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
+from cell2text.confidence.graph import join_neighbours, shuffle_cells
 from cell2text.contracts import DESCRIPTIONS, PREDICTIONS
 from cell2text.errors import InputError
-from cell2text.evaluation.graph import join_neighbours, shuffle_cells
 from cell2text.evaluation.refine_on_graph import choose_weight, initial_probabilities, propagate, refine_on_graph
 from cell2text.grammar import parse
 from described_cells import B_CELL, BLOOD, LUNG, NK_CELL, write_corpus, write_embeddings

@@ -302,7 +302,7 @@ def send_to_all_twice(process, sent):
         (send_to_process, signal.SIGKILL, -9, 1),
         (send_to_process, signal.SIGTERM, 143, 1),
         (send_to_all_twice, signal.SIGINT, 143, 1),
-        (send_to_process, signal.SIGTERM, 143, 2),
+        pytest.param(send_to_process, signal.SIGTERM, 143, 2, marks=pytest.mark.slow),
         pytest.param(send_to_all_twice, signal.SIGINT, 143, 2, marks=pytest.mark.slow),
     ],
 )
@@ -439,6 +439,7 @@ def train_on_two_nodes(files, tiny_model, tmp_path, **changes):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_like_two_processes_of_one(files, tiny_model, tmp_path):
     done = train_on_two_nodes(files, tiny_model, tmp_path)
     assert done.returncode == 0, done.stderr

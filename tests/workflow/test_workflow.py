@@ -200,7 +200,7 @@ def test_predictions_are_refined_on_a_graph_only_on_request(finished, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text((finished / "tiny.yaml").read_text() + "graph:\n  refine: true\n")
     rules, output = planned(finished, config=changed)
-    added = {"refine_on_graph", "baseline_bilevel"}
+    added = {"refine_on_graph", "baseline_bilevel", "fit_refinement"}
     assert rules == {"all", *added, "evaluate", "compare", "render_report", "pack_model"}
     assert re.search(r"^refine_on_graph +2$", output, re.MULTILINE)
 
@@ -273,6 +273,7 @@ def with_geneformer(finished, tmp_path_factory):
     write_checkpoint(folder / "repository/Geneformer-tiny", V2, symbols=tuple(symbols), positions=64)
     encoder = "kind: geneformer\n  source: repository/Geneformer-tiny\n  cache: false"
     settings(folder, "kind: coexpression\n  dimensions: 8", encoder)
+    settings(folder, "kind: pooled", "kind: mlp")
     methods = "  greedy: true\ngraph:\n  refine: true\nfew_labels:\n  compare: true\n  shots: [2]\n  steps: 20"
     settings(folder, "bootstrap: 50", f"bootstrap: 50\n{methods}\nretrieval:\n  train: true")
     benchmarks = folder / "logs/tiny/benchmarks/embed_genes/pbmc68k"
@@ -282,6 +283,7 @@ def with_geneformer(finished, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_with_geneformer_and_without_cached_vectors_and_with_methods_on_request(with_geneformer):
     folder = with_geneformer
     results = folder / "results/tiny"
@@ -306,6 +308,7 @@ def test_a_run_with_geneformer_and_without_cached_vectors_and_with_methods_on_re
     assert "choose_thresholds" in (rules := planned(folder, config=changed)[0]) and "baseline_greedy" not in rules
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_finished_shards_and_resumes_to_the_same_bytes(with_geneformer):
     folder = with_geneformer
     shards = folder / "results/tiny/embeddings/pbmc68k"
@@ -439,6 +442,7 @@ def test_labelled_cells_add_their_types_with_and_without_the_workflow(to_annotat
         assert code != 0 and line in output and "Traceback (most" not in output, output
 
 
+@pytest.mark.slow
 def test_a_search_is_refused_before_anything_runs_and_plans_what_annotate_does(to_annotate, with_geneformer, tmp_path):
     work, cells, _ = to_annotate
     named = (f"input={tmp_path / 'mine.h5ad'}", f"model={with_geneformer / 'results/tiny/model'}")
@@ -467,6 +471,36 @@ def test_a_search_is_refused_before_anything_runs_and_plans_what_annotate_does(t
     for query, found in ranked.groupby("query"):
         assert query in ("B cell", "blood") and sorted(found["cell_id"]) == sorted(cells.obs_names)
         assert found["rank"].tolist() == list(range(1, len(cells) + 1)) and found["score"].is_monotonic_decreasing
+
+
+@pytest.mark.slow
+def test_cell_types_are_refined_with_and_without_the_workflow(to_annotate, with_geneformer, tmp_path):
+    """The model that can do so is the one whose run compares graphs."""
+    work, cells, arguments = to_annotate
+    model = with_geneformer / "results/tiny/model"
+    (work / "mine.yaml").write_text("run: mine\nannotate: {shards: 2, graph: true}\n")
+    line = "this model cannot refine cell types. Train it with `graph: {refine: true}` in its config"
+    code, output = snakemake(work, *arguments)
+    assert code != 0 and output.count(line) == 1 and "Traceback (most" not in output, output
+    command = [sys.executable, "-m", "cell2text", "annotate", tmp_path / "mine.h5ad", "--out", tmp_path / "out"]
+    command += ["--models", with_geneformer / "resources/models", "--graph", "--model"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "workflow/scripts")}
+    given = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    run = subprocess.run([*command, work / "packed"], **given)
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].endswith(line) and not (tmp_path / "out").exists()
+
+    other = [f"model={model}" if str(one).startswith("model=") else one for one in arguments]
+    code, output = snakemake(work, *other)
+    assert code == 0, output
+    assert "Nothing to be done" in snakemake(work, *other)[1]
+    assert len(list((work / "annotated/mine/refined").iterdir())) == 2
+    facts = anndata.read_h5ad(work / "annotated/mine/annotated.h5ad").uns["cell2text"]["graph"]
+    assert facts["neighbours"] == 15 and set(facts["accuracy"]) == {"before", "after", "shuffled"}
+    assert "were refined among similar cells of this file" in (work / "annotated/mine/annotate.html").read_text()
+    run = subprocess.run([*command, model], **given)
+    assert run.returncode == 0, run.stderr
+    ours, theirs = (folder / "cells.tsv.gz" for folder in (work / "annotated/mine", tmp_path / "out"))
+    pd.testing.assert_frame_equal(pd.read_csv(ours, sep="\t"), pd.read_csv(theirs, sep="\t"), rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -603,7 +637,6 @@ def test_a_model_of_gene_texts_describes_cells_of_genes_that_it_never_saw(fresh)
     ]
     (fresh / "own.tsv").write_text("gene_id\ttext\n" + "".join(rows))
     settings(fresh, "kind: coexpression\n  dimensions: 8", "kind: gene_text\n  texts: [own.tsv]")
-    settings(fresh, "kind: mlp", "kind: pooled")
     code, output = snakemake(fresh, "--cores", "1", "--configfile", fresh / "tiny.yaml")
     assert code == 0, output
     assert planned(fresh)[0] == set()

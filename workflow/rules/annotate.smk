@@ -18,6 +18,7 @@ rule pack_model:
         corpus="<results>/corpus/cells.parquet",
         card="<results>/model_card.md",
         retriever=RETRIEVER,
+        refinement=REFINEMENT,
     output:
         model=directory("<results>/model"),
     log:
@@ -235,6 +236,40 @@ rule score_query:
         "../scripts/score_query.py"
 
 
+# Only with `annotate.graph`: cells of all shards are neighbours of each other.
+rule refine_query:
+    input:
+        model=MODEL,
+        scores=collect(
+            "<annotated>/{{query}}/scores/{shard}.safetensors", shard=QUERY_SHARDS
+        ),
+        embeddings=collect(
+            "<annotated>/{{query}}/embeddings/{shard}.safetensors", shard=QUERY_SHARDS
+        ),
+    output:
+        refined=collect(
+            "<annotated>/{{query}}/refined/{shard}.safetensors", shard=QUERY_SHARDS
+        ),
+    log:
+        "<annotated>/{query}/logs/refine_query.log",
+    wildcard_constraints:
+        query=QUERY_NAMES,
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        # float64 probabilities of the cell types, several times
+        mem_mb=lambda wildcards, input, attempt: (4000 + 10 * int(input.size_mb))
+        * attempt,
+        runtime=hours(4),
+    params:
+        library=library_version("refine_query.py"),
+    message:
+        "Refining the cell types of {wildcards.query} among similar cells"
+    script:
+        "../scripts/refine_query.py"
+
+
 rule describe_query:
     input:
         model=MODEL,
@@ -245,6 +280,11 @@ rule describe_query:
             "<annotated>/{name}/embeddings/{shard}.safetensors",
             name=EXAMPLES,
             shard=QUERY_SHARDS,
+        ),
+        refined=branch(
+            config["annotate"]["graph"],
+            then="<annotated>/{query}/refined/{shard}.safetensors",
+            otherwise=[],
         ),
     output:
         descriptions="<annotated>/{query}/descriptions/{shard}.jsonl",
@@ -368,6 +408,7 @@ rule annotate_query:
         runtime=hours(1),
     params:
         source=lambda wildcards: QUERIES[wildcards.query]["source"],
+        graph=lookup("annotate/graph", within=config),
         library=library_version("annotate_query.py"),
     message:
         "Adding the descriptions to {wildcards.query}"

@@ -13,7 +13,12 @@ sys.path.insert(0, str(WORKFLOW / "scripts"))
 # Snakemake puts the path of Python into shell commands unquoted, where a space would split it
 sys.executable = shlex.quote(sys.executable)
 
-from cell2text.annotation.find_queries import find_examples, find_queries, read_searched
+from cell2text.annotation.find_queries import (
+    check_refinement,
+    find_examples,
+    find_queries,
+    read_searched,
+)
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_facts
 from cell2text.config import check_config, check_files, cut_census, read_datasets
@@ -56,6 +61,8 @@ try:
     )
     EXAMPLES = find_examples(config, QUERIES)
     SEARCHED = read_searched(config, MODEL)
+    if QUERIES and config["annotate"]["graph"]:
+        check_refinement(MODEL)
     QUERY_LANGUAGE_MODEL = []
     if MODEL:
         found = locate_language_model(read_facts(MODEL), models)
@@ -139,6 +146,7 @@ RETRIEVER = (
     if config["retrieval"]["train"]
     else []
 )
+REFINEMENT = ["<results>/confidence/refinement.json"] if REFINED else []
 LANGUAGE_MODEL = "<resources>/models/{}".format(config["language_model"]["name"])
 # Texts about genes, or nothing if the encoder reads none.
 GENE_TEXTS = ["<results>/gene_texts.parquet"] if TEXT_FILES else []

@@ -10,8 +10,13 @@ Inputs: <results>/finetuned/, <results>/embeddings/. Outputs: <results>/scores/{
 VALIDATION_SCORES = collect(
     "<results>/scores/validation/{part}.safetensors", part=PARTS
 )
-LEFT_OUT_STUDIES = (
-    "<results>/scores/left_out_studies.safetensors" if len(DATASETS) > 2 else []
+LEFT_OUT_STUDIES, LEFT_OUT_VECTORS = (
+    [
+        "<results>/scores/left_out_studies.safetensors",
+        "<results>/scores/left_out_vectors.safetensors",
+    ]
+    if len(DATASETS) > 2
+    else [[], []]
 )
 
 
@@ -63,11 +68,16 @@ rule score_left_out_studies:
         terms="<results>/corpus/terms.parquet",
         encoder="<results>/encoder",
         embeddings=EMBEDDINGS,
-        tokens=TOKENS_ON_THE_FLY,
-        genes=GENES_ON_THE_FLY,
+        corpus="<results>/corpus/cells.parquet",
+        tokens=collect("<results>/tokens/{dataset}.parquet", dataset=DATASETS),
+        genes=["<results>/genes.parquet"],
+        pathways="<results>/corpus/pathways.json",
+        gene_sets=config["pathways"]["gene_sets"],
+        fetched=GENE_TEXTS,
     output:
         # no rows if fewer than three studies have training cells
         scores="<results>/scores/left_out_studies.safetensors",
+        vectors="<results>/scores/left_out_vectors.safetensors",
     log:
         "<logs>/score_left_out_studies.log",
     benchmark:
@@ -83,6 +93,7 @@ rule score_left_out_studies:
         seed=lookup("seed", within=config),
         projector=lookup("projector", within=config),
         finetune=lookup("finetune", within=config),
+        fitted=lookup("encoder", within=config),
         on_the_fly=on_the_fly,
         library=library_version("score_left_out_studies.py"),
     message:
@@ -150,6 +161,41 @@ rule choose_thresholds:
         "Choosing from which probability on terms are reported"
     script:
         "../scripts/choose_thresholds.py"
+
+
+# Only with `graph.refine`; see docs/neighbours.md.
+rule fit_refinement:
+    input:
+        calibration="<results>/confidence/calibration.json",
+        model="<results>/finetuned",
+        scores=VALIDATION_SCORES,
+        left_out=LEFT_OUT_STUDIES,
+        descriptions="<results>/corpus/descriptions.parquet",
+        terms="<results>/corpus/terms.parquet",
+        embeddings=EMBEDDINGS,
+        left_out_vectors=LEFT_OUT_VECTORS,
+    output:
+        refinement="<results>/confidence/refinement.json",
+    log:
+        "<logs>/fit_refinement.log",
+    benchmark:
+        "<benchmarks>/fit_refinement.jsonl"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        # of 20,000 cells at most: the probabilities of some 700 cell types for each weight of the graph
+        mem_mb=mem(5000, POOLED / 64),
+        runtime=hours(2),
+    params:
+        confidence=lookup("generate/confidence", within=config),
+        neighbours=lookup("graph/neighbours", within=config),
+        seed=lookup("seed", within=config),
+        library=library_version("fit_refinement.py"),
+    message:
+        "Choosing how much similar cells of a new file should agree"
+    script:
+        "../scripts/fit_refinement.py"
 
 
 rule generate_descriptions:

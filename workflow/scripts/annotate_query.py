@@ -19,6 +19,7 @@ def main(snakemake):
         snakemake.output.annotated,
         snakemake.output.table,
         snakemake.output.texts,
+        graph=snakemake.params.graph,
     )
 
 

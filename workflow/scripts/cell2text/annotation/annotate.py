@@ -22,11 +22,12 @@ from cell2text.annotation.explain_query import explain_query
 from cell2text.annotation.fetch_examples import fetch_examples
 from cell2text.annotation.fetch_model import fetch_model
 from cell2text.annotation.fetch_query import fetch_query
-from cell2text.annotation.find_queries import name_examples, name_query, split_searched
+from cell2text.annotation.find_queries import check_refinement, name_examples, name_query, split_searched
 from cell2text.annotation.language_models import locate_language_model
 from cell2text.annotation.pack_model import read_model
 from cell2text.annotation.predictions import read_predictions
 from cell2text.annotation.rank_query import rank_query
+from cell2text.annotation.refine_query import refine_query
 from cell2text.annotation.render_query import render_query
 from cell2text.annotation.score_query import score_query
 from cell2text.cells.counts import TOTALS
@@ -57,6 +58,7 @@ def annotate(
     evidence: bool = False,
     species: str | None = None,
     examples: str | Path | None = None,
+    graph: bool = False,
 ) -> ad.AnnData:
     """Describe the cells of an object in memory.
 
@@ -84,6 +86,9 @@ def annotate(
     examples
         A file with a few labelled cells of each cell type to add to the model, see docs/few_labels.md; None to add
         none.
+    graph
+        Whether to refine cell types among similar cells, see docs/neighbours.md. The model must have been trained for
+        it.
 
     Returns
     -------
@@ -110,10 +115,10 @@ def annotate(
             slim.raw = ad.AnnData(adata.raw.X, columns, adata.raw.var)
         slim.write_h5ad(query)
         del slim
-        given = (clusters, own_labels, evidence, species, examples)
+        given = (clusters, own_labels, evidence, species, examples, graph)
         steps = _run_steps(str(query), "query", Path(folder, "steps"), model, models, gene_table, *given)
         cells = read_predictions([steps["descriptions"]], steps["tokens"], steps["qc"], TERMS.read(steps["terms"]))
-        facts = facts_of(steps["model"], steps["fit"], steps["cluster_table"], "an object in memory")
+        facts = facts_of(steps["model"], steps["fit"], steps["cluster_table"], "an object in memory", graph)
         added = annotation_columns(cells, steps["clusters"], steps["evidence"])
     adata.obs = replace(adata.obs, added.set_axis(adata.obs_names))
     adata.uns["cell2text"] = facts
@@ -131,6 +136,7 @@ def annotate_file(
     evidence: bool = False,
     species: str | None = None,
     examples: str | Path | None = None,
+    graph: bool = False,
     overwrite: bool = False,
     search: str | None = None,
 ) -> None:
@@ -140,7 +146,7 @@ def annotate_file(
     ----------
     source
         An h5ad file, an AnnData Zarr folder, a 10x HDF5 file or a 10x folder. It is only read.
-    model, models, gene_table, clusters, own_labels, evidence, species, examples
+    model, models, gene_table, clusters, own_labels, evidence, species, examples, graph
         See :func:`annotate`.
     out
         Folder to write.
@@ -161,14 +167,14 @@ def annotate_file(
     with tempfile.TemporaryDirectory(prefix="cell2text-") as folder:
         folder_of_models = Path(models) if models else _models_folder()
         searched = [] if search is None else split_searched(search, fetch_model(str(model), folder_of_models))
-        given = (model, models, gene_table, clusters, own_labels, evidence, species, examples)
+        given = (model, models, gene_table, clusters, own_labels, evidence, species, examples, graph)
         steps = _run_steps(str(source), name_query(str(source)), Path(folder), *given)
         for name, table in zip(OUTPUTS[1:3], ("cluster_table", "evidence_table"), strict=True):
             with whole_file(out / name) as unfinished:
                 shutil.copyfile(steps[table], unfinished)
         inputs = [steps[name] for name in ("tokens", "qc", "fit", "clusters", "cluster_table", "evidence", "model")]
         written = [str(out / name) for name in OUTPUTS[3:]]
-        annotate_query(str(source), [steps["descriptions"]], *inputs, *written)
+        annotate_query(str(source), [steps["descriptions"]], *inputs, *written, graph)
         inputs = [steps[name] for name in ("qc", "fit", "cluster_table", "evidence_table")]
         page = str(out / OUTPUTS[0])
         if searched:
@@ -189,11 +195,14 @@ def _run_steps(
     evidence: bool,
     species: str | None,
     examples: str | Path | None,
+    graph: bool,
 ) -> dict[str, str]:
     """Run the steps from counts to descriptions and return the paths of their files."""
     models = Path(models) if models else _models_folder()
     packed = str(fetch_model(str(model), models))
     about = read_model(packed)
+    if graph:
+        check_refinement(packed)
     found = locate_language_model(about, models)
     language_model = models / found["name"]
     if not (language_model / "source.json").exists():
@@ -213,7 +222,10 @@ def _run_steps(
     flag_cells(counts, qc, QcSettings(**about["settings"]["qc"]), SEED)
     embed_query(packed, tokens, genes, embeddings)
     score_query(packed, str(language_model), embeddings, scores)
-    describe_query(packed, scores, embeddings, descriptions, *added)
+    refined = str(folder / "refined.safetensors") if graph else None
+    if refined:
+        refine_query(packed, [scores], [embeddings], [refined])
+    describe_query(packed, scores, embeddings, descriptions, *added, refined=refined)
     cluster_query(counts, [descriptions], tokens, qc, [embeddings], packed, of_cells, cluster_table, SEED)
     explain_query(
         packed, str(language_model), tokens, genes, [descriptions], of_cells, *explained, each_cell=evidence, seed=SEED
@@ -278,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--clusters", help="column of obs with the clusters to describe; without it, clusters are found")
     one.add_argument("--own-labels", help="column of obs with labels to compare the clusters with")
     one.add_argument("--examples", help="file with a few labelled cells of each cell type to add to the model")
+    one.add_argument("--graph", action="store_true", help="refine cell types among similar cells of the file")
     one.add_argument("--evidence", action="store_true", help="list the genes behind the cell type of each cell")
     one.add_argument("--species", choices=SPECIES.values(), help="species of the cells, if the file does not name it")
     one.add_argument(

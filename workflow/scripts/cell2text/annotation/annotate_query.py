@@ -14,10 +14,11 @@ import pandas as pd
 import scanpy as sc
 from scipy import sparse
 
-from cell2text.annotation.pack_model import read_facts
+from cell2text.annotation.pack_model import REFINEMENT, read_facts
 from cell2text.annotation.predictions import read_predictions
 from cell2text.cells.formats import BUNDLED, find_kind
 from cell2text.cells.studies import open_study
+from cell2text.confidence.refinement import Refinement
 from cell2text.contracts import CLUSTERS, EVIDENCE, TERM_SLOTS, TERMS
 from cell2text.files import read_json, whole_file, write_jsonl
 from cell2text.provenance import versions
@@ -42,6 +43,7 @@ def annotate_query(
     annotated: str,
     table: str,
     texts: str,
+    graph: bool = False,
 ) -> None:
     """Write the user's object with the columns of :func:`annotation_columns`, the same as a table, and the texts.
 
@@ -61,10 +63,12 @@ def annotate_query(
         Folder of a packed model.
     annotated, table, texts
         The h5ad, the gzipped TSV and the JSONL file to write. Each has one row per cell of the source, in its order.
+    graph
+        Whether cell types were refined among similar cells.
     """
     cells = read_predictions(descriptions, tokens, qc, TERMS.read(Path(model) / "terms.parquet"))
     columns = annotation_columns(cells, clusters, evidence)
-    names = add_columns(source, columns, facts_of(model, fit, cluster_table, source), annotated)
+    names = add_columns(source, columns, facts_of(model, fit, cluster_table, source, graph), annotated)
     listed = pd.concat([pd.Series(names, name="cell"), columns], axis=1)
     write_tsv(listed, table, compression={"method": "gzip", "mtime": 0})
     rows = cells.drop(columns=["split"]).assign(cell=np.asarray(names))
@@ -72,12 +76,20 @@ def annotate_query(
     log.info("%d cells: %d with a reported cell type", len(cells), cells["cell_type_reported_id"].notna().sum())
 
 
-def facts_of(model: str, fit: str, cluster_table: str, source: str) -> dict[str, Any]:
-    """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, a text per cluster, and versions."""
+def facts_of(model: str, fit: str, cluster_table: str, source: str, graph: bool = False) -> dict[str, Any]:
+    """Return what ``uns["cell2text"]`` holds: model, source, how well they fit, a text per cluster, and versions.
+
+    If cell types were refined among similar cells, it also holds how, and what that did to cells with known labels.
+    """
     seal = read_facts(model)["seal"]
     table = read_tsv(cluster_table)
     texts = {name: table[name].to_numpy(dtype=object) for name in ("cluster", "text")}
     facts = {"model": seal, "source": Path(source).name, "fit": read_json(fit), "clusters": texts}
+    if graph:
+        refinement = Refinement.load(Path(model) / REFINEMENT)
+        facts["graph"] = {name: getattr(refinement, name) for name in ("neighbours", "weight", "cells")}
+        if refinement.accuracy:
+            facts["graph"]["accuracy"] = dict(zip(("before", "after", "shuffled"), refinement.accuracy, strict=True))
     return facts | {"versions": versions("cell2text", "anndata")}
 
 

@@ -4,11 +4,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from cell2text.annotation.pack_model import read_facts
+import numpy as np
+import pandas as pd
+
+from cell2text.annotation.pack_model import REFINEMENT, read_facts
 from cell2text.confidence.added_types import LEAST_EXAMPLES, AddedTypes
 from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
 from cell2text.confidence.novelty import Reference
-from cell2text.contracts import EMBEDDINGS, EXAMPLES
+from cell2text.confidence.refinement import SLOT, Refinement, report_refined
+from cell2text.contracts import EMBEDDINGS, EXAMPLES, REFINED
 from cell2text.errors import InputError
 from cell2text.generation.generate_descriptions import generate_descriptions
 from cell2text.weights import read_weights
@@ -23,6 +27,7 @@ def describe_query(
     descriptions: str,
     examples: str | None = None,
     example_embeddings: Sequence[str] = (),
+    refined: str | None = None,
 ) -> None:
     """Describe the cells of a file of scores.
 
@@ -38,13 +43,19 @@ def describe_query(
         File of ``contracts.EXAMPLES``, whose types are added to the model; None to add none.
     example_embeddings
         Files of ``contracts.EMBEDDINGS`` of these examples.
+    refined
+        File of ``contracts.REFINED`` of the cells; None to take their cell types as they are scored.
 
     Raises
     ------
     InputError
         If types cannot be added to the model.
     """
-    folder = Path(model)
+    folder, changes = Path(model), []
+    if refined:
+        changes.append(lambda table, _: _take_refined(table, folder, refined))
+    if examples:
+        changes.append(_add_types(folder, examples, example_embeddings).apply)
     generate_descriptions(
         model,
         scores,
@@ -55,8 +66,16 @@ def describe_query(
         descriptions,
         split="query",
         new_study=True,
-        added=examples and _add_types(folder, examples, example_embeddings),
+        changes=changes,
     )
+
+
+def _take_refined(table: pd.DataFrame, model: Path, refined: str) -> pd.DataFrame:
+    """Return descriptions with the cell types of a file of ``contracts.REFINED``."""
+    probabilities = REFINED.read_cells([refined], table["cell_id"], [SLOT])[SLOT].astype(np.float64)
+    refinement = Refinement.load(model / REFINEMENT)
+    labels, ancestors = read_facts(model)["labels"][SLOT], read_ancestors(model / "terms.parquet")[SLOT]
+    return report_refined(table, probabilities, refinement, labels, ancestors)
 
 
 def _add_types(model: Path, examples: str, embeddings: Sequence[str]) -> AddedTypes:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cell2text.annotation.fetch_model import fetch_model
-from cell2text.annotation.pack_model import RETRIEVER, read_facts, read_model
+from cell2text.annotation.pack_model import REFINEMENT, RETRIEVER, read_facts, read_model
 from cell2text.config import check_file, read_datasets
 from cell2text.errors import InputError
 
@@ -100,6 +100,23 @@ def split_searched(query: str, model: str | Path) -> list[str]:
     if RETRIEVER not in read_facts(model)["sha256"]:
         raise InputError(model, "this model cannot search", "Train it with `retrieval: {train: true}` in its config")
     return parts
+
+
+def check_refinement(model: str | Path) -> None:
+    """Check that a model can refine cell types among the similar cells of a file.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    """
+    facts = read_facts(model)
+    if "cell_type" not in facts["labels"]:
+        raise InputError(model, "this model names no cell types", "Do not set annotate.graph or --graph")
+    if REFINEMENT not in facts["sha256"]:
+        raise InputError(
+            model, "this model cannot refine cell types", "Train it with `graph: {refine: true}` in its config"
+        )
 
 
 def read_queries(query: str, schema: Path) -> dict[str, dict[str, str]]:

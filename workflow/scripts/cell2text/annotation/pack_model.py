@@ -19,6 +19,7 @@ FORMAT = 5  # raised by a change after which older folders cannot be read
 COPY_AGAIN = "Copy the whole folder again, or train the model again with this version"
 PACKAGES = ("cell2text", "torch", "transformers", "peft", "numpy", "safetensors")
 RETRIEVER = "retriever.safetensors"  # if the model can search
+REFINEMENT = "refinement.json"  # if it can refine cell types among similar cells
 IGNORED = {".snakemake_timestamp"}
 
 
@@ -34,6 +35,7 @@ def pack_model(
     model: str,
     settings: dict[str, Any],
     retriever: Sequence[str] = (),
+    refinement: Sequence[str] = (),
 ) -> None:
     """Gather the parts of a trained model in one folder and seal it with the hash of every file.
 
@@ -53,8 +55,8 @@ def pack_model(
         Folder to write.
     settings
         The config's values that describing cells needs: ``top_k``, ``batch_cells``, ``qc``.
-    retriever
-        The file written by ``fit_retriever``, if there is one.
+    retriever, refinement
+        The files written by ``fit_retriever`` and ``fit_refinement``, if there are any.
     """
     about = read_sealed(finetuned, "cell2text.json")
     training = CELLS.read(corpus, ["split", "n_counts"])
@@ -68,8 +70,9 @@ def pack_model(
         shutil.copytree(encoder, folder / "encoder", ignore=shutil.ignore_patterns(*IGNORED))
         for file in (genes, terms, confidence, reference):
             shutil.copyfile(file, folder / Path(file).name)
-        for file in retriever:
-            shutil.copyfile(file, folder / RETRIEVER)
+        for files, name in ((retriever, RETRIEVER), (refinement, REFINEMENT)):
+            for file in files:
+                shutil.copyfile(file, folder / name)
         shutil.copyfile(card, folder / "README.md")  # where Hugging Face looks for the card
         about |= {
             "format": FORMAT,

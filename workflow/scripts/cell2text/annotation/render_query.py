@@ -103,6 +103,7 @@ def render_query(
         "flagged": (cells["flag"] != "").mean(),
         "reasons": count_reasons(cells),
         "chart": confidence_chart(cells),
+        "graph": read_graph(annotated),
         "requested": threshold and threshold.confidence,
         "for_new_studies": confidence.new_studies is not None,
         "held_out": threshold.studies if threshold and threshold.guaranteed else None,
@@ -153,6 +154,13 @@ def read_annotated(path: str) -> tuple[pd.DataFrame, str | None, np.ndarray | No
     # reasons name the values of each cell, which are too many to count
     cells["flag"] = cells["flag"].map(lambda reason: re.sub(r" \([^()]*\)$", "", reason)).astype("category")
     return cells, own, places
+
+
+def read_graph(path: str) -> dict[str, Any] | None:
+    """Return how cell types were refined among similar cells, see ``facts_of``; None if they were not."""
+    with h5py.File(path, "r") as file:
+        facts = file["uns"][PREFIX.rstrip("_")]
+        return ad.io.read_elem(facts["graph"]) if "graph" in facts else None
 
 
 def find_map(obsm: Any) -> tuple[str | None, np.ndarray | None]:

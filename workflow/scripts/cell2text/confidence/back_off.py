@@ -60,21 +60,16 @@ class TermsAbove:
         Ids of the candidates, in the order of the columns of their probabilities.
     ancestors
         Ids of all ancestors of each term, without itself; a term that is missing has none.
-    none
-        Probability that the true term is no candidate, which the probabilities of the candidates lack to 1. Such a term
-        is not a candidate, but it may well lie below a more general one: terms with several candidates at or below
-        them, or with another one below, are as probable as if the true term were a candidate.
 
     Attributes
     ----------
     terms
         Ids, object (terms,).
     below
-        Weight of each candidate in the probability of each term, float64 (terms, candidates): 0 if it is not at or
-        below the term.
+        1 for each candidate at or below a term, else 0; float64 (terms, candidates).
     """
 
-    def __init__(self, candidates: Sequence[str], ancestors: Mapping[str, Collection[str]], none: float = 0.0):
+    def __init__(self, candidates: Sequence[str], ancestors: Mapping[str, Collection[str]]):
         self._ancestors = ancestors
         covered: dict[str, list[int]] = {}
         for column, candidate in enumerate(candidates):
@@ -92,8 +87,10 @@ class TermsAbove:
         self.terms = np.array(reported, dtype=object)
         self.below = np.zeros((len(reported), len(candidates)))
         for row, term in enumerate(reported):
-            alone = len(covered[term]) == 1 and candidates[covered[term][0]] == term
-            self.below[row, covered[term]] = 1 if alone or none == 1 else 1 / (1 - none)
+            self.below[row, covered[term]] = 1
+        self._general = np.array(
+            [len(covered[term]) > 1 or candidates[covered[term][0]] != term for term in reported], dtype=bool
+        )
         self._chain = np.array([chains[term] for term in reported], dtype=np.int64)
 
     def _above(self, term: str) -> Collection[str]:
@@ -106,7 +103,9 @@ class TermsAbove:
         Parameters
         ----------
         probabilities
-            Of the candidates, (cells, candidates).
+            Of the candidates, (cells, candidates). What a row lacks to 1 is the probability that the true term is no
+            candidate. Such a term may well lie below a more general one, so terms with several candidates at or below
+            them, or with another one below, are as probable as if the true term were a candidate.
         threshold
             From :func:`choose_threshold`.
 
@@ -131,7 +130,9 @@ class TermsAbove:
         """Yield the probabilities of all terms in millionths, int64 (cells, terms), for a block of cells at a time."""
         for start in range(0, len(probabilities), _CELLS_AT_ONCE):
             rows = slice(start, start + _CELLS_AT_ONCE)
-            sums = np.asarray(probabilities[rows], dtype=np.float64) @ self.below.T
+            some = np.asarray(probabilities[rows], dtype=np.float64)
+            sums, whole = some @ self.below.T, some.sum(axis=1, keepdims=True)
+            sums[:, self._general] /= np.maximum(whole, np.finfo(float).tiny)
             yield rows, np.rint(np.minimum(sums, 1) * _UNITS).astype(int)
 
     def right_terms(self, truth: Sequence[str]) -> np.ndarray:

@@ -121,10 +121,11 @@ def read_scores(
 def read_left_out(
     left_out: str | None, descriptions: str, labels: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
-    """Return the projector's scores of cells of left-out studies, and their rows of ``contracts.DESCRIPTIONS``."""
+    """Return scores by projector and novelty of cells of left-out studies, and their ``contracts.DESCRIPTIONS``."""
     # without rows, the file has no tensors either
     ids = SCORES.read(left_out, [])[1] if left_out else []
-    scores = SCORES.read(left_out, [f"projector_{slot}" for slot in labels])[0] if ids else {}
+    wanted = [*(f"projector_{slot}" for slot in labels), "novelty"]
+    scores = SCORES.read(left_out, wanted)[0] if ids else {}
     return scores, _read_rows(descriptions, ids)
 
 
@@ -146,7 +147,9 @@ def _fit(
         # A name without cells in the other studies was no candidate for a study left out of training.
         impossible = np.isneginf(projector[np.arange(len(truth)), pd.Index(labels[slot]).get_indexer(truth)])
         candidates = ["" if out and one else one for one, out in zip(truth, impossible, strict=True)]
-        slots[slot] = calibrate_slot(language, labels[slot], candidates, projector, shares[slot])
+        novelty = scores.get("novelty")
+        studies = () if novelty is None else datasets_of(cells["cell_id"])
+        slots[slot] = calibrate_slot(language, labels[slot], candidates, projector, shares[slot], novelty, studies)
     ranking, programmes = SlotCalibration(), ProgrammeCalibration()
     if PATHWAY in labels:
         ranking, programmes = _calibrate_programmes(scores, labels[PATHWAY], cells["pathway_ids"])

@@ -6,8 +6,8 @@ c, from -1 to 0, takes back some or all of what a name gains by being common in 
 al., ICLR 2021): models trained on few cells overrate common types. The weights are those of the greatest likelihood,
 which is convex in them, with a weak normal prior around (1, 0, 0) so that few cells change little. ``none`` is the
 share of labelled validation cells whose true term is no candidate. It is 0 where every type has training cells, and
-keeps confidences from being overstated where validation studies bring types of their own. It is the same for all
-cells: which cell is of an unseen type is the subject of ``novelty``.
+keeps confidences from being overstated where validation studies bring types of their own. In a new study it depends on
+the novelty of the cell (see :mod:`novelty`), if that is what studies held out of training say.
 
 With at least 1,000 labelled cells, isotonic regression then maps the greatest probability of a cell to the share of
 right answers, but only if it lowers the Brier score and the log loss in five-fold cross-validation.
@@ -28,6 +28,8 @@ _PRIOR_SD = 1.0  # of each weight around its default
 _BOUNDS = ((0.05, 20.0), (0.0, 20.0), (-1.0, 0.0))  # a temperature from 0.05 to 20
 _LEAST = -50.0  # log-probabilities below are raised to it, which changes no probability and keeps the fit finite
 _EDGE = 1e-6
+_FEWEST_STUDIES = 3  # to tell whether novelty helps in one of them after a fit to the others
+_NOVELTIES = (1e-3, 1e3)  # range, before the logarithm
 _FOLDS = 5
 
 
@@ -70,6 +72,8 @@ class SlotCalibration:
         These logarithms; empty if they are not known.
     none
         Probability that the true term is no candidate.
+    none_by_novelty
+        Intercept and slope of its logit in the logarithm of a cell's novelty; None if novelty does not tell.
     steps
         Map of the greatest probability of a cell, or None.
     """
@@ -80,13 +84,19 @@ class SlotCalibration:
     steps: Steps | None = None
     share_weight: float = 0.0
     log_shares: tuple[float, ...] = ()
+    none_by_novelty: tuple[float, float] | None = None
 
     @property
     def gains(self) -> np.ndarray:
         """What each candidate's score gains by its share of the training cells, float64 (candidates,) or ()."""
         return self.share_weight * np.array(self.log_shares or 0.0)
 
-    def probabilities(self, log_probabilities: np.ndarray, projector: np.ndarray | None = None) -> np.ndarray:
+    def probabilities(
+        self,
+        log_probabilities: np.ndarray,
+        projector: np.ndarray | None = None,
+        novelty: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return the calibrated probabilities of the candidates.
 
         Parameters
@@ -95,6 +105,8 @@ class SlotCalibration:
             Of the language model, normalised over the candidates, (cells, candidates).
         projector
             Those of the projector, if the calibration was fitted with them.
+        novelty
+            Novelty of each cell, (cells,); NaN for a cell of a study with training cells. None if all are.
 
         Returns
         -------
@@ -105,8 +117,16 @@ class SlotCalibration:
             raise ValueError("the calibration was fitted with the projector's scores")
         inputs = _inputs(log_probabilities, projector)
         scores = np.tensordot(inputs, self.weights[: len(inputs.T)], 1) + self.gains
-        found = (1 - self.none) * softmax(scores, axis=1)
+        found = (1 - self._find_none(novelty)) * softmax(scores, axis=1)
         return found if self.steps is None else _with_greatest(found, self.steps)
+
+    def _find_none(self, novelty: np.ndarray | None) -> np.ndarray | float:
+        """Return the probability that the true term is no candidate, of all cells or float64 (cells, 1)."""
+        if novelty is None or self.none_by_novelty is None:
+            return self.none
+        known = np.isnan(novelty)
+        found = _none_of(self.none_by_novelty, _log_novelty(np.where(known, 1, novelty)))
+        return np.where(known, self.none, found)[:, None]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a JSON file holds."""
@@ -115,8 +135,10 @@ class SlotCalibration:
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Self:
         """Return the calibration of :meth:`to_dict`."""
-        # models of older versions have no shares
+        # models of older versions have neither shares nor novelty
         tuples = {"weights": tuple(saved["weights"]), "log_shares": tuple(saved.get("log_shares", ()))}
+        by_novelty = saved.get("none_by_novelty")
+        tuples["none_by_novelty"] = by_novelty and tuple(by_novelty)
         return cls(**saved | tuples | {"steps": Steps.from_dict(saved["steps"])})
 
 
@@ -126,6 +148,8 @@ def calibrate_slot(
     truth: Sequence[str | None],
     projector: np.ndarray | None = None,
     shares: np.ndarray | None = None,
+    novelty: np.ndarray | None = None,
+    studies: Sequence[str] = (),
 ) -> SlotCalibration:
     """Fit the calibration of a slot on validation cells, at most 20,000 of them.
 
@@ -141,6 +165,8 @@ def calibrate_slot(
         Log-probabilities of the projector for the same candidates, or None.
     shares
         Share of each candidate of the training cells, above 0, (candidates,); None to give it no weight.
+    novelty, studies
+        Novelty of each cell, (cells,), and its study, if all studies were new to the model.
 
     Raises
     ------
@@ -160,10 +186,67 @@ def calibrate_slot(
     *weights, share_weight = _fit_weights(inputs[known], log_shares, codes[known])
     none = float(np.mean(~known))
     fitted = SlotCalibration(len(codes), tuple(weights), none, None, share_weight, tuple(log_shares.tolist()))
+    novelty = None if novelty is None else novelty[rows]
+    if novelty is not None:
+        fitted = replace(fitted, none_by_novelty=fit_none(novelty, ~known, np.asarray(studies, dtype=object)[rows]))
     if len(column) == 1:
         return fitted
-    found = fitted.probabilities(*np.moveaxis(inputs, 2, 0))
+    found = fitted.probabilities(inputs[:, :, 0], inputs[:, :, 1] if inputs.shape[2] > 1 else None, novelty)
     return replace(fitted, steps=fit_steps(found.max(axis=1), found.argmax(axis=1) == codes))
+
+
+def fit_none(novelty: np.ndarray, none: np.ndarray, studies: np.ndarray) -> tuple[float, float] | None:
+    """Return how the probability that the true term is no candidate depends on novelty, see :class:`SlotCalibration`.
+
+    Logistic regression in which all studies count the same. None if fewer than three studies have cells, or if in a
+    study, on average over studies, the share of such cells in the others predicts it as well (log loss).
+
+    Parameters
+    ----------
+    novelty
+        Novelty of each cell, (cells,).
+    none
+        Whether its true term is no candidate, bool (cells,).
+    studies
+        Its study, new to the model.
+    """
+    names, numbers, sizes = np.unique(studies.astype(str), return_inverse=True, return_counts=True)
+    if len(names) < _FEWEST_STUDIES or not none.any() or none.all():
+        return None
+    weights, given = (1 / sizes)[numbers], _log_novelty(novelty)
+    losses = np.zeros((len(names), 2))
+    for study in range(len(names)):
+        own = numbers == study
+        fitted = _fit_logistic(given[~own], none[~own], weights[~own])
+        constant = np.clip(np.average(none[~own], weights=weights[~own]), _EDGE, 1 - _EDGE)
+        for column, found in enumerate((_none_of(fitted, given[own]), np.full(own.sum(), constant))):
+            losses[study, column] = _losses(found, none[own])[1]
+    better, constant = losses.mean(axis=0)
+    fitted = _fit_logistic(given, none, weights)
+    return fitted if fitted[1] and better < constant else None
+
+
+def _fit_logistic(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Return intercept and slope of the logit, which is at least 0 and has a weak normal prior around it."""
+    counted = weights * len(weights) / weights.sum()
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        scores = parameters[0] + parameters[1] * given
+        residual = counted * (expit(scores) - right)
+        away = parameters[1] / _PRIOR_SD**2
+        value = counted @ np.logaddexp(0, np.where(right, -scores, scores)) + away * parameters[1] / 2
+        return float(value), np.array([residual.sum(), residual @ given + away])
+
+    intercept, slope = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-20, 20), (0, 20)]).x
+    return float(intercept), float(slope)
+
+
+def _none_of(fitted: tuple[float, float], log_novelty: np.ndarray) -> np.ndarray:
+    return expit(fitted[0] + fitted[1] * log_novelty)
+
+
+def _log_novelty(novelty: np.ndarray) -> np.ndarray:
+    return np.log(np.clip(np.asarray(novelty, dtype=np.float64), *_NOVELTIES))
 
 
 def _inputs(log_probabilities: np.ndarray, projector: np.ndarray | None) -> np.ndarray:

@@ -76,8 +76,8 @@ def _choose(
 ) -> Confidence:
     """Return the confidence with thresholds for cells like the given ones, rows of ``contracts.DESCRIPTIONS``."""
     thresholds = {}
-    for slot, calibration in fitted.slots.items():
-        above = TermsAbove(labels[slot], ancestors[slot], calibration.none)
+    for slot in fitted.slots:
+        above = TermsAbove(labels[slot], ancestors[slot])
         probabilities = fitted.probabilities(slot, scores)
         thresholds[slot] = choose_threshold(above, probabilities, true_terms(cells, slot), confidence, studies)
         chosen = thresholds[slot]

@@ -92,6 +92,11 @@ class Confidence:
         """The confidence of a study without training cells."""
         return self.new_studies or self
 
+    def novelty_of_new(self, novelty: np.ndarray, cells: Sequence[str]) -> np.ndarray:
+        """Return the novelty of cells of datasets without training cells, NaN for the others; (cells,)."""
+        trained = {study for studies in self.studies.values() for study in studies}
+        return np.where(datasets_of(cells).isin(trained), np.nan, novelty)
+
     def needs_language_model(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return for which cells the language model's scores count, bool (cells,).
 
@@ -119,7 +124,7 @@ class Confidence:
         Parameters
         ----------
         scores
-            Tensors of ``contracts.SCORES``.
+            Tensors of ``contracts.SCORES``, and the ``novelty`` of each cell of a study without training cells.
         labels
             Ids of the candidates of each slot.
         ancestors
@@ -135,7 +140,8 @@ class Confidence:
         for slot in labels:
             new = ~datasets.isin(self.studies[slot]).to_numpy(bool)
             if self.new_studies and new.any():
-                some = {name: tensor[new] for name, tensor in scores.items() if name.removeprefix("projector_") == slot}
+                wanted = (slot, f"projector_{slot}", "novelty")
+                some = {name: scores[name][new] for name in wanted if name in scores}
                 found = self.new_studies._describe_all(some, {slot: labels[slot]}, ancestors)
                 for column in [column for column in table if column.startswith(f"{slot}_")]:
                     values = table[column].to_numpy(copy=True)
@@ -162,11 +168,7 @@ class Confidence:
     def _describe_all(
         self, scores: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], ancestors: Mapping[str, Any]
     ) -> pd.DataFrame:
-        terms = {
-            slot: TermsAbove(labels[slot], ancestors[slot], self.slots[slot].none)
-            for slot in TERM_SLOTS
-            if slot in labels
-        }
+        terms = {slot: TermsAbove(labels[slot], ancestors[slot]) for slot in TERM_SLOTS if slot in labels}
         count, parts = len(next(iter(scores.values()))), []
         for start in range(0, max(count, 1), CELLS_AT_ONCE):  # their probabilities in float64 take most of the memory
             some = {name: tensor[start : start + CELLS_AT_ONCE] for name, tensor in scores.items()}
@@ -181,12 +183,8 @@ class Confidence:
     ) -> pd.DataFrame:
         columns: dict[str, Any] = {"pathway_ids": [[] for _ in next(iter(scores.values()))]}
         for slot, above in terms.items():
-            ids, found = np.array(labels[slot], dtype=object), self.probabilities(slot, scores)
-            columns[f"{slot}_id"] = ids[found.argmax(axis=1)]
-            columns[f"{slot}_confidence"] = found.max(axis=1).astype(np.float32)
-            threshold = self.thresholds[slot]
-            columns[f"{slot}_reported_id"], reported = above.report(found, threshold.value)
-            columns[f"{slot}_reported_confidence"] = threshold.confidences(reported)
+            found = self.probabilities(slot, scores)
+            columns |= report_terms(slot, labels[slot], found, above, self.thresholds[slot])
         if PATHWAY in labels:
             ranked, found = rank_programmes(scores, self.ranking)
             columns["pathway_ids"] = np.array(labels[PATHWAY], dtype=object)[ranked].tolist()
@@ -195,8 +193,47 @@ class Confidence:
         return table.where(table.notna(), None)
 
     def probabilities(self, slot: str, scores: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the calibrated probability of each candidate of a slot, float64 (cells, candidates)."""
-        return self.slots[slot].probabilities(scores[slot], scores[f"projector_{slot}"])
+        """Return the calibrated probability of each candidate of a slot, float64 (cells, candidates).
+
+        The scores may include ``novelty``, see ``SlotCalibration.probabilities``.
+        """
+        return self.slots[slot].probabilities(scores[slot], scores[f"projector_{slot}"], scores.get("novelty"))
+
+    def probabilities_of_each(self, slot: str, scores: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the same, for each cell by the confidence that describes it; see ``projector_alone``."""
+        found = self.probabilities(slot, scores)
+        if self.projector_alone:
+            alone = ~self.needs_language_model(scores)
+            some = {name: tensor[alone] for name, tensor in scores.items()}
+            found[alone] = self.projector_alone.probabilities(slot, some)
+        return found
+
+
+def report_terms(
+    slot: str, labels: Sequence[str], probabilities: np.ndarray, above: TermsAbove, threshold: Threshold
+) -> dict[str, np.ndarray]:
+    """Return the columns of ``contracts.PREDICTIONS`` with guess and reported term of a slot, and their confidences.
+
+    Parameters
+    ----------
+    slot
+        Name of the slot.
+    labels
+        Ids of its candidates.
+    probabilities
+        Of the candidates, (cells, candidates).
+    above
+        The terms that may be reported.
+    threshold
+        From which probability on they are.
+    """
+    reported, found = above.report(probabilities, threshold.value)
+    return {
+        f"{slot}_id": np.array(labels, dtype=object)[probabilities.argmax(axis=1)],
+        f"{slot}_confidence": probabilities.max(axis=1).astype(np.float32),
+        f"{slot}_reported_id": reported,
+        f"{slot}_reported_confidence": threshold.confidences(found),
+    }
 
 
 def rank_programmes(scores: Mapping[str, np.ndarray], ranking: SlotCalibration) -> tuple[np.ndarray, np.ndarray]:

@@ -135,8 +135,11 @@ SCORES = TensorContract(
         **{slot: (np.dtype("float32"), 2) for slot in TERM_SLOTS},
         "pathway": (np.dtype("float32"), 3),  # (cells, programmes in a text, candidates)
         **{f"projector_{slot}": (np.dtype("float32"), 2) for slot in (*TERM_SLOTS, "pathway")},
+        "novelty": (np.dtype("float32"), 1),  # only of cells of left-out studies
     },
 )
+# Probabilities of the cell types, in the order of the labels in cell2text.json.
+REFINED = TensorContract("refined cell types", {"cell_type": (np.dtype("float32"), 2)})
 # Output of a method. Generated descriptions and baselines share it, so one evaluation scores them all. Methods that do
 # not calibrate their confidences leave the columns after those empty.
 PREDICTIONS = TableContract(

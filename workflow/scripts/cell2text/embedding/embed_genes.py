@@ -1,14 +1,14 @@
 """Gene vectors of a dataset's cells, written in shards."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from cell2text.contracts import EMBEDDINGS, TOKENS
-from cell2text.embedding.encoders import load_encoder
+from cell2text.embedding.encoders import Encoder, load_encoder
 from cell2text.embedding.fit_encoder import bytes_per_cell
 from cell2text.embedding.ranked_cells import RankedCells, read_measured, read_medians
 from cell2text.embedding.views import draw_view
@@ -54,19 +54,49 @@ def embed_genes(
     log.info("embedding %d of %d cells, %.1f MB on disk", last - first, cells, stored / 1e6)
     progress = Progress((last - first) * (1 + views), "cells and views")
     ids, tensors = [], {}
-    for part in read_rows(tokens, measured, first, last):
-        rows = slice(len(ids), len(ids) + len(part))
-        found = loaded.embed(part, top_k, progress)
-        drawn = [draw_view(part, median, [seed, view, first + rows.start]) for view in range(views)]
-        seen = [loaded.embed(view, top_k, progress) for view in drawn]
-        if seen:
-            found |= {f"view_{name}": np.stack([view[name] for view in seen], axis=1) for name in found}
+    parts = read_rows(tokens, measured, first, last)
+    for part, found in embed_parts(loaded, parts, median, top_k, views, seed, first, progress):
         for name, values in found.items():
             # filled in place: parts and their concatenation would take twice the memory
             whole = tensors.setdefault(name, np.empty((last - first, *values.shape[1:]), values.dtype))
-            whole[rows] = values
+            whole[len(ids) : len(ids) + len(part)] = values
         ids += part.cell_ids.tolist()
     EMBEDDINGS.write(tensors, ids, embeddings)
+
+
+def embed_parts(
+    encoder: Encoder,
+    parts: Iterable[RankedCells],
+    median: np.ndarray,
+    top_k: int,
+    views: int,
+    seed: int,
+    first: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[tuple[RankedCells, dict[str, np.ndarray]]]:
+    """Yield cells and their tensors of ``contracts.EMBEDDINGS``, with views, part by part.
+
+    Parameters
+    ----------
+    encoder, parts
+        The encoder, and the cells.
+    median
+        From ``read_medians``, for the views.
+    top_k, views, seed
+        As for :func:`embed_genes`.
+    first
+        Number of the first cell, which seeds the views.
+    progress
+        Advanced by the number of embedded cells and views.
+    """
+    for part in parts:
+        found = encoder.embed(part, top_k, progress)
+        drawn = [draw_view(part, median, [seed, view, first]) for view in range(views)]
+        seen = [encoder.embed(view, top_k, progress) for view in drawn]
+        if seen:
+            found |= {f"view_{name}": np.stack([view[name] for view in seen], axis=1) for name in found}
+        yield part, found
+        first += len(part)
 
 
 def read_rows(tokens: str | Path, measured: np.ndarray, first: int, last: int) -> Iterator[RankedCells]:

@@ -286,8 +286,14 @@ def scale_vectors(cells: RankedCells, expression: np.ndarray, vectors: np.ndarra
     Returns
     -------
     dict
-        ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,).
+        ``gene_vectors`` float16 (cells, top_k, dimensions), ``lengths`` int32 (cells,), see :func:`count_read`.
     """
-    tokens, lengths = pad(cells.tokens, cells.offsets, top_k)
+    tokens, _ = pad(cells.tokens, cells.offsets, top_k)
     scale, _ = pad(expression, cells.offsets, top_k)
-    return {"gene_vectors": (vectors[tokens] * scale[:, :, None]).astype(np.float16), "lengths": lengths}
+    gene_vectors = (vectors[tokens] * scale[:, :, None]).astype(np.float16)
+    return {"gene_vectors": gene_vectors, "lengths": count_read(cells.lengths, top_k)}
+
+
+def count_read(lengths: np.ndarray, top_k: int) -> np.ndarray:
+    """Return the number of vectors of each cell, int32; of its genes if no vector is wanted, so that 0 is no gene."""
+    return (np.minimum(lengths, top_k) if top_k else lengths).astype(np.int32)

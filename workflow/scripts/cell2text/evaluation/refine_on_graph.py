@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from scipy.sparse.csgraph import laplacian
-from scipy.sparse.linalg import cg
 
+from cell2text.confidence.graph import WEIGHTS, join_neighbours, propagate, shuffle_cells
 from cell2text.contracts import PREDICTIONS, TERM_SLOTS, datasets_of
 from cell2text.evaluation.baselines.slots import (
     cells_to_describe,
@@ -24,13 +23,11 @@ from cell2text.evaluation.baselines.slots import (
     refuse_missing,
     write_predictions,
 )
-from cell2text.evaluation.graph import join_neighbours, shuffle_cells
 from cell2text.evaluation.sums import class_terms, macro_f1
 from cell2text.files import read_jsonl
 
 log = logging.getLogger("cell2text.evaluation")
 
-WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _KEPT = ["cell_id", "pathway_ids", "pathway_confidences"]
 _KEPT += [f"{slot}{suffix}" for slot in TERM_SLOTS if slot != "cell_type" for suffix in ("_id", "_confidence")]
 
@@ -134,37 +131,6 @@ def initial_probabilities(
     start[known] = 0
     start[known, true[known]] = 1
     return labels.to_numpy(), start
-
-
-def propagate(start: np.ndarray, known: np.ndarray, graph: scipy.sparse.csr_array, weight: float) -> np.ndarray:
-    """Return the probabilities P that solve (I + weight L) P = P0, float64 (cells, labels).
-
-    They minimise ||P - P0||^2 + weight x the sum over pairs of cells of their weight in the graph x ||P_i - P_j||^2.
-    Solved by conjugate gradients, label by label.
-
-    Parameters
-    ----------
-    start
-        P0, (cells, labels).
-    known
-        Cells that keep P0, bool (cells,).
-    graph
-        Symmetric weights, (cells, cells).
-    weight
-        Weight of the graph; 0 returns P0.
-    """
-    new = np.flatnonzero(~known)
-    refined = start.copy()
-    if not len(new):
-        return refined
-    system = (scipy.sparse.eye_array(len(start)) + weight * scipy.sparse.csr_array(laplacian(graph))).tocsr()[new]
-    target = start[new] - system[:, known] @ start[known]
-    system = system[:, new]
-    for label in range(start.shape[1]):
-        refined[new, label], failed = cg(system, target[:, label], x0=start[new, label], rtol=1e-8)
-        if failed:
-            raise ArithmeticError(f"no convergence in {failed} steps at weight {weight}")
-    return refined
 
 
 def choose_weight(

@@ -1,11 +1,11 @@
 """The description of each cell of one split and shard, from the scores of its names and their confidence."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 
-from cell2text.confidence.added_types import AddedTypes
 from cell2text.confidence.decisions import FIX, Confidence, read_ancestors
 from cell2text.confidence.novelty import Reference
 from cell2text.contracts import EMBEDDINGS, SCORES, TERM_SLOTS, TERMS
@@ -26,7 +26,7 @@ def generate_descriptions(
     generations: str,
     split: str,
     new_study: bool = False,
-    added: AddedTypes | None = None,
+    changes: Sequence[Callable[[pd.DataFrame, np.ndarray], pd.DataFrame]] = (),
 ) -> None:
     """Describe the cells of a file of scores.
 
@@ -51,25 +51,27 @@ def generate_descriptions(
         Name of the split.
     new_study
         Whether the cells are of a study without training cells, whatever its name is.
-    added
-        Cell types that labelled cells add to the model.
+    changes
+        Functions of rows of ``contracts.PREDICTIONS`` and the vectors of their cells, (cells, dimensions), that return
+        changed rows, from which the texts are then written.
     """
     labels = read_json(f"{model}/cell2text.json", FIX)["labels"]
     wanted = [*labels, *(f"projector_{slot}" for slot in labels)]
     found, cells = SCORES.read(scores, wanted)
-    fitted = Confidence.load(confidence)
+    fitted, compared = Confidence.load(confidence), Reference(**read_weights(reference, FIX, "numpy"))
+    vectors = EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"]
+    novelty = compared.novelty(vectors)
+    found["novelty"] = novelty if new_study else fitted.novelty_of_new(novelty, cells)
     if new_study:
         table = fitted.of_new_study.describe(found, labels, read_ancestors(terms))
     else:
         table = fitted.describe(found, labels, read_ancestors(terms), cells)
     table = table.assign(status="parsed", split=split)
     table["cell_id"] = cells
-    compared = Reference(**read_weights(reference, FIX, "numpy"))
-    vectors = EMBEDDINGS.read_cells(embeddings, cells, ["pooled"])["pooled"]
-    table["novelty"] = compared.novelty(vectors)
+    table["novelty"] = novelty
     table["novel"] = None if fitted.limit is None else table["novelty"] > fitted.limit
-    if added:
-        table = added.apply(table, vectors)
+    for change in changes:
+        table = change(table, vectors)
     table["text"] = render_rows(_keep_determined(table), Terms(TERMS.read(terms)))
     log.info(
         "%d cells of %s: %d cell types reported, %d cells novel",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertModel
 
 from cell2text.device import pick_device, pick_precision
-from cell2text.embedding.ranked_cells import RankedCells
+from cell2text.embedding.ranked_cells import RankedCells, count_read
 from cell2text.errors import InputError
 from cell2text.files import read_json, reading, write_json
 from cell2text.progress import Progress
@@ -92,7 +92,7 @@ class RankedBert:
         lengths = np.minimum(cells.lengths, self.max_genes)
         tensors = {
             "gene_vectors": np.zeros((len(cells), top_k, self.dimensions), dtype=np.float16),
-            "lengths": np.minimum(lengths, top_k).astype(np.int32),
+            "lengths": count_read(lengths, top_k),
             "pooled": np.zeros((len(cells), self.dimensions), dtype=np.float32),
         }
         if self.special.cls is not None:

@@ -19,11 +19,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cell2text.confidence.graph import join_neighbours, shuffle_cells
 from cell2text.contracts import datasets_of
 from cell2text.embedding.vectors import Embeddings, Vectors
 from cell2text.evaluation.baselines.contrast import by_lda
 from cell2text.evaluation.baselines.slots import is_training, predict_slots, read_pooled, read_slots, write_predictions
-from cell2text.evaluation.graph import join_neighbours, shuffle_cells
 
 ROUNDS = 3
 HIDDEN, BATCH_CELLS, STEPS, LEARNING_RATE, DROPOUT = 128, 128, 600, 3e-3, 0.2
