@@ -13,7 +13,7 @@ def main(snakemake):
         snakemake.output.descriptions,
         next(iter(snakemake.input.examples), None),
         snakemake.input.example_embeddings,
-        next(iter(snakemake.input.refined), None),
+        snakemake.input.refined or None,
     )
 
 
