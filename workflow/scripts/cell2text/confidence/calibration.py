@@ -6,8 +6,8 @@ c, from -1 to 0, takes back some or all of what a name gains by being common in 
 al., ICLR 2021): models trained on few cells overrate common types. The weights are those of the greatest likelihood,
 which is convex in them, with a weak normal prior around (1, 0, 0) so that few cells change little. ``none`` is the
 share of labelled validation cells whose true term is no candidate. It is 0 where every type has training cells, and
-keeps confidences from being overstated where validation studies bring types of their own. In a new study it depends on
-the novelty of the cell (see :mod:`novelty`), if that is what studies held out of training say.
+keeps confidences from being overstated where validation studies bring types of their own. In a new study it grows with
+the novelty of the cell (see :mod:`novelty`) as it does in studies held out of training.
 
 With at least 1,000 labelled cells, isotonic regression then maps the greatest probability of a cell to the share of
 right answers, but only if it lowers the Brier score and the log loss in five-fold cross-validation.
@@ -28,7 +28,6 @@ _PRIOR_SD = 1.0  # of each weight around its default
 _BOUNDS = ((0.05, 20.0), (0.0, 20.0), (-1.0, 0.0))  # a temperature from 0.05 to 20
 _LEAST = -50.0  # log-probabilities below are raised to it, which changes no probability and keeps the fit finite
 _EDGE = 1e-6
-_FEWEST_STUDIES = 3  # to tell whether novelty helps in one of them after a fit to the others
 _NOVELTIES = (1e-3, 1e3)  # range, before the logarithm
 _FOLDS = 5
 
@@ -73,7 +72,7 @@ class SlotCalibration:
     none
         Probability that the true term is no candidate.
     none_by_novelty
-        Intercept and slope of its logit in the logarithm of a cell's novelty; None if novelty does not tell.
+        Intercept and slope of its logit in the logarithm of a cell's novelty; None if it is the same for all cells.
     steps
         Map of the greatest probability of a cell, or None.
     """
@@ -198,8 +197,7 @@ def calibrate_slot(
 def fit_none(novelty: np.ndarray, none: np.ndarray, studies: np.ndarray) -> tuple[float, float] | None:
     """Return how the probability that the true term is no candidate depends on novelty, see :class:`SlotCalibration`.
 
-    Logistic regression in which all studies count the same. None if fewer than three studies have cells, or if in a
-    study, on average over studies, the share of such cells in the others predicts it as well (log loss).
+    Logistic regression in which all studies count the same. None if there are no such cells, or only such cells.
 
     Parameters
     ----------
@@ -210,20 +208,10 @@ def fit_none(novelty: np.ndarray, none: np.ndarray, studies: np.ndarray) -> tupl
     studies
         Its study, new to the model.
     """
-    names, numbers, sizes = np.unique(studies.astype(str), return_inverse=True, return_counts=True)
-    if len(names) < _FEWEST_STUDIES or not none.any() or none.all():
+    if not none.any() or none.all():
         return None
-    weights, given = (1 / sizes)[numbers], _log_novelty(novelty)
-    losses = np.zeros((len(names), 2))
-    for study in range(len(names)):
-        own = numbers == study
-        fitted = _fit_logistic(given[~own], none[~own], weights[~own])
-        constant = np.clip(np.average(none[~own], weights=weights[~own]), _EDGE, 1 - _EDGE)
-        for column, found in enumerate((_none_of(fitted, given[own]), np.full(own.sum(), constant))):
-            losses[study, column] = _losses(found, none[own])[1]
-    better, constant = losses.mean(axis=0)
-    fitted = _fit_logistic(given, none, weights)
-    return fitted if fitted[1] and better < constant else None
+    _, numbers, sizes = np.unique(studies.astype(str), return_inverse=True, return_counts=True)
+    return _fit_logistic(_log_novelty(novelty), none, (1 / sizes)[numbers])
 
 
 def _fit_logistic(given: np.ndarray, right: np.ndarray, weights: np.ndarray) -> tuple[float, float]:

@@ -3,8 +3,8 @@
 A new file has no labels, so nothing in it tells how much similar cells should agree. Studies held out of alignment do:
 their cells are refined by each weight of the graph, and the one whose probabilities are nearest to the true types, by
 the Brier score, is the model's. (The macro-F1 of exact types, by which ``refine_on_graph`` chooses, changes by chance
-from one weight to the next there: on eight models of seven studies each, it chose from 0.03 to 3, the Brier score 1 for
-all of them, and 0 to 0.03 on a graph with shuffled cells.) Refined probabilities are less extreme, so the threshold of
+from one weight to the next there: for eight models of seven studies each, it chose from 0.03 to 3 where the Brier score
+chose the same for all, and 0 or 0.03 with shuffled cells.) Refined probabilities are less extreme, so the threshold of
 reported terms is chosen for them anew. Without studies to hold out, validation cells take their place.
 """
 
