@@ -55,6 +55,7 @@ def test_a_cell_of_no_candidate_type_is_still_below_general_terms():
     # each cell has a probability of its own that it is of another type
     assert report([cell, [0.6, 0.4, 0, 0, 0]], 0.61, terms) == [("T", 1), ("T", 1)]
     assert report([[0.3, 0.15, 0, 0.05, 0], [0.6, 0.3, 0, 0.1, 0]], 0.85, terms) == [("T", 0.9), ("T", 0.9)]
+    assert report([cell], 0.61, TermsAbove(CANDIDATES, ANCESTORS, complete=False)) == [("T", 0.75)]
     ids, found = TermsAbove(["CD4", "neuron"], ANCESTORS).report(np.zeros((1, 2)), 0.5)
     assert ids.tolist() == [None] and np.isnan(found).all()
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from cell2text import contracts
-from cell2text.annotation.pack_model import FORMAT, RETRIEVER
+from cell2text.annotation.pack_model import FORMAT, REFINEMENT, RETRIEVER
 from cell2text.contracts import TableContract, TensorContract
 from cell2text.files import seal, write_json
 from project_files import ROOT, load
@@ -39,6 +39,7 @@ NOT_TRIED = {
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my "
     '--search "T cells in lung; NK cell"': ANNOTATE,
     "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my --examples labelled.h5ad": ANNOTATE,
+    "cell2text annotate my.h5ad --model results/pbmc68k/model --out annotated/my --graph": ANNOTATE,
     'python -c "import cell2text, scanpy; '
     "print(cell2text.annotate(scanpy.read_h5ad('my.h5ad'), 'results/pbmc68k/model').obs)\"": ANNOTATE,
     'squeue --me --format "%.10i %.9P %.60k %.10T %.10M %.20R"': CLUSTER,
@@ -59,6 +60,7 @@ NOT_TRIED = {
     "python tests/benchmarks/mouse.py ../shared/data/studies --plot docs/mouse.svg": BENCHMARK,
     "python tests/benchmarks/new_study.py --work somewhere --test-cells 250 --plot docs/new_study.svg": BENCHMARK,
     "python tests/benchmarks/search.py results/studies-{42,43,44} --work somewhere --plot docs/search.svg": BENCHMARK,
+    "python tests/benchmarks/refine_new_study.py --work somewhere": BENCHMARK,
     "python tests/benchmarks/refine_on_graph.py results/studies-* --bilevel --plot docs/neighbours.svg": BENCHMARK,
 }
 
@@ -113,11 +115,13 @@ def checkout(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     language_model = {"name": "lm", "source": "hf://organisation/lm@main", "sha256": {"config.json": "0"}}
     facts = {"format": FORMAT, "language_model": language_model, "projector": {}, "finetune": {}}
+    facts["labels"] = {"cell_type": ["CL:0000236"]}
     for run in ("pbmc68k", "blood"):
         model = tmp_path / "results" / run / "model"
         model.mkdir(parents=True)
         write_json(facts, model / "cell2text.json")
-        (model / RETRIEVER).touch()
+        for name in (RETRIEVER, REFINEMENT):
+            (model / name).touch()
         seal(model, "cell2text.json")
     (tmp_path / "data").mkdir()
     for name in ("my.h5ad", "my-blood.h5ad", "data/my-study.h5ad", "labelled.h5ad"):

@@ -282,7 +282,7 @@ class _Members:
         columns = pd.Index(candidates, dtype=object).get_indexer(counted["id"])
         shares[counted["cluster"], columns] = counted["cells"] / self.sizes[counted["cluster"]]
         # a share of cells takes the place of a probability: both are summed over the terms at or below another
-        terms, found = TermsAbove(candidates, ancestors).report(shares, confidence)
+        terms, found = TermsAbove(candidates, ancestors, complete=False).report(shares, confidence)
         exact = (found * self.sizes).round() / self.sizes  # they were float32
         return [
             None if term is None else TermShare(term, names[term], float(share))

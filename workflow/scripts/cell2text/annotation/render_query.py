@@ -159,8 +159,8 @@ def read_annotated(path: str) -> tuple[pd.DataFrame, str | None, np.ndarray | No
 def read_graph(path: str) -> dict[str, Any] | None:
     """Return how cell types were refined among similar cells, see ``facts_of``; None if they were not."""
     with h5py.File(path, "r") as file:
-        facts = file["uns"][PREFIX.rstrip("_")]
-        return ad.io.read_elem(facts["graph"]) if "graph" in facts else None
+        facts = f"uns/{PREFIX.rstrip('_')}/graph"
+        return ad.io.read_elem(file[facts]) if facts in file else None
 
 
 def find_map(obsm: Any) -> tuple[str | None, np.ndarray | None]:

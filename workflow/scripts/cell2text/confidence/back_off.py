@@ -60,6 +60,9 @@ class TermsAbove:
         Ids of the candidates, in the order of the columns of their probabilities.
     ancestors
         Ids of all ancestors of each term, without itself; a term that is missing has none.
+    complete
+        Whether what the probabilities of a cell lack to 1 is that of no candidate at all, for which see :meth:`report`.
+        Otherwise it is lost, such as the share of a cluster's cells that have no type.
 
     Attributes
     ----------
@@ -69,7 +72,7 @@ class TermsAbove:
         1 for each candidate at or below a term, else 0; float64 (terms, candidates).
     """
 
-    def __init__(self, candidates: Sequence[str], ancestors: Mapping[str, Collection[str]]):
+    def __init__(self, candidates: Sequence[str], ancestors: Mapping[str, Collection[str]], complete: bool = True):
         self._ancestors = ancestors
         covered: dict[str, list[int]] = {}
         for column, candidate in enumerate(candidates):
@@ -88,9 +91,8 @@ class TermsAbove:
         self.below = np.zeros((len(reported), len(candidates)))
         for row, term in enumerate(reported):
             self.below[row, covered[term]] = 1
-        self._general = np.array(
-            [len(covered[term]) > 1 or candidates[covered[term][0]] != term for term in reported], dtype=bool
-        )
+        several = [len(covered[term]) > 1 or candidates[covered[term][0]] != term for term in reported]
+        self._general = np.array(several, dtype=bool) & complete
         self._chain = np.array([chains[term] for term in reported], dtype=np.int64)
 
     def _above(self, term: str) -> Collection[str]:
