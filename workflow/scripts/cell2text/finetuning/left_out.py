@@ -80,6 +80,8 @@ def score_left_out_studies(
     """
     shared = ["split", "text", *(f"{slot}_id" for slot in TERM_SLOTS)]
     texts = DESCRIPTIONS.read(descriptions, ["cell_id", *shared], categories=shared)
+    # of all training cells, as the model's: a rare label may have no cell among those that are used
+    classes, (programmes, numbers) = find_classes(texts[texts["split"] == "train"]), find_programmes(descriptions)
     texts["split"] = _thin_out(texts["split"].to_numpy(dtype=object))
     training = texts[texts["split"] == "train"]
     study, studies = pd.factorize(datasets_of(training["cell_id"]), sort=True)
@@ -91,7 +93,6 @@ def score_left_out_studies(
         SCORES.write({}, [], scores)
         _write_vectors([np.empty((0, 1), np.float32)], np.empty(0), [], vectors)
         return
-    classes, (programmes, numbers) = find_classes(training), find_programmes(descriptions)
     labels, table = classes | ({PATHWAY: programmes} if programmes else {}), TERMS.read(terms)
     model, first = None, {}
     random, drawn, parts, pooled, lengths, novelty = np.random.default_rng(seed), [], [], [], [], []
